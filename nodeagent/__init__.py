@@ -1,0 +1,1 @@
+"""The node agent: runs the engines of one machine and tells the truth about it."""

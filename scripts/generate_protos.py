@@ -63,7 +63,11 @@ def _re_exports(descriptors: descriptor_pb2.FileDescriptorSet) -> str:
         services = [
             name
             for service in file.service
-            for name in (f"{service.name}Stub", f"{service.name}Servicer", f"add_{service.name}Servicer_to_server")
+            for name in (
+                f"{service.name}Stub",
+                f"{service.name}Servicer",
+                f"add_{service.name}Servicer_to_server",
+            )
         ]
         if services:
             lines.append(_import_line(f"{module}_pb2_grpc", services))
@@ -93,7 +97,9 @@ def main() -> None:
             shutil.rmtree(STUBS, ignore_errors=True)
             shutil.copytree(fresh, STUBS)
             return
-        names = sorted({path.name for path in fresh.iterdir()} | {p.name for p in STUBS.iterdir() if p.is_file()})
+        names = sorted(
+            {path.name for path in fresh.iterdir()} | {p.name for p in STUBS.iterdir() if p.is_file()}
+        )
         _, different, missing = filecmp.cmpfiles(fresh, STUBS, names, shallow=False)
         if different or missing:
             sys.exit(f"stubs are out of date: {', '.join(different + missing)}; run `make protos`")

@@ -1,0 +1,18 @@
+"""What the control plane and the node agent have in common. Needs `rung[server]` or `rung[agent]`."""
+
+from rung.service._engine_client import EngineClient, EngineReply
+from rung.service._host import host_id
+from rung.service._interceptors import CallInterceptor
+from rung.service._logging import configure_logging
+from rung.service._server import GrpcServer, ServerOptions, require_loopback
+
+__all__ = [
+    "CallInterceptor",
+    "EngineClient",
+    "EngineReply",
+    "GrpcServer",
+    "ServerOptions",
+    "configure_logging",
+    "host_id",
+    "require_loopback",
+]

@@ -1,0 +1,29 @@
+"""gRPC, in one place: channels, and errors on the wire."""
+
+from rung.transport._channel import (
+    DEFAULT_MAX_REQUEST_BYTES,
+    KEEPALIVE_TIME_S,
+    KEEPALIVE_TIMEOUT_S,
+    SERVER_MIN_PING_INTERVAL_S,
+    ChannelOptions,
+    TlsOptions,
+    open_channel,
+    open_sync_channel,
+)
+from rung.transport._status import DETAILS_TRAILER, ERROR_DOMAIN, error_from_rpc, grpc_code, status_trailer
+
+__all__ = [
+    "DEFAULT_MAX_REQUEST_BYTES",
+    "DETAILS_TRAILER",
+    "ERROR_DOMAIN",
+    "KEEPALIVE_TIMEOUT_S",
+    "KEEPALIVE_TIME_S",
+    "SERVER_MIN_PING_INTERVAL_S",
+    "ChannelOptions",
+    "TlsOptions",
+    "error_from_rpc",
+    "grpc_code",
+    "open_channel",
+    "open_sync_channel",
+    "status_trailer",
+]

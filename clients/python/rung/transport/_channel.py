@@ -1,0 +1,118 @@
+"""How our gRPC channels are opened. The numbers of both sides live here, since they must agree."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+
+#: Largest request that a server takes by default: 16 MiB.
+DEFAULT_MAX_REQUEST_BYTES = 16 * 1024 * 1024
+#: A client pings an idle connection this often, also without a call, so that a vanished peer is noticed.
+KEEPALIVE_TIME_S = 20.0
+#: Time for the answer to a ping.
+KEEPALIVE_TIMEOUT_S = 10.0
+#: Least time between pings that a server accepts. It must stay below KEEPALIVE_TIME_S: gRPC ends a
+#: connection with "Too many pings" otherwise.
+SERVER_MIN_PING_INTERVAL_S = 10.0
+
+_RETRIED_METHODS = {
+    "rung.v1.InferenceService": ("GetJob", "ListJobs", "ListModels", "ExplainRoute", "CancelJob"),
+    "rung.v1.FleetService": ("ListNodes", "GetNode", "ListDeployments", "GetDeployment", "ListProfiles"),
+    "rung.v1.VramService": ("ListLeases", "PlanReclaim", "EstimateFootprint"),
+    "rung.v1.BurstService": ("ListBurstProfiles", "ListOffers", "ListInstances", "GetBudget"),
+}
+
+# Only idempotent methods, and only when the server was not reached.
+_SERVICE_CONFIG = json.dumps(
+    {
+        "methodConfig": [
+            {
+                "name": [
+                    {"service": service, "method": method}
+                    for service, methods in _RETRIED_METHODS.items()
+                    for method in methods
+                ],
+                "retryPolicy": {
+                    "maxAttempts": 4,
+                    "initialBackoff": "0.1s",
+                    "maxBackoff": "2s",
+                    "backoffMultiplier": 2,
+                    "retryableStatusCodes": ["UNAVAILABLE"],
+                },
+            }
+        ]
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsOptions:
+    """Files in PEM: the authority to trust, and the client's own certificate for mutual TLS."""
+
+    authority_file: str | None = None
+    certificate_file: str | None = None
+    private_key_file: str | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Read the files."""
+        return grpc.ssl_channel_credentials(
+            root_certificates=_read(self.authority_file),
+            private_key=_read(self.private_key_file),
+            certificate_chain=_read(self.certificate_file),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelOptions:
+    """How to reach a server. `token` is sent as a bearer token."""
+
+    address: str
+    tls: TlsOptions | None = None
+    token: str | None = None
+    max_message_bytes: int = 4 * DEFAULT_MAX_REQUEST_BYTES
+
+    def arguments(self) -> list[tuple[str, Any]]:
+        """gRPC's own channel arguments."""
+        return [
+            ("grpc.keepalive_time_ms", int(KEEPALIVE_TIME_S * 1000)),
+            ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.max_pings_without_data", 0),
+            ("grpc.max_receive_message_length", self.max_message_bytes),
+            ("grpc.max_send_message_length", self.max_message_bytes),
+            ("grpc.initial_reconnect_backoff_ms", 200),
+            ("grpc.max_reconnect_backoff_ms", 5000),
+            ("grpc.enable_retries", 1),
+            ("grpc.service_config", _SERVICE_CONFIG),
+            # A channel of its own: two clients in one process do not share a connection.
+            ("grpc.use_local_subchannel_pool", 1),
+        ]
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Metadata to send with every call."""
+        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+
+
+def open_channel(options: ChannelOptions) -> grpc.aio.Channel:
+    """An asynchronous channel; it connects with its first call."""
+    if options.tls is None:
+        return grpc.aio.insecure_channel(options.address, options=options.arguments())
+    return grpc.aio.secure_channel(options.address, options.tls.credentials(), options=options.arguments())
+
+
+def open_sync_channel(options: ChannelOptions) -> grpc.Channel:
+    """A blocking channel; it connects with its first call."""
+    if options.tls is None:
+        return grpc.insecure_channel(options.address, options=options.arguments())
+    return grpc.secure_channel(options.address, options.tls.credentials(), options=options.arguments())
+
+
+def _read(path: str | None) -> bytes | None:
+    if path is None:
+        return None
+    with open(path, "rb") as file:
+        return file.read()

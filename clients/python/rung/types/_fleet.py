@@ -1,0 +1,358 @@
+"""Nodes, GPUs and deployments, as configured and as they are.
+
+Memory is in bytes, times are Unix seconds, durations are seconds. A figure that the platform does
+not give is None, never 0.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TypeAlias
+
+from msgspec import Struct
+
+from rung.types._job import FailureReason
+
+
+class NodeState(StrEnum):
+    """What the control plane knows of a node."""
+
+    CONNECTING = "connecting"
+    READY = "ready"
+    DRAINING = "draining"
+    DRAINED = "drained"
+    UNREACHABLE = "unreachable"
+
+
+class NodeOwnership(StrEnum):
+    """Whose a node is."""
+
+    OWNED = "owned"
+    RENTED = "rented"
+
+
+class MemorySource(StrEnum):
+    """Where memory figures come from."""
+
+    NVML = "nvml"
+    HOST = "host"
+    SIMULATED = "simulated"
+
+
+class GpuHealth(StrEnum):
+    """Whether a GPU can be used."""
+
+    UNKNOWN = "unknown"
+    OK = "ok"
+    DEGRADED = "degraded"
+    LOST = "lost"
+
+
+class Residency(StrEnum):
+    """Where a deployment's weights are. UNKNOWN while its node cannot be reached."""
+
+    UNKNOWN = "unknown"
+    STOPPED = "stopped"
+    STARTING = "starting"
+    AWAKE = "awake"
+    FALLING_ASLEEP = "falling_asleep"
+    ASLEEP = "asleep"
+    WAKING = "waking"
+    STOPPING = "stopping"
+    FAILED = "failed"
+
+
+class ResidencyClass(StrEnum):
+    """What may be done to a deployment."""
+
+    PINNED = "pinned"
+    SLEEPABLE = "sleepable"
+    ON_DEMAND = "on_demand"
+    CACHE = "cache"
+
+
+class EndpointScope(StrEnum):
+    """From where an endpoint can be reached."""
+
+    LOOPBACK = "loopback"
+    NETWORK = "network"
+
+
+class LlamaCppServer(StrEnum):
+    """Which program serves a GGUF file."""
+
+    LLAMA_SERVER = "llama-server"
+    LLAMA_CPP_PYTHON = "llama-cpp-python"
+
+
+class GpuProcess(Struct, frozen=True):
+    """A process with memory on a GPU."""
+
+    pid: int
+    memory_bytes: int | None = None
+    deployment_id: str = ""
+
+
+class Gpu(Struct, frozen=True, kw_only=True):
+    """One device. `memory_used_bytes` is total minus free."""
+
+    index: int
+    uuid: str
+    name: str
+    health: GpuHealth
+    memory_source: MemorySource
+    memory_total_bytes: int
+    memory_used_bytes: int
+    memory_free_bytes: int
+    memory_reserved_bytes: int | None = None
+    utilization_percent: float | None = None
+    memory_utilization_percent: float | None = None
+    power_watts: float | None = None
+    power_limit_watts: float | None = None
+    temperature_celsius: float | None = None
+    throttle_reasons: tuple[str, ...] = ()
+    processes: tuple[GpuProcess, ...] = ()
+    unified_memory: bool = False
+
+
+class HostStatus(Struct, frozen=True, kw_only=True):
+    """The machine around the GPUs. `memory_available_bytes` is MemAvailable."""
+
+    memory_total_bytes: int
+    memory_available_bytes: int
+    disk_total_bytes: int
+    disk_free_bytes: int
+    cpu_count: int
+    cpu_utilization_percent: float
+    hostname: str
+
+
+class NodeStatus(Struct, frozen=True, kw_only=True):
+    """What an agent measures, once a second."""
+
+    sample_time_s: float
+    gpus: tuple[Gpu, ...]
+    host: HostStatus
+    agent_version: str
+    host_id: str
+    driver_version: str = ""
+    simulated: bool = False
+    warnings: tuple[str, ...] = ()
+
+
+class Node(Struct, frozen=True, kw_only=True):
+    """One machine of the fleet."""
+
+    id: str
+    address: str
+    state: NodeState
+    detail: str = ""
+    ownership: NodeOwnership = NodeOwnership.OWNED
+    status: NodeStatus | None = None
+    last_seen_time_s: float | None = None
+    epoch: int = 0
+
+
+class Endpoint(Struct, frozen=True):
+    """Where an engine listens."""
+
+    base_url: str
+    scope: EndpointScope = EndpointScope.LOOPBACK
+
+
+class LlamaCppEngine(Struct, frozen=True, kw_only=True, tag="llamacpp", tag_field="kind"):
+    """Parameters of llama.cpp. `gpu_layers` -1 means all; `context_tokens` 0 the model's own."""
+
+    model_path: str
+    server: LlamaCppServer = LlamaCppServer.LLAMA_SERVER
+    context_tokens: int = 0
+    gpu_layers: int = -1
+    parallel: int = 1
+    embedding: bool = False
+    projector_path: str = ""
+    chat_template: str = ""
+    kv_cache_type: str = ""
+
+
+class OpenAiCompatibleEngine(Struct, frozen=True, kw_only=True, tag="openai_compatible", tag_field="kind"):
+    """Parameters of a server with OpenAI's routes."""
+
+    health_path: str = "/v1/models"
+    api_key_env: str = ""
+
+
+class VllmEngine(Struct, frozen=True, kw_only=True, tag="vllm", tag_field="kind"):
+    """Parameters of vLLM; 0 and "" mean the engine's default."""
+
+    model: str
+    gpu_memory_utilization: float = 0.0
+    max_model_len_tokens: int = 0
+    max_num_seqs: int = 0
+    kv_cache_dtype: str = ""
+    sleep_mode: bool = False
+    kv_cache_memory_bytes: int = 0
+
+
+class OllamaEngine(Struct, frozen=True, kw_only=True, tag="ollama", tag_field="kind"):
+    """Parameters of Ollama."""
+
+    model: str
+
+
+class ComfyUiEngine(Struct, frozen=True, kw_only=True, tag="comfyui", tag_field="kind"):
+    """Parameters of ComfyUI."""
+
+    reserve_vram_bytes: int = 0
+
+
+class ServiceEngine(Struct, frozen=True, kw_only=True, tag="service", tag_field="kind"):
+    """A server with a dialect of its own."""
+
+    dialect: str
+
+
+Engine: TypeAlias = (
+    LlamaCppEngine | OpenAiCompatibleEngine | VllmEngine | OllamaEngine | ComfyUiEngine | ServiceEngine
+)
+
+
+class Mount(Struct, frozen=True, kw_only=True):
+    """A folder of the node seen in a container."""
+
+    source: str
+    target: str
+    writable: bool = False
+
+
+class DockerRuntime(Struct, frozen=True, kw_only=True, tag="docker", tag_field="kind"):
+    """Run the engine in a container. `container_port` 0 means the port that the engine is told."""
+
+    image: str
+    command: tuple[str, ...] = ()
+    mounts: tuple[Mount, ...] = ()
+    container_port: int = 0
+    shared_memory_bytes: int = 0
+    environment: dict[str, str] = {}
+
+
+class ProcessRuntime(Struct, frozen=True, kw_only=True, tag="process", tag_field="kind"):
+    """Run the engine as a process of an executable that the agent's allow-list names."""
+
+    executable: str
+    arguments: tuple[str, ...] = ()
+    environment: dict[str, str] = {}
+
+
+class ExternalRuntime(Struct, frozen=True, kw_only=True, tag="external", tag_field="kind"):
+    """Somebody else runs the engine."""
+
+    base_url: str
+
+
+Runtime: TypeAlias = DockerRuntime | ProcessRuntime | ExternalRuntime
+
+
+class EngineSpec(Struct, frozen=True, kw_only=True):
+    """How to run an engine. `port` 0 lets the agent choose; no `gpus` means all."""
+
+    engine: Engine
+    runtime: Runtime
+    port: int = 0
+    gpus: tuple[str, ...] = ()
+    start_timeout_s: float = 600.0
+    stop_grace_s: float = 10.0
+
+
+class DeploymentSpec(Struct, frozen=True, kw_only=True):
+    """A deployment as configured: one model served by one engine on one node."""
+
+    id: str
+    node_id: str
+    model: str
+    engine: EngineSpec
+    aliases: tuple[str, ...] = ()
+    served_model_name: str = ""
+    residency_class: ResidencyClass = ResidencyClass.ON_DEMAND
+    slots: int = 16
+    vram_bytes: int = 0
+    keep_running: bool = False
+    idle_timeout_s: float | None = None
+    shrinkable: bool = False
+    capabilities: tuple[str, ...] = ("chat",)
+    context_tokens: int = 0
+
+    @property
+    def engine_model_name(self) -> str:
+        """The name by which the engine knows the model."""
+        return self.served_model_name or self.model
+
+
+class Deployment(Struct, frozen=True, kw_only=True):
+    """A deployment as it is. `generation` grows with every start of its engine."""
+
+    spec: DeploymentSpec
+    residency: Residency
+    detail: str = ""
+    endpoint: Endpoint | None = None
+    vram_bytes: int | None = None
+    active_requests: int = 0
+    queued_requests: int = 0
+    load_percent: float | None = None
+    residency_time_s: float = 0.0
+    failure_reason: FailureReason | None = None
+    generation: int = 0
+    adopted: bool = False
+    pid: int = 0
+    container_id: str = ""
+
+
+class FleetSnapshot(Struct, frozen=True):
+    """Everything at one moment; nodes and deployments by id."""
+
+    nodes: tuple[Node, ...] = ()
+    deployments: tuple[Deployment, ...] = ()
+    profile: str = ""
+
+
+class LifecycleProgress(Struct, frozen=True, tag="progress", tag_field="event", omit_defaults=True):
+    """What an operation on a deployment is doing. `percent` is 0 to 100."""
+
+    residency: Residency
+    detail: str = ""
+    percent: float | None = None
+    remaining_s: float | None = None
+
+
+class LifecycleDone(Struct, frozen=True, tag="done", tag_field="event"):
+    """The operation ended well; the deployment as it is now."""
+
+    deployment: Deployment
+
+
+class LifecycleFailed(Struct, frozen=True, tag="failed", tag_field="event"):
+    """The operation failed."""
+
+    reason: FailureReason
+    detail: str
+
+
+LifecyclePayload: TypeAlias = LifecycleProgress | LifecycleDone | LifecycleFailed
+
+
+class LifecycleEvent(Struct, frozen=True):
+    """One step of an operation; the last one is `LifecycleDone` or `LifecycleFailed`."""
+
+    operation_id: str
+    sequence: int
+    elapsed_s: float
+    payload: LifecyclePayload
+
+
+class Model(Struct, frozen=True, kw_only=True):
+    """A name that a request may use."""
+
+    id: str
+    deployments: tuple[str, ...]
+    ready: bool
+    context_tokens: int = 0
+    capabilities: tuple[str, ...] = ()
