@@ -1,0 +1,80 @@
+"""Rung: a fleet of GPUs as one big, well-mannered machine. This is its client.
+
+    async with rung.AsyncClient() as client:
+        async for event in client.chat("Why is the sky blue?"):
+            ...
+
+    with rung.Client() as client:
+        print(client.chat("Why is the sky blue?").text())
+
+All values are `rung.types`, all failures `rung.errors`; the ones that most callers need are here.
+"""
+
+from rung import errors, types
+from rung._client import AsyncClient
+from rung._client_jobs import JobStream
+from rung._failure import error_of_failure
+from rung._sync_client import Client, Stream, SyncJobStream
+from rung.errors import (
+    InvalidRequestError,
+    JobCancelledError,
+    NotFoundError,
+    RungError,
+    UnavailableError,
+    UnknownModelError,
+)
+from rung.transport import TlsOptions
+from rung.types import (
+    ChatMessage,
+    ChatResult,
+    Deployment,
+    Embeddings,
+    FleetSnapshot,
+    ImagePart,
+    Job,
+    JobEvent,
+    JobState,
+    LifecycleEvent,
+    Model,
+    Node,
+    Policy,
+    Priority,
+    Tool,
+    ToolCall,
+    Usage,
+)
+
+__all__ = [
+    "AsyncClient",
+    "ChatMessage",
+    "ChatResult",
+    "Client",
+    "Deployment",
+    "Embeddings",
+    "FleetSnapshot",
+    "ImagePart",
+    "InvalidRequestError",
+    "Job",
+    "JobCancelledError",
+    "JobEvent",
+    "JobState",
+    "JobStream",
+    "LifecycleEvent",
+    "Model",
+    "Node",
+    "NotFoundError",
+    "Policy",
+    "Priority",
+    "RungError",
+    "Stream",
+    "SyncJobStream",
+    "TlsOptions",
+    "Tool",
+    "ToolCall",
+    "UnavailableError",
+    "UnknownModelError",
+    "Usage",
+    "error_of_failure",
+    "errors",
+    "types",
+]

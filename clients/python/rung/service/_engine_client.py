@@ -109,13 +109,30 @@ class EngineClient:
             EngineUnreachableError: no connection, or it broke before an answer.
             EngineTimeoutError: no head within the idle timeout.
         """
-        headers = {"Content-Type": "application/json"}
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=idle_timeout_s)
+        return await self._send("POST", url, body, what=what, timeout=timeout, api_key=api_key)
+
+    async def get(self, url: str, *, what: str, timeout_s: float, api_key: str = "") -> EngineReply:
+        """Ask the engine something small; `timeout_s` bounds all of it, the body too. Raises as `post`."""
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=timeout_s, sock_read=timeout_s)
+        return await self._send("GET", url, None, what=what, timeout=timeout, api_key=api_key)
+
+    async def _send(
+        self,
+        method: str,
+        url: str,
+        body: bytes | None,
+        *,
+        what: str,
+        timeout: aiohttp.ClientTimeout,
+        api_key: str,
+    ) -> EngineReply:
+        headers = {} if body is None else {"Content-Type": "application/json"}
         if api_key:
             headers["Authorization"] = f"Bearer {api_key}"
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=idle_timeout_s)
         try:
-            response = await self._session.post(
-                url, data=body, headers=headers, timeout=timeout, allow_redirects=False
+            response = await self._session.request(
+                method, url, data=body, headers=headers, timeout=timeout, allow_redirects=False
             )
         except TimeoutError as error:
             if isinstance(error, aiohttp.ConnectionTimeoutError):
@@ -123,7 +140,7 @@ class EngineClient:
                     f"{what} does not accept connections at {url}", engine=what
                 ) from error
             raise EngineTimeoutError(
-                f"{what} did not answer for {idle_timeout_s:g} s", engine=what
+                f"{what} did not answer for {timeout.sock_read:g} s", engine=what
             ) from error
         except (aiohttp.ClientError, OSError) as error:
             raise EngineUnreachableError(f"{what} cannot be reached: {error}", engine=what) from error

@@ -1,5 +1,16 @@
 """The values that Rung speaks in, free of any transport."""
 
+from rung.types._chat import (
+    ChatMessage,
+    ChatResult,
+    ConsideredTarget,
+    Conversation,
+    Embeddings,
+    ImagePart,
+    RouteExplanation,
+    Tool,
+    ToolCall,
+)
 from rung.types._fleet import (
     ComfyUiEngine,
     Deployment,
@@ -39,6 +50,7 @@ from rung.types._fleet import (
     VllmEngine,
 )
 from rung.types._job import (
+    TERMINAL_EVENTS,
     ArtifactChunk,
     EmbeddingResult,
     EventPayload,
@@ -57,7 +69,6 @@ from rung.types._job import (
     Priority,
     Routed,
     Served,
-    TERMINAL_EVENTS,
     Terminal,
     TokenDelta,
     ToolCallDelta,
@@ -66,12 +77,18 @@ from rung.types._job import (
 )
 
 __all__ = [
+    "TERMINAL_EVENTS",
     "ArtifactChunk",
+    "ChatMessage",
+    "ChatResult",
     "ComfyUiEngine",
+    "ConsideredTarget",
+    "Conversation",
     "Deployment",
     "DeploymentSpec",
     "DockerRuntime",
     "EmbeddingResult",
+    "Embeddings",
     "Endpoint",
     "EndpointScope",
     "Engine",
@@ -84,6 +101,7 @@ __all__ = [
     "GpuHealth",
     "GpuProcess",
     "HostStatus",
+    "ImagePart",
     "Job",
     "JobAccepted",
     "JobCancelled",
@@ -115,13 +133,15 @@ __all__ = [
     "ProcessRuntime",
     "Residency",
     "ResidencyClass",
+    "RouteExplanation",
     "Routed",
     "Runtime",
     "Served",
     "ServiceEngine",
-    "TERMINAL_EVENTS",
     "Terminal",
     "TokenDelta",
+    "Tool",
+    "ToolCall",
     "ToolCallDelta",
     "Usage",
     "UsageReported",

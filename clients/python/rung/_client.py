@@ -1,0 +1,435 @@
+"""The asynchronous client of a control plane."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import msgspec
+
+from rung import codec, v1
+from rung._client_calls import Connection
+from rung._client_fleet import operate, watch_snapshots
+from rung._client_jobs import JobStream, watch_events
+from rung.errors import InvalidRequestError
+from rung.transport import ChannelOptions, TlsOptions
+from rung.types import (
+    ChatMessage,
+    Conversation,
+    Deployment,
+    Embeddings,
+    FleetSnapshot,
+    Job,
+    JobEvent,
+    JobState,
+    LifecycleEvent,
+    Model,
+    Node,
+    Policy,
+    RouteExplanation,
+    Tool,
+)
+
+DEFAULT_ADDRESS = "127.0.0.1:8151"
+#: Deadline of unary calls.
+DEFAULT_TIMEOUT_S = 30.0
+#: A watch gives up after this long without a connection: a restart of the control plane is over by then.
+DEFAULT_RECONNECT_S = 120.0
+#: An engine may have to start before it can embed.
+EMBED_TIMEOUT_S = 600.0
+
+Messages: TypeAlias = str | Sequence[ChatMessage]
+OpenAiBody: TypeAlias = bytes | Mapping[str, Any]
+
+
+class AsyncClient:
+    """A client of one control plane. Close it, or use it as an async context manager.
+
+    It connects with its first call and belongs to the event loop of that call. All failures are
+    `rung.errors`; reads are retried while the server cannot be reached, mutations are not.
+
+    Args:
+        address: `host:port`; None takes the environment's RUNG_ADDRESS, else 127.0.0.1:8151.
+        tls: None connects without TLS.
+        token: bearer token; None takes the environment's RUNG_TOKEN, if there is one.
+        timeout_s: deadline of unary calls. Streams have none.
+        reconnect_s: longest time without a connection before a watch gives up.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        tls: TlsOptions | None = None,
+        token: str | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        reconnect_s: float = DEFAULT_RECONNECT_S,
+    ) -> None:
+        options = ChannelOptions(
+            address=address or os.environ.get("RUNG_ADDRESS") or DEFAULT_ADDRESS,
+            tls=tls,
+            token=token or os.environ.get("RUNG_TOKEN") or None,
+        )
+        self._connection = Connection(options, timeout_s=timeout_s, reconnect_s=reconnect_s)
+
+    @property
+    def address(self) -> str:
+        """Where the control plane is."""
+        return self._connection.options.address
+
+    async def aclose(self) -> None:
+        """Close the connection; streams that are open end with JobCancelledError."""
+        await self._connection.aclose()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    # Inference.
+
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        model: str = "",
+        effort: int | None = None,
+        tools: Sequence[Tool] = (),
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        policy: Policy = Policy(),  # noqa: B008 - frozen
+        request_id: str = "",
+    ) -> JobStream:
+        """Generate an answer to a conversation, or to one user message.
+
+        Args:
+            messages: turns, oldest first; a text is one turn of the user.
+            model: a model, a deployment, or a name of the ladder; empty leaves the choice to it.
+            effort: 1 to 10; None leaves it to the classifier.
+            tools: functions that the model may call.
+            max_tokens: most tokens to produce; None for the engine's default.
+            temperature: of sampling; None for the engine's default.
+            policy: where it may go and how it may be treated.
+            request_id: the caller's own id; appears in logs.
+        """
+        conversation = _conversation(messages, tools, max_tokens, temperature)
+        return JobStream(
+            self._connection,
+            _generate(conversation, model, effort=effort, policy=policy, request_id=request_id),
+        )
+
+    def generate_openai(
+        self,
+        body: OpenAiBody,
+        *,
+        model: str = "",
+        effort: int | None = None,
+        policy: Policy = Policy(),  # noqa: B008 - frozen
+        request_id: str = "",
+    ) -> JobStream:
+        """Generate from the body of an OpenAI chat-completions request. Arguments as `chat`.
+
+        Args:
+            body: as JSON or as a mapping; passed on as it is.
+            model: instead of the `model` of the body.
+            effort: as `chat`.
+            policy: as `chat`.
+            request_id: as `chat`.
+
+        Raises:
+            InvalidRequestError: `body` is no JSON object.
+        """
+        return JobStream(
+            self._connection, _generate(body, model, effort=effort, policy=policy, request_id=request_id)
+        )
+
+    async def create_job(
+        self,
+        messages: Messages | None = None,
+        *,
+        body: OpenAiBody | None = None,
+        model: str = "",
+        effort: int | None = None,
+        tools: Sequence[Tool] = (),
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        policy: Policy = Policy(),  # noqa: B008 - frozen
+        request_id: str = "",
+    ) -> Job:
+        """Create a job that outlives this client; follow it with `watch_job`. Arguments as `chat`.
+
+        Args:
+            messages: as `chat`.
+            body: an OpenAI chat-completions request instead of `messages`, `tools` and the rest.
+            model: as `chat`.
+            effort: as `chat`.
+            tools: as `chat`.
+            max_tokens: as `chat`.
+            temperature: as `chat`.
+            policy: as `chat`; taken as detached.
+            request_id: the same id returns the same job.
+
+        Raises:
+            InvalidRequestError: neither or both of `messages` and `body`.
+        """
+        if (messages is None) == (body is None):
+            raise InvalidRequestError("give either messages or body")
+        content = body if messages is None else _conversation(messages, tools, max_tokens, temperature)
+        assert content is not None
+        request = _generate(content, model, effort=effort, policy=policy, request_id=request_id)
+        response = await self._connection.unary(
+            self._connection.stubs.inference.CreateJob, v1.CreateJobRequest(generate=request)
+        )
+        return codec.job_from_proto(response.job)
+
+    async def get_job(self, job_id: str) -> Job:
+        """One job. Raises UnknownJobError."""
+        response = await self._connection.unary(
+            self._connection.stubs.inference.GetJob, v1.GetJobRequest(job_id=job_id)
+        )
+        return codec.job_from_proto(response.job)
+
+    async def list_jobs(
+        self, states: Collection[JobState] = (), page_size: int = 0
+    ) -> AsyncGenerator[Job, None]:
+        """Jobs, newest first, page by page as they are read.
+
+        Args:
+            states: only jobs in these; empty for all.
+            page_size: jobs fetched at a time, 1 to 1000; 0 for the server's default.
+        """
+        request = v1.ListJobsRequest(
+            page_size=page_size, states=[codec.JOB_STATES.to_proto[state] for state in states]
+        )
+        while True:
+            response = await self._connection.unary(self._connection.stubs.inference.ListJobs, request)
+            for job in response.jobs:
+                yield codec.job_from_proto(job)
+            if not response.next_page_token:
+                return
+            request.page_token = response.next_page_token
+
+    def watch_job(
+        self, job_id: str, after_sequence: int = 0, *, heartbeats: bool = False
+    ) -> AsyncGenerator[JobEvent, None]:
+        """The events of a job, those to come included, to its terminal one.
+
+        A connection that is lost on the way is made again, and no event is missed or doubled.
+
+        Args:
+            job_id: job.
+            after_sequence: only events with a higher sequence.
+            heartbeats: also pass on what the server says while nothing happens (sequence 0).
+
+        Raises:
+            UnknownJobError: there is no such job.
+            OutOfRangeError: `after_sequence` is beyond the log.
+            UnavailableError: the server cannot be reached, or not again.
+        """
+        return watch_events(self._connection, job_id, after_sequence, heartbeats=heartbeats)
+
+    async def cancel_job(self, job_id: str) -> Job:
+        """End a job; its terminal event may still be on the way. Raises UnknownJobError."""
+        response = await self._connection.unary(
+            self._connection.stubs.inference.CancelJob, v1.CancelJobRequest(job_id=job_id)
+        )
+        return codec.job_from_proto(response.job)
+
+    async def embed(
+        self,
+        inputs: str | Sequence[str],
+        model: str = "",
+        *,
+        policy: Policy = Policy(),  # noqa: B008 - frozen
+        request_id: str = "",
+        timeout_s: float = EMBED_TIMEOUT_S,
+    ) -> Embeddings:
+        """Vectors for texts, in their order."""
+        request = v1.EmbedRequest(
+            request_id=request_id,
+            model=model,
+            inputs=[inputs] if isinstance(inputs, str) else inputs,
+            policy=codec.policy_to_proto(policy),
+        )
+        response = await self._connection.unary(
+            self._connection.stubs.inference.Embed, request, timeout_s=timeout_s
+        )
+        return codec.embeddings_from_proto(response)
+
+    async def list_models(self) -> tuple[Model, ...]:
+        """What can be asked for by name, by name."""
+        response = await self._connection.unary(
+            self._connection.stubs.inference.ListModels, v1.ListModelsRequest()
+        )
+        return tuple(codec.model_from_proto(model) for model in response.models)
+
+    async def explain_route(
+        self,
+        messages: Messages = "",
+        *,
+        model: str = "",
+        effort: int | None = None,
+        policy: Policy = Policy(),  # noqa: B008 - frozen
+    ) -> RouteExplanation:
+        """Who would answer, and why. Starts nothing."""
+        request = _generate(
+            _conversation(messages, (), None, None), model, effort=effort, policy=policy, request_id=""
+        )
+        response = await self._connection.unary(
+            self._connection.stubs.inference.ExplainRoute, v1.ExplainRouteRequest(generate=request)
+        )
+        return codec.route_explanation_from_proto(response)
+
+    # The fleet.
+
+    async def list_nodes(self) -> tuple[Node, ...]:
+        """All nodes by id."""
+        request = v1.ListNodesRequest()
+        nodes: list[Node] = []
+        while True:
+            response = await self._connection.unary(self._connection.stubs.fleet.ListNodes, request)
+            nodes += [codec.node_from_proto(node) for node in response.nodes]
+            if not response.next_page_token:
+                return tuple(nodes)
+            request.page_token = response.next_page_token
+
+    async def get_node(self, node_id: str) -> Node:
+        """One node. Raises UnknownNodeError."""
+        response = await self._connection.unary(
+            self._connection.stubs.fleet.GetNode, v1.GetNodeRequest(node_id=node_id)
+        )
+        return codec.node_from_proto(response.node)
+
+    async def list_deployments(self) -> tuple[Deployment, ...]:
+        """All deployments by id."""
+        request = v1.ListDeploymentsRequest()
+        found: list[Deployment] = []
+        while True:
+            response = await self._connection.unary(self._connection.stubs.fleet.ListDeployments, request)
+            found += [codec.deployment_from_proto(each) for each in response.deployments]
+            if not response.next_page_token:
+                return tuple(found)
+            request.page_token = response.next_page_token
+
+    async def get_deployment(self, deployment_id: str) -> Deployment:
+        """One deployment. Raises UnknownDeploymentError."""
+        response = await self._connection.unary(
+            self._connection.stubs.fleet.GetDeployment, v1.GetDeploymentRequest(deployment_id=deployment_id)
+        )
+        return codec.deployment_from_proto(response.deployment)
+
+    def watch_fleet(self) -> AsyncGenerator[FleetSnapshot, None]:
+        """The whole fleet, again after every change and at least once a second; without an end.
+
+        Raises:
+            UnavailableError: the server cannot be reached, or not again.
+        """
+        return watch_snapshots(self._connection)
+
+    def start_deployment(
+        self, deployment_id: str, *, operation_id: str = ""
+    ) -> AsyncGenerator[LifecycleEvent, None]:
+        """Start an engine and follow its loading; the last event is `LifecycleDone` or `LifecycleFailed`.
+
+        This and the other operations begin when they are first read, and go on when nobody reads
+        any more. A connection that is lost on the way is made again.
+
+        Args:
+            deployment_id: deployment.
+            operation_id: the same id joins the operation that runs, or repeats its outcome; empty
+                makes a new one.
+
+        Raises:
+            UnknownDeploymentError: there is no such deployment.
+            FailedPreconditionError: its state or its owner forbids it.
+            UnavailableError: the server, or the node, cannot be reached.
+        """
+        request = v1.StartDeploymentRequest(
+            operation_id=_operation(operation_id), deployment_id=deployment_id
+        )
+        return operate(self._connection, lambda stubs: stubs.fleet.StartDeployment, request)
+
+    def stop_deployment(
+        self, deployment_id: str, *, force: bool = False, operation_id: str = ""
+    ) -> AsyncGenerator[LifecycleEvent, None]:
+        """Stop an engine. As `start_deployment`; PinnedDeploymentError without `force`."""
+        request = v1.StopDeploymentRequest(
+            operation_id=_operation(operation_id), deployment_id=deployment_id, force=force
+        )
+        return operate(self._connection, lambda stubs: stubs.fleet.StopDeployment, request)
+
+    def sleep_deployment(
+        self, deployment_id: str, *, force: bool = False, level: int = 0, operation_id: str = ""
+    ) -> AsyncGenerator[LifecycleEvent, None]:
+        """Move weights to host memory. As `stop_deployment`; `level` 0 lets the server choose."""
+        request = v1.SleepDeploymentRequest(
+            operation_id=_operation(operation_id), deployment_id=deployment_id, force=force, level=level
+        )
+        return operate(self._connection, lambda stubs: stubs.fleet.SleepDeployment, request)
+
+    def wake_deployment(
+        self, deployment_id: str, *, operation_id: str = ""
+    ) -> AsyncGenerator[LifecycleEvent, None]:
+        """Move weights back to VRAM. As `start_deployment`."""
+        request = v1.WakeDeploymentRequest(operation_id=_operation(operation_id), deployment_id=deployment_id)
+        return operate(self._connection, lambda stubs: stubs.fleet.WakeDeployment, request)
+
+    def free_deployment(
+        self, deployment_id: str, *, operation_id: str = ""
+    ) -> AsyncGenerator[LifecycleEvent, None]:
+        """Ask a `cache` engine to give back its memory. As `start_deployment`."""
+        request = v1.FreeDeploymentRequest(operation_id=_operation(operation_id), deployment_id=deployment_id)
+        return operate(self._connection, lambda stubs: stubs.fleet.FreeDeployment, request)
+
+    async def drain_node(self, node_id: str, *, operation_id: str = "") -> Node:
+        """Send no new work to a node; what runs there finishes. Raises UnknownNodeError."""
+        request = v1.DrainNodeRequest(operation_id=_operation(operation_id), node_id=node_id)
+        response = await self._connection.unary(self._connection.stubs.fleet.DrainNode, request)
+        return codec.node_from_proto(response.node)
+
+    async def resume_node(self, node_id: str, *, operation_id: str = "") -> Node:
+        """Take a drained node back. Raises UnknownNodeError."""
+        request = v1.ResumeNodeRequest(operation_id=_operation(operation_id), node_id=node_id)
+        response = await self._connection.unary(self._connection.stubs.fleet.ResumeNode, request)
+        return codec.node_from_proto(response.node)
+
+
+def _operation(operation_id: str) -> str:
+    return operation_id or str(uuid.uuid4())
+
+
+def _conversation(
+    messages: Messages, tools: Sequence[Tool], max_tokens: int | None, temperature: float | None
+) -> Conversation:
+    turns = (ChatMessage("user", messages),) if isinstance(messages, str) else tuple(messages)
+    return Conversation(messages=turns, tools=tuple(tools), max_tokens=max_tokens, temperature=temperature)
+
+
+class _Body(msgspec.Struct):
+    """What is read of an OpenAI body; the rest is the engine's."""
+
+    model: str = ""
+
+
+def _generate(
+    content: Conversation | OpenAiBody, model: str, *, effort: int | None, policy: Policy, request_id: str
+) -> v1.GenerateRequest:
+    if isinstance(content, Conversation):
+        chat = v1.ChatInput(conversation=codec.conversation_to_proto(content))
+    else:
+        body = content if isinstance(content, bytes) else msgspec.json.encode(content)
+        chat = v1.ChatInput(openai_json=body)
+        if not model:
+            try:
+                model = msgspec.json.decode(body, type=_Body).model
+            except msgspec.MsgspecError as error:
+                raise InvalidRequestError(f"the body is not an OpenAI request: {error}") from error
+    return v1.GenerateRequest(
+        request_id=request_id, model=model, effort=effort, policy=codec.policy_to_proto(policy), chat=chat
+    )

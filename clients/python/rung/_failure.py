@@ -1,0 +1,43 @@
+"""From the reason of a failure to the error that stands for it."""
+
+from __future__ import annotations
+
+from rung.errors import (
+    EngineFailedError,
+    EngineProtocolError,
+    EngineRejectedError,
+    EngineStartFailedError,
+    EngineTimeoutError,
+    EngineUnreachableError,
+    NodeUnreachableError,
+    NoTargetError,
+    RungError,
+    UnavailableError,
+)
+from rung.types import FailureReason, JobFailed, LifecycleFailed
+
+_ERRORS: dict[FailureReason, type[RungError]] = {
+    FailureReason.INVALID_REQUEST: EngineRejectedError,
+    FailureReason.NO_TARGET: NoTargetError,
+    FailureReason.ENGINE_ERROR: EngineFailedError,
+    FailureReason.ENGINE_PROTOCOL: EngineProtocolError,
+    FailureReason.ENGINE_LOST: EngineUnreachableError,
+    FailureReason.ENGINE_START_FAILED: EngineStartFailedError,
+    FailureReason.TIMEOUT: EngineTimeoutError,
+    FailureReason.NODE_LOST: NodeUnreachableError,
+    FailureReason.CONTROL_PLANE_RESTARTED: UnavailableError,
+    FailureReason.VRAM_INFEASIBLE: NoTargetError,
+    FailureReason.BUDGET_EXHAUSTED: NoTargetError,
+    FailureReason.INTERNAL: RungError,
+}
+
+
+def error_of_failure(failure: JobFailed | LifecycleFailed) -> RungError:
+    """The error for a job or an operation that failed. Its metadata has `failure_reason`.
+
+    A job's failure also has `delivered_characters`: whether anything of the answer had arrived.
+    """
+    metadata = {"failure_reason": failure.reason.value}
+    if isinstance(failure, JobFailed):
+        metadata["delivered_characters"] = str(failure.delivered_characters)
+    return _ERRORS[failure.reason](failure.detail, **metadata)

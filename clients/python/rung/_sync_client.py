@@ -1,0 +1,397 @@
+"""The blocking client: the asynchronous one, run by an event loop in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+import weakref
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Coroutine, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from rung._client import (
+    DEFAULT_RECONNECT_S,
+    DEFAULT_TIMEOUT_S,
+    EMBED_TIMEOUT_S,
+    AsyncClient,
+    Messages,
+    OpenAiBody,
+)
+from rung._client_jobs import JobStream
+from rung.errors import JobCancelledError
+from rung.transport import TlsOptions
+from rung.types import (
+    ChatResult,
+    Deployment,
+    Embeddings,
+    FleetSnapshot,
+    Job,
+    JobEvent,
+    JobState,
+    LifecycleEvent,
+    Model,
+    Node,
+    Policy,
+    RouteExplanation,
+    Tool,
+)
+
+T = TypeVar("T")
+
+
+class _Ended:
+    """What a stream gives after its last item."""
+
+
+_ENDED = _Ended()
+
+
+async def _next(source: AsyncIterator[T]) -> T | _Ended:
+    return await anext(source, _ENDED)
+
+
+def _unless_ended(item: T | _Ended) -> T:
+    if isinstance(item, _Ended):
+        raise StopIteration
+    return item
+
+
+class _LoopThread:
+    """An event loop in a daemon thread. gRPC's objects are made and used in that loop only."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._serve, name="rung-client", daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            asyncio.set_event_loop(None)
+            self._loop.close()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run in the loop and wait. An interrupt of the waiting thread cancels the coroutine."""
+        with self._lock:
+            if self._stopped:
+                coroutine.close()
+                raise JobCancelledError("this client is closed")
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError:
+            raise JobCancelledError("this client was closed") from None
+        except BaseException:
+            future.cancel()
+            raise
+
+    def stop(self, client: AsyncClient) -> None:
+        """Close the client, cancel what still waits, end the thread. Again does nothing."""
+        with self._lock:
+            if self._stopped:
+                return
+            self._stopped = True
+            if threading.current_thread() is self._thread:
+                # A collected client, found by the garbage collector in our own thread: waiting
+                # for the loop here would be for ever. The channel goes with its last reference.
+                self._loop.stop()
+                return
+            future = asyncio.run_coroutine_threadsafe(self._finish(client), self._loop)
+        future.result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    async def _finish(self, client: AsyncClient) -> None:
+        await client.aclose()
+        waiting = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()
+
+
+class Stream(Generic[T]):
+    """A blocking iterator over a stream. Close it, or use it as a context manager, to leave it early."""
+
+    def __init__(self, thread: _LoopThread, source: AsyncGenerator[T, None]) -> None:
+        self._thread = thread
+        self._source = source
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        return _unless_ended(self._thread.run(_next(self._source)))
+
+    def close(self) -> None:
+        """Leave the stream; the server is told."""
+        self._thread.run(self._source.aclose())
+
+    def __enter__(self) -> Stream[T]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class SyncJobStream:
+    """The events of one generation; see `JobStream`, of which this is the blocking form."""
+
+    def __init__(self, thread: _LoopThread, source: JobStream) -> None:
+        self._thread = thread
+        self._source = source
+
+    @property
+    def job_id(self) -> str:
+        """Id of the job; empty before its first event."""
+        return self._source.job_id
+
+    def __iter__(self) -> Iterator[JobEvent]:
+        return self
+
+    def __next__(self) -> JobEvent:
+        return _unless_ended(self._thread.run(_next(self._source)))
+
+    def text(self) -> str:
+        """The text of the whole answer. Raises as `result`."""
+        return self._thread.run(self._source.text())
+
+    def result(self) -> ChatResult:
+        """Read to the end. Raises as `JobStream.result`."""
+        return self._thread.run(self._source.result())
+
+    def close(self) -> None:
+        """Stop reading, from any thread. Cancels the job unless it is detached."""
+        self._thread.run(self._source.aclose())
+
+    def __enter__(self) -> SyncJobStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Client:
+    """A blocking client of one control plane: `AsyncClient`, method by method, without `await`.
+
+    Close it, or use it as a context manager. It can be used from several threads; each stream by
+    one at a time. Arguments, results and errors are those of `AsyncClient`.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        tls: TlsOptions | None = None,
+        token: str | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        reconnect_s: float = DEFAULT_RECONNECT_S,
+    ) -> None:
+        self._client = AsyncClient(
+            address, tls=tls, token=token, timeout_s=timeout_s, reconnect_s=reconnect_s
+        )
+        self._thread = _LoopThread()
+        self._stop = weakref.finalize(self, self._thread.stop, self._client)
+
+    @property
+    def address(self) -> str:
+        """Where the control plane is."""
+        return self._client.address
+
+    def close(self) -> None:
+        """Close the connection and end the thread; calls that wait end with JobCancelledError."""
+        self._stop()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Inference.
+
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        model: str = "",
+        effort: int | None = None,
+        tools: Sequence[Tool] = (),
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        policy: Policy = Policy(),  # noqa: B008 - frozen
+        request_id: str = "",
+    ) -> SyncJobStream:
+        """See `AsyncClient.chat`."""
+        source = self._client.chat(
+            messages,
+            model=model,
+            effort=effort,
+            tools=tools,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            policy=policy,
+            request_id=request_id,
+        )
+        return SyncJobStream(self._thread, source)
+
+    def generate_openai(
+        self,
+        body: OpenAiBody,
+        *,
+        model: str = "",
+        effort: int | None = None,
+        policy: Policy = Policy(),  # noqa: B008 - frozen
+        request_id: str = "",
+    ) -> SyncJobStream:
+        """See `AsyncClient.generate_openai`."""
+        source = self._client.generate_openai(
+            body, model=model, effort=effort, policy=policy, request_id=request_id
+        )
+        return SyncJobStream(self._thread, source)
+
+    def create_job(
+        self,
+        messages: Messages | None = None,
+        *,
+        body: OpenAiBody | None = None,
+        model: str = "",
+        effort: int | None = None,
+        tools: Sequence[Tool] = (),
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        policy: Policy = Policy(),  # noqa: B008 - frozen
+        request_id: str = "",
+    ) -> Job:
+        """See `AsyncClient.create_job`."""
+        return self._thread.run(
+            self._client.create_job(
+                messages,
+                body=body,
+                model=model,
+                effort=effort,
+                tools=tools,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                policy=policy,
+                request_id=request_id,
+            )
+        )
+
+    def get_job(self, job_id: str) -> Job:
+        """See `AsyncClient.get_job`."""
+        return self._thread.run(self._client.get_job(job_id))
+
+    def list_jobs(self, states: Collection[JobState] = (), page_size: int = 0) -> Stream[Job]:
+        """See `AsyncClient.list_jobs`."""
+        return Stream(self._thread, self._client.list_jobs(states, page_size))
+
+    def watch_job(
+        self, job_id: str, after_sequence: int = 0, *, heartbeats: bool = False
+    ) -> Stream[JobEvent]:
+        """See `AsyncClient.watch_job`."""
+        return Stream(self._thread, self._client.watch_job(job_id, after_sequence, heartbeats=heartbeats))
+
+    def cancel_job(self, job_id: str) -> Job:
+        """See `AsyncClient.cancel_job`."""
+        return self._thread.run(self._client.cancel_job(job_id))
+
+    def embed(
+        self,
+        inputs: str | Sequence[str],
+        model: str = "",
+        *,
+        policy: Policy = Policy(),  # noqa: B008 - frozen
+        request_id: str = "",
+        timeout_s: float = EMBED_TIMEOUT_S,
+    ) -> Embeddings:
+        """See `AsyncClient.embed`."""
+        return self._thread.run(
+            self._client.embed(inputs, model, policy=policy, request_id=request_id, timeout_s=timeout_s)
+        )
+
+    def list_models(self) -> tuple[Model, ...]:
+        """See `AsyncClient.list_models`."""
+        return self._thread.run(self._client.list_models())
+
+    def explain_route(
+        self,
+        messages: Messages = "",
+        *,
+        model: str = "",
+        effort: int | None = None,
+        policy: Policy = Policy(),  # noqa: B008 - frozen
+    ) -> RouteExplanation:
+        """See `AsyncClient.explain_route`."""
+        return self._thread.run(
+            self._client.explain_route(messages, model=model, effort=effort, policy=policy)
+        )
+
+    # The fleet.
+
+    def list_nodes(self) -> tuple[Node, ...]:
+        """See `AsyncClient.list_nodes`."""
+        return self._thread.run(self._client.list_nodes())
+
+    def get_node(self, node_id: str) -> Node:
+        """See `AsyncClient.get_node`."""
+        return self._thread.run(self._client.get_node(node_id))
+
+    def list_deployments(self) -> tuple[Deployment, ...]:
+        """See `AsyncClient.list_deployments`."""
+        return self._thread.run(self._client.list_deployments())
+
+    def get_deployment(self, deployment_id: str) -> Deployment:
+        """See `AsyncClient.get_deployment`."""
+        return self._thread.run(self._client.get_deployment(deployment_id))
+
+    def watch_fleet(self) -> Stream[FleetSnapshot]:
+        """See `AsyncClient.watch_fleet`."""
+        return Stream(self._thread, self._client.watch_fleet())
+
+    def start_deployment(self, deployment_id: str, *, operation_id: str = "") -> Stream[LifecycleEvent]:
+        """See `AsyncClient.start_deployment`."""
+        return Stream(self._thread, self._client.start_deployment(deployment_id, operation_id=operation_id))
+
+    def stop_deployment(
+        self, deployment_id: str, *, force: bool = False, operation_id: str = ""
+    ) -> Stream[LifecycleEvent]:
+        """See `AsyncClient.stop_deployment`."""
+        source = self._client.stop_deployment(deployment_id, force=force, operation_id=operation_id)
+        return Stream(self._thread, source)
+
+    def sleep_deployment(
+        self, deployment_id: str, *, force: bool = False, level: int = 0, operation_id: str = ""
+    ) -> Stream[LifecycleEvent]:
+        """See `AsyncClient.sleep_deployment`."""
+        source = self._client.sleep_deployment(
+            deployment_id, force=force, level=level, operation_id=operation_id
+        )
+        return Stream(self._thread, source)
+
+    def wake_deployment(self, deployment_id: str, *, operation_id: str = "") -> Stream[LifecycleEvent]:
+        """See `AsyncClient.wake_deployment`."""
+        return Stream(self._thread, self._client.wake_deployment(deployment_id, operation_id=operation_id))
+
+    def free_deployment(self, deployment_id: str, *, operation_id: str = "") -> Stream[LifecycleEvent]:
+        """See `AsyncClient.free_deployment`."""
+        return Stream(self._thread, self._client.free_deployment(deployment_id, operation_id=operation_id))
+
+    def drain_node(self, node_id: str, *, operation_id: str = "") -> Node:
+        """See `AsyncClient.drain_node`."""
+        return self._thread.run(self._client.drain_node(node_id, operation_id=operation_id))
+
+    def resume_node(self, node_id: str, *, operation_id: str = "") -> Node:
+        """See `AsyncClient.resume_node`."""
+        return self._thread.run(self._client.resume_node(node_id, operation_id=operation_id))

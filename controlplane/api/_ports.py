@@ -1,0 +1,66 @@
+"""What the servicers need of the rooms behind them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Collection, Sequence
+from typing import Protocol
+
+from controlplane.pipelines._wish import Wish
+from rung.types import Embeddings, Job, JobEvent, JobState, RouteExplanation
+
+
+class RunningJob(Protocol):
+    """A job that was begun."""
+
+    @property
+    def id(self) -> str:
+        """Its id."""
+        ...
+
+    def request_cancel(self, by: str) -> None:
+        """Ask it to end; does nothing to one that has ended."""
+        ...
+
+
+class JobsPort(Protocol):
+    """The jobs, as `controlplane.jobs.Jobs` has them."""
+
+    async def get(self, job_id: str) -> Job:
+        """One job. Raises UnknownJobError."""
+        ...
+
+    async def list(
+        self, *, page_size: int, before: tuple[float, str] | None = None, states: Collection[JobState] = ()
+    ) -> Sequence[Job]:
+        """Jobs, newest first, before the place `(create_time_s, id)`."""
+        ...
+
+    async def cancel(self, job_id: str, by: str) -> Job:
+        """Ask a job to end. Raises UnknownJobError."""
+        ...
+
+    def watch(
+        self, job_id: str, after_sequence: int = 0, heartbeat_s: float = 1.0
+    ) -> AsyncIterator[JobEvent]:
+        """Events after a sequence to the terminal one. Raises UnknownJobError, OutOfRangeError."""
+        ...
+
+
+class PipelinesPort(Protocol):
+    """What carries wishes out, as `controlplane.pipelines.Pipelines` does."""
+
+    def start(self, wish: Wish) -> RunningJob:
+        """Begin a generation."""
+        ...
+
+    async def create_detached(self, wish: Wish) -> Job:
+        """Begin a generation that outlives its caller; returns once its job is stored."""
+        ...
+
+    async def embed(self, wish: Wish) -> Embeddings:
+        """Vectors for texts."""
+        ...
+
+    def explain(self, wish: Wish) -> RouteExplanation:
+        """Who would answer, and why; starts nothing."""
+        ...

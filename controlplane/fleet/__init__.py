@@ -1,0 +1,18 @@
+"""Nodes and their agents: dial, watch, reconcile; the fleet as one immutable view."""
+
+from controlplane.fleet._agent_client import AgentClient, AgentRun
+from controlplane.fleet._fleet import ConfiguredNode, Fleet
+from controlplane.fleet._operations import LifecycleAction
+from controlplane.fleet._view import DeploymentView, FleetView, build_view, models
+
+__all__ = [
+    "AgentClient",
+    "AgentRun",
+    "ConfiguredNode",
+    "DeploymentView",
+    "Fleet",
+    "FleetView",
+    "LifecycleAction",
+    "build_view",
+    "models",
+]

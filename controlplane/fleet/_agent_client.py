@@ -1,0 +1,397 @@
+"""Calls to a node's agent: the only place where the fleet touches gRPC.
+
+Requests and answers are `rung.types` values, failures are `rung.errors`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import grpc
+import grpc.aio
+from msgspec import Struct
+
+from rung import codec, v1
+from rung.errors import (
+    EngineProtocolError,
+    EngineTimeoutError,
+    EngineUnreachableError,
+    NodeUnreachableError,
+    NotImplementedYetError,
+    RungError,
+)
+from rung.transport import DETAILS_TRAILER, ChannelOptions, error_from_rpc, open_channel
+from rung.types import Deployment, DeploymentSpec, JobKind, LifecycleEvent, NodeStatus
+
+if TYPE_CHECKING:
+    RunCall: TypeAlias = grpc.aio.UnaryStreamCall[v1.RunRequest, v1.RunResponse]
+
+#: Codes that gRPC itself gives to a call whose peer or connection is gone.
+_CONNECTION_CODES = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+    }
+)
+#: The agent enforces the idle timeout of a generation; this long after it the agent itself is given up.
+_AGENT_MARGIN_S = 10.0
+
+_RUN_KINDS = {
+    JobKind.CHAT: v1.RUN_KIND_CHAT_COMPLETIONS,
+    JobKind.EMBEDDING: v1.RUN_KIND_EMBEDDINGS,
+}
+
+
+class AgentSnapshot(Struct, frozen=True, kw_only=True):
+    """Everything about a node at one moment; replaces all that was known."""
+
+    node_id: str
+    agent_instance_id: str
+    epoch: int
+    status: NodeStatus
+    deployments: tuple[Deployment, ...]
+
+
+class DeploymentRemoved(Struct, frozen=True):
+    """A deployment is no longer on the node."""
+
+    deployment_id: str
+
+
+AgentUpdate: TypeAlias = AgentSnapshot | NodeStatus | Deployment | DeploymentRemoved
+
+
+class AgentClient:
+    """One channel to one agent. Make it inside the running event loop."""
+
+    def __init__(self, node_id: str, address: str) -> None:
+        self.node_id = node_id
+        self._channel = open_channel(ChannelOptions(address=address))
+        self._stub = v1.NodeAgentServiceStub(self._channel)
+        self._open_calls = 0
+        self._retired = False
+        self._closing: asyncio.Task[None] | None = None
+
+    async def watch(self, epoch: int) -> AsyncGenerator[AgentUpdate, None]:
+        """A snapshot, then changes, until the stream breaks.
+
+        Raises:
+            NodeUnreachableError: the connection could not be made, or broke.
+            StaleEpochError: another control plane owns the node.
+        """
+        self._opened()
+        call = self._stub.Watch(v1.WatchRequest(epoch=epoch))
+        try:
+            async for message in call:
+                update = _update(message)
+                if update is not None:
+                    yield update
+        except grpc.aio.AioRpcError as failure:
+            raise self._error(failure) from failure
+        finally:
+            call.cancel()
+            self._closed()
+
+    def start_engine(
+        self, spec: DeploymentSpec, *, operation_id: str, epoch: int
+    ) -> AsyncGenerator[LifecycleEvent, None]:
+        """Start an engine. For this and the other operations see `NodeAgentService`."""
+        request = v1.StartEngineRequest(
+            command=_command(operation_id, epoch), spec=codec.deployment_spec_to_proto(spec)
+        )
+        return self._operate(self._stub.StartEngine(request))
+
+    def stop_engine(
+        self, deployment_id: str, *, operation_id: str, epoch: int, force: bool = False
+    ) -> AsyncGenerator[LifecycleEvent, None]:
+        """Stop an engine."""
+        request = v1.StopEngineRequest(
+            command=_command(operation_id, epoch), deployment_id=deployment_id, force=force
+        )
+        return self._operate(self._stub.StopEngine(request))
+
+    def sleep_engine(
+        self, deployment_id: str, *, operation_id: str, epoch: int, level: int = 0, force: bool = False
+    ) -> AsyncGenerator[LifecycleEvent, None]:
+        """Move an engine's weights to host memory."""
+        request = v1.SleepEngineRequest(
+            command=_command(operation_id, epoch), deployment_id=deployment_id, level=level, force=force
+        )
+        return self._operate(self._stub.SleepEngine(request))
+
+    def wake_engine(
+        self, deployment_id: str, *, operation_id: str, epoch: int
+    ) -> AsyncGenerator[LifecycleEvent, None]:
+        """Move an engine's weights back."""
+        request = v1.WakeEngineRequest(command=_command(operation_id, epoch), deployment_id=deployment_id)
+        return self._operate(self._stub.WakeEngine(request))
+
+    def free_engine(
+        self, deployment_id: str, *, operation_id: str, epoch: int
+    ) -> AsyncGenerator[LifecycleEvent, None]:
+        """Ask a caching engine to give back its memory."""
+        request = v1.FreeEngineRequest(command=_command(operation_id, epoch), deployment_id=deployment_id)
+        return self._operate(self._stub.FreeEngine(request))
+
+    async def _operate(
+        self, call: grpc.aio.UnaryStreamCall[Any, Any]
+    ) -> AsyncGenerator[LifecycleEvent, None]:
+        self._opened()
+        try:
+            async for message in call:
+                yield codec.lifecycle_event_from_proto(message.event)
+        except grpc.aio.AioRpcError as failure:
+            raise self._error(failure) from failure
+        except asyncio.CancelledError:
+            if _task_is_cancelled():
+                raise
+            raise NodeUnreachableError(
+                f"the channel to {self.node_id} was closed", node=self.node_id
+            ) from None
+        finally:
+            call.cancel()
+            self._closed()
+
+    def run(
+        self, deployment_id: str, *, job_id: str, kind: JobKind, body: bytes, idle_timeout_s: float
+    ) -> AgentRun:
+        """One generation through the agent; enter the result to begin it.
+
+        Raises:
+            NotImplementedYetError: this kind of job has no route through an agent.
+        """
+        run_kind = _RUN_KINDS.get(kind)
+        if run_kind is None:
+            raise NotImplementedYetError(f"jobs of kind {kind} do not go through an agent in this version")
+        request = v1.RunRequest(
+            job_id=job_id,
+            deployment_id=deployment_id,
+            kind=run_kind,
+            body=body,
+            idle_timeout=codec.duration_to_proto(idle_timeout_s),
+        )
+        return AgentRun(self, request, idle_timeout_s)
+
+    def retire(self) -> None:
+        """Close the channel as soon as no call uses it. Calls that run are left to finish."""
+        self._retired = True
+        if not self._open_calls and self._closing is None:
+            self._closing = asyncio.create_task(self._channel.close(), name=f"close-{self.node_id}")
+
+    async def aclose(self) -> None:
+        """Close the channel now; running calls are cancelled."""
+        self._retired = True
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._channel.close(), name=f"close-{self.node_id}")
+        await self._closing
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the channel is closed for good."""
+        return self._closing is not None and self._closing.done()
+
+    def _opened(self) -> None:
+        self._open_calls += 1
+
+    def _closed(self) -> None:
+        self._open_calls -= 1
+        if self._retired and not self._open_calls:
+            self.retire()
+
+    def _error(self, failure: grpc.aio.AioRpcError) -> RungError:
+        # An error with details was raised by the agent; one without is gRPC's own.
+        of_agent = any(key == DETAILS_TRAILER for key, _ in failure.trailing_metadata() or ())
+        if not of_agent and failure.code() in _CONNECTION_CODES:
+            return NodeUnreachableError(
+                f"the agent of {self.node_id} cannot be reached: {failure.details() or failure.code().name}",
+                node=self.node_id,
+            )
+        return error_from_rpc(failure)
+
+
+class AgentRun:
+    """A generation through the agent, in the shape of `rung.service.EngineReply`.
+
+    Enter it to send the request: `status`, `content_type` and `retry_after` are there then. Leaving
+    it before the end of the body cancels the generation in the engine.
+
+    Raises, when it is entered:
+        NotAwakeError, UnknownDeploymentError, EngineUnreachableError: as the agent says.
+        NodeUnreachableError: the agent does not answer.
+        EngineTimeoutError: no head within the idle timeout.
+    """
+
+    __slots__ = (
+        "_call",
+        "_client",
+        "_deployment_id",
+        "_gave_up",
+        "_idle_s",
+        "_last_s",
+        "_loop",
+        "_messages",
+        "_request",
+        "_watchdog",
+        "content_type",
+        "retry_after",
+        "status",
+    )
+
+    def __init__(self, client: AgentClient, request: v1.RunRequest, idle_timeout_s: float) -> None:
+        self._client = client
+        self._request = request
+        self._deployment_id = request.deployment_id
+        self._idle_s = idle_timeout_s + _AGENT_MARGIN_S
+        self._call: RunCall | None = None
+        self._watchdog: asyncio.TimerHandle | None = None
+        self._gave_up = False
+        self.status = 0
+        self.content_type = ""
+        self.retry_after = ""
+
+    async def __aenter__(self) -> AgentRun:
+        self._loop = asyncio.get_running_loop()
+        self._client._opened()
+        self._call = self._client._stub.Run(self._request)
+        self._last_s = self._loop.time()
+        self._watchdog = self._loop.call_later(self._idle_s, self._look)
+        # One iterator for head and body. Not `read()`, which drops what is buffered once the status is in.
+        self._messages = self._call.__aiter__()
+        try:
+            message = await self._first()
+        except BaseException:
+            self._end()
+            raise
+        head = message.head
+        self.status = head.status_code
+        self.content_type = head.content_type or "application/json"
+        self.retry_after = head.retry_after
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    async def _first(self) -> v1.RunResponse:
+        try:
+            message = await anext(self._messages, None)
+        except grpc.aio.AioRpcError as failure:
+            raise self._client._error(failure) from failure
+        except asyncio.CancelledError:
+            self._raise_unless_own_task()
+            raise
+        if message is None:
+            raise EngineProtocolError(
+                f"the agent of {self._client.node_id} ended the answer of {self._deployment_id} "
+                "before its head",
+                engine=self._deployment_id,
+            )
+        if not message.HasField("head"):
+            raise self._failed(message)
+        return message
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body, piece by piece, as it comes.
+
+        Raises:
+            EngineTimeoutError: nothing came for the idle timeout.
+            EngineProtocolError: the engine's answer broke or was not understood.
+            EngineUnreachableError: the engine is gone.
+            NodeUnreachableError: the agent is gone.
+        """
+        now = self._loop.time
+        try:
+            async for message in self._messages:
+                self._last_s = now()
+                data = message.data
+                if data:
+                    yield data
+                elif message.HasField("failed"):
+                    raise self._failed(message)
+        except grpc.aio.AioRpcError as failure:
+            raise self._client._error(failure) from failure
+        except asyncio.CancelledError:
+            self._raise_unless_own_task()
+            raise
+
+    async def read(self) -> bytes:
+        """The whole body. Raises as `chunks`."""
+        return b"".join([chunk async for chunk in self.chunks()])
+
+    def _raise_unless_own_task(self) -> None:
+        """Raise what a CancelledError means: grpc.aio raises it also when only the call was cancelled."""
+        if _task_is_cancelled():
+            return
+        node = self._client.node_id
+        if self._gave_up:
+            raise EngineTimeoutError(
+                f"{self._deployment_id} on {node} said nothing for {self._idle_s:g} s",
+                engine=self._deployment_id,
+            ) from None
+        raise NodeUnreachableError(f"the channel to {node} was closed", node=node) from None
+
+    def _failed(self, message: v1.RunResponse) -> RungError:
+        failed = message.failed
+        error_class: type[RungError] = EngineProtocolError
+        if failed.reason == v1.FAILURE_REASON_TIMEOUT:
+            error_class = EngineTimeoutError
+        elif failed.reason == v1.FAILURE_REASON_ENGINE_LOST:
+            error_class = EngineUnreachableError
+        detail = failed.detail or f"the answer of {self._deployment_id} broke off"
+        return error_class(detail, engine=self._deployment_id)
+
+    def _look(self) -> None:
+        # Looks at the time of the last message now and then, so that a message costs no timer.
+        left_s = self._last_s + self._idle_s - self._loop.time()
+        if left_s > 0:
+            self._watchdog = self._loop.call_later(left_s, self._look)
+        elif self._call is not None:
+            self._gave_up = True
+            self._call.cancel()
+
+    def _end(self) -> None:
+        call, self._call = self._call, None
+        if call is None:
+            return
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        call.cancel()
+        self._client._closed()
+
+
+def _command(operation_id: str, epoch: int) -> v1.Command:
+    return v1.Command(operation_id=operation_id, epoch=epoch)
+
+
+def _task_is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
+
+
+def _update(message: v1.WatchResponse) -> AgentUpdate | None:
+    """What a message of a watch says; None for an event that this version does not know."""
+    match message.WhichOneof("event"):
+        case "status":
+            return codec.node_status_from_proto(message.status)
+        case "deployment":
+            return codec.deployment_from_proto(message.deployment)
+        case "removed_deployment_id":
+            return DeploymentRemoved(message.removed_deployment_id)
+        case "snapshot":
+            snapshot = message.snapshot
+            return AgentSnapshot(
+                node_id=snapshot.node_id,
+                agent_instance_id=snapshot.agent_instance_id,
+                epoch=snapshot.epoch,
+                status=codec.node_status_from_proto(snapshot.status),
+                deployments=tuple(codec.deployment_from_proto(found) for found in snapshot.deployments),
+            )
+        case _:
+            return None

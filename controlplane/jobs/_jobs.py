@@ -1,0 +1,350 @@
+"""All jobs: those that run, and, through the store, those that ran."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Collection, Sequence
+from typing import Protocol
+
+import msgspec
+import structlog
+
+from controlplane.jobs._live import LiveJob
+from controlplane.store import StoredSegment
+from rung.errors import DrainingError, OutOfRangeError, RungError, UnavailableError, UnknownJobError
+from rung.types import (
+    TERMINAL_EVENTS,
+    FailureReason,
+    Job,
+    JobEvent,
+    JobFailed,
+    JobKind,
+    JobState,
+    Policy,
+)
+
+_log = structlog.get_logger("rung.jobs")
+
+#: Events are stored in one transaction this often: a token is not a row, and a crash costs at most this.
+STORE_INTERVAL_S = 0.05
+#: After a crash a job's sequence jumps by this much, so that no number that a subscriber may have
+#: seen, but the store had not, is used twice.
+SEQUENCE_JUMP_AFTER_CRASH = 1_000_000
+#: New jobs are refused when the store has not taken any for this long.
+_STORE_PATIENCE_S = 5.0
+#: Ended jobs older than the retention are deleted this often.
+_RETENTION_INTERVAL_S = 3600.0
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(list[JobEvent])
+
+
+class Store(Protocol):
+    """What jobs need of the store."""
+
+    async def write(self, jobs: Sequence[Job], segments: Sequence[StoredSegment]) -> None:
+        """Upsert jobs and add segments in one transaction."""
+        ...
+
+    async def get(self, job_id: str) -> Job | None:
+        """One job."""
+        ...
+
+    async def by_request_id(self, request_id: str) -> Job | None:
+        """The newest job with that request id."""
+        ...
+
+    async def list(
+        self, *, page_size: int, before: tuple[float, str] | None, states: Collection[JobState]
+    ) -> list[Job]:
+        """Jobs, newest first."""
+        ...
+
+    async def segments(self, job_id: str, after_sequence: int, limit: int = 100) -> list[StoredSegment]:
+        """Segments that hold events after a sequence, in order."""
+        ...
+
+    async def unfinished(self) -> list[Job]:
+        """Jobs without a terminal event."""
+        ...
+
+    async def delete_ended_before(self, time_s: float) -> int:
+        """Delete old jobs; returns how many."""
+        ...
+
+
+class Jobs:
+    """The life of jobs and the fan-out of their events.
+
+    A job's events are appended in memory and stored in batches. Subscribers pull from memory (or
+    from the store when they are far behind), so that a slow one holds up nobody.
+    """
+
+    def __init__(self, store: Store, *, retention_s: float = 7 * 24 * 3600.0) -> None:
+        self._store = store
+        self._retention_s = retention_s
+        self._live: dict[str, LiveJob] = {}
+        self._by_request_id: dict[str, LiveJob] = {}
+        self._changed: dict[str, LiveJob] = {}
+        self._wake = asyncio.Event()
+        self._draining = False
+        self._store_failing_since: float | None = None
+        self._store_lock = asyncio.Lock()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """End honestly what an earlier process left running, then begin to store."""
+        for job in await self._store.unfinished():
+            sequence = job.last_sequence + SEQUENCE_JUMP_AFTER_CRASH
+            now = time.time()
+            detail = "the control plane was restarted while this job ran; send the request again"
+            failed = JobFailed(FailureReason.CONTROL_PLANE_RESTARTED, detail)
+            event = JobEvent(job.id, sequence, now, max(0.0, now - job.create_time_s), failed)
+            ended = msgspec.structs.replace(
+                job,
+                state=JobState.FAILED,
+                end_time_s=now,
+                last_sequence=sequence,
+                failure_reason=failed.reason,
+                detail=detail,
+            )
+            await self._store.write([ended], [_segment([event])])
+            _log.warning("job_ended_by_restart", job=job.id)
+        self._tasks = [
+            asyncio.create_task(self._keep_storing(), name="jobs-store"),
+            asyncio.create_task(self._keep_retention(), name="jobs-retention"),
+        ]
+
+    def open(self, *, kind: JobKind, model: str, policy: Policy, request_id: str = "") -> LiveJob:
+        """Begin a job.
+
+        Raises:
+            DrainingError: the server is shutting down.
+            UnavailableError: jobs cannot be stored, for instance because the disk is full.
+        """
+        if self._draining:
+            raise DrainingError("the control plane is shutting down; try again in a moment")
+        failing = self._store_failing_since
+        if failing is not None and time.monotonic() - failing > _STORE_PATIENCE_S:
+            raise UnavailableError("jobs cannot be stored; see the server's log and its disk")
+        job = LiveJob(
+            job_id=f"job-{secrets.token_hex(10)}",
+            kind=kind,
+            model=model,
+            policy=policy,
+            request_id=request_id,
+            on_change=self._on_change,
+        )
+        self._live[job.id] = job
+        if request_id:
+            self._by_request_id[request_id] = job
+        return job
+
+    def _on_change(self, job: LiveJob) -> None:
+        changed = self._changed
+        if not changed:
+            self._wake.set()
+        changed[job.id] = job
+
+    @property
+    def running(self) -> int:
+        """Jobs that have not ended."""
+        return sum(1 for job in self._live.values() if job.terminal is None)
+
+    async def find_by_request_id(self, request_id: str) -> Job | None:
+        """The newest job that a caller made under this id of its own."""
+        live = self._by_request_id.get(request_id)
+        return live.record() if live is not None else await self._store.by_request_id(request_id)
+
+    async def get(self, job_id: str) -> Job:
+        """One job. Raises UnknownJobError."""
+        live = self._live.get(job_id)
+        job = live.record() if live is not None else await self._store.get(job_id)
+        if job is None:
+            raise UnknownJobError(f"there is no job {job_id}; ended jobs are kept for a while only", job=job_id)
+        return job
+
+    async def list(
+        self, *, page_size: int, before: tuple[float, str] | None = None, states: Collection[JobState] = ()
+    ) -> list[Job]:
+        """Jobs, newest first, before the place `(create_time_s, id)`."""
+        await self.store_now()
+        return await self._store.list(page_size=page_size, before=before, states=states)
+
+    async def cancel(self, job_id: str, by: str) -> Job:
+        """Ask a job to end; one that has ended is left as it is. Raises UnknownJobError."""
+        live = self._live.get(job_id)
+        if live is not None:
+            live.request_cancel(by)
+        return await self.get(job_id)
+
+    async def watch(
+        self, job_id: str, after_sequence: int = 0, heartbeat_s: float = 1.0
+    ) -> AsyncIterator[JobEvent]:
+        """Events after a sequence, then new ones as they come, to the terminal one.
+
+        When nothing happens for `heartbeat_s`, a heartbeat (sequence 0) says what is under way.
+
+        Raises:
+            UnknownJobError: no such job.
+            OutOfRangeError: the job has ended before `after_sequence`.
+        """
+        sequence = after_sequence
+        while True:
+            live = self._live.get(job_id)
+            events = live.kept_after(sequence) if live is not None else None
+            if events is None:
+                events = await self._stored_after(job_id, sequence)
+                if not events and live is None:
+                    # It may have ended, been stored and let go between the two looks.
+                    await self._refuse_beyond_end(job_id, after_sequence)
+                    return
+            for event in events:
+                yield event
+                sequence = event.sequence
+                if isinstance(event.payload, TERMINAL_EVENTS):
+                    return
+            if events or live is None:
+                continue
+            if sequence > live.last_sequence:
+                raise OutOfRangeError(f"job {job_id} has no event {sequence} yet", job=job_id)
+            if not await _arrives(live, heartbeat_s):
+                yield live.heartbeat()
+
+    async def _stored_after(self, job_id: str, sequence: int) -> list[JobEvent]:
+        events: list[JobEvent] = []
+        for segment in await self._store.segments(job_id, sequence):
+            events.extend(event for event in _decoder.decode(segment.events) if event.sequence > sequence)
+        return events
+
+    async def _refuse_beyond_end(self, job_id: str, after_sequence: int) -> None:
+        job = await self.get(job_id)
+        if after_sequence > job.last_sequence:
+            raise OutOfRangeError(
+                f"job {job_id} ended with event {job.last_sequence}; there is nothing after {after_sequence}",
+                job=job_id,
+                last_sequence=str(job.last_sequence),
+            )
+
+    async def store_now(self) -> None:
+        """Store what was appended so far; returns when it is safe. Raises what the store raises."""
+        async with self._store_lock:
+            changed, self._changed = self._changed, {}
+            if not changed:
+                return
+            records: list[Job] = []
+            segments: list[StoredSegment] = []
+            reached: list[tuple[LiveJob, int]] = []
+            for job in changed.values():
+                events = job.unstored()
+                records.append(job.record())
+                if events:
+                    segments.append(_segment(events))
+                reached.append((job, job.last_sequence))
+            try:
+                await self._store.write(records, segments)
+            except BaseException:
+                # Whatever was not stored is still to be stored.
+                self._changed = changed | self._changed
+                raise
+            for job, sequence in reached:
+                job.stored(sequence)
+                if job.terminal is not None and sequence == job.last_sequence:
+                    self._live.pop(job.id, None)
+                    if self._by_request_id.get(job.request_id) is job:
+                        del self._by_request_id[job.request_id]
+
+    async def _keep_storing(self) -> None:
+        while True:
+            await self._wake.wait()
+            await asyncio.sleep(STORE_INTERVAL_S)
+            self._wake.clear()
+            try:
+                await self.store_now()
+                self._store_failing_since = None
+            except RungError as error:
+                if self._store_failing_since is None:
+                    self._store_failing_since = time.monotonic()
+                _log.error("jobs_not_stored", error=error.message, jobs=len(self._changed))
+                await asyncio.sleep(1.0)
+            if self._changed:
+                self._wake.set()
+
+    async def _keep_retention(self) -> None:
+        while True:
+            try:
+                deleted = await self._store.delete_ended_before(time.time() - self._retention_s)
+                if deleted:
+                    _log.info("old_jobs_deleted", jobs=deleted)
+            except RungError as error:
+                _log.error("old_jobs_not_deleted", error=error.message)
+            await asyncio.sleep(_RETENTION_INTERVAL_S)
+
+    async def drain(self, grace_s: float) -> None:
+        """Take no new jobs, let running ones end for `grace_s`, cancel the rest, and store all."""
+        self._draining = True
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + grace_s
+        while (running := self._unfinished()) and loop.time() < deadline:
+            await _any_ends(running, deadline - loop.time())
+        for job in self._unfinished():
+            job.request_cancel("drain")
+        if running := self._unfinished():
+            await _any_ends(running, 2.0, all_of_them=True)
+        for job in self._unfinished():
+            job.cancelled("drain")
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.store_now()
+
+    def _unfinished(self) -> list[LiveJob]:
+        return [job for job in self._live.values() if job.terminal is None]
+
+
+def _segment(events: list[JobEvent]) -> StoredSegment:
+    return StoredSegment(
+        job_id=events[0].job_id,
+        first_sequence=events[0].sequence,
+        last_sequence=events[-1].sequence,
+        events=_encoder.encode(events),
+    )
+
+
+async def _arrives(job: LiveJob, timeout_s: float) -> bool:
+    """Wait for the next event; False when none came in time."""
+    waiter = job.next_event()
+    timer = asyncio.get_running_loop().call_later(timeout_s, waiter.cancel)
+    try:
+        await waiter
+    except asyncio.CancelledError:
+        current = asyncio.current_task()
+        if current is not None and current.cancelling():
+            raise
+        return False
+    finally:
+        timer.cancel()
+        waiter.cancel()
+    return True
+
+
+async def _any_ends(jobs: list[LiveJob], timeout_s: float, *, all_of_them: bool = False) -> None:
+    """Wait until one of the jobs, or each of them, has ended, for a bounded time."""
+
+    async def ended(job: LiveJob) -> None:
+        while job.terminal is None:
+            await job.next_event()
+
+    tasks = [asyncio.ensure_future(ended(job)) for job in jobs]
+    try:
+        await asyncio.wait(
+            tasks,
+            timeout=max(0.0, timeout_s),
+            return_when=asyncio.ALL_COMPLETED if all_of_them else asyncio.FIRST_COMPLETED,
+        )
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,262 @@
+"""A job while it runs: its events in memory, and those who wait for the next one."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from rung.types import (
+    EventPayload,
+    FailureReason,
+    Job,
+    JobAccepted,
+    JobCancelled,
+    JobDone,
+    JobEvent,
+    JobFailed,
+    JobKind,
+    JobState,
+    Phase,
+    PhaseProgress,
+    Policy,
+    Routed,
+    Served,
+    Terminal,
+    TokenDelta,
+    ToolCallDelta,
+    Usage,
+    UsageReported,
+)
+
+#: Events that are kept in memory once they are stored; readers further behind read the store.
+_KEPT_EVENTS = 4096
+
+
+class LiveJob:
+    """The one writer's view of a running job. Not thread-safe: it lives on the event loop.
+
+    `append` is on the path of every token: it makes one struct and wakes who waits.
+    """
+
+    __slots__ = (
+        "_cancel",
+        "_events",
+        "_first_kept",
+        "_on_change",
+        "_phase",
+        "_phase_started",
+        "_started",
+        "_waiters",
+        "cancel_requested_by",
+        "create_time_s",
+        "delivered_characters",
+        "id",
+        "kind",
+        "last_sequence",
+        "model",
+        "policy",
+        "request_id",
+        "served",
+        "state",
+        "stored_sequence",
+        "terminal",
+        "usage",
+    )
+
+    def __init__(
+        self,
+        *,
+        job_id: str,
+        kind: JobKind,
+        model: str,
+        policy: Policy,
+        request_id: str,
+        on_change: Callable[[LiveJob], None],
+    ) -> None:
+        self.id = job_id
+        self.kind = kind
+        self.model = model
+        self.policy = policy
+        self.request_id = request_id
+        self.create_time_s = time.time()
+        self.state = JobState.PENDING
+        self.served: Served | None = None
+        self.usage: Usage | None = None
+        self.terminal: Terminal | None = None
+        self.last_sequence = 0
+        self.stored_sequence = 0
+        self.delivered_characters = 0
+        self.cancel_requested_by = ""
+        self._started = time.monotonic()
+        self._events: list[JobEvent] = []
+        self._first_kept = 1
+        self._waiters: list[asyncio.Future[None]] = []
+        self._on_change = on_change
+        self._cancel: Callable[[], object] | None = None
+        self._phase: PhaseProgress | None = None
+        self._phase_started = self._started
+        self.append(JobAccepted(kind=kind, model=model))
+
+    def append(self, payload: EventPayload) -> JobEvent:
+        """Add an event to the log and wake who waits for it."""
+        now = time.monotonic()
+        elapsed_s = now - self._started
+        self.last_sequence += 1
+        event = JobEvent(self.id, self.last_sequence, self.create_time_s + elapsed_s, elapsed_s, payload)
+        self._events.append(event)
+        if self._waiters:
+            for waiter in self._waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+            self._waiters.clear()
+        self._on_change(self)
+        return event
+
+    def text(self, delta: TokenDelta) -> None:
+        """Add text, and count what was delivered."""
+        self.delivered_characters += len(delta.content)
+        self.append(delta)
+
+    def tool_call(self, delta: ToolCallDelta) -> None:
+        """Add a part of a tool call."""
+        self.append(delta)
+
+    def progress(
+        self,
+        phase: Phase,
+        detail: str = "",
+        *,
+        percent: float | None = None,
+        remaining_s: float | None = None,
+    ) -> None:
+        """Say that a phase began, moved on, or still goes on."""
+        now = time.monotonic()
+        if self._phase is None or self._phase.phase is not phase:
+            self._phase_started = now
+        self._phase = PhaseProgress(
+            phase=phase,
+            detail=detail,
+            percent=percent,
+            phase_elapsed_s=round(now - self._phase_started, 3),
+            remaining_s=remaining_s,
+        )
+        self.append(self._phase)
+
+    def begin_generating(self, served: Served) -> None:
+        """Say who answers; from here on the engine is at work."""
+        self.state = JobState.RUNNING
+        self.served = served
+        self._phase = PhaseProgress(phase=Phase.GENERATING, detail=f"{served.target} is answering")
+        self._phase_started = time.monotonic()
+        self.append(Routed(served=served))
+
+    def consumed(self, usage: Usage) -> None:
+        """Say what the generation consumed."""
+        self.usage = usage
+        self.append(UsageReported(usage=usage))
+
+    def done(self, finish_reason: str) -> None:
+        """End with a result."""
+        self._end(JobState.DONE, JobDone(finish_reason=finish_reason, served=self.served))
+
+    def failed(self, reason: FailureReason, detail: str) -> None:
+        """End without a complete result."""
+        self._end(
+            JobState.FAILED,
+            JobFailed(reason=reason, detail=detail, delivered_characters=self.delivered_characters),
+        )
+
+    def cancelled(self, by: str) -> None:
+        """End on request."""
+        self._end(JobState.CANCELLED, JobCancelled(by=by))
+
+    def _end(self, state: JobState, terminal: Terminal) -> None:
+        if self.terminal is not None:
+            return
+        self.state = state
+        self.terminal = terminal
+        self._cancel = None
+        self.append(terminal)
+
+    def on_cancel(self, cancel: Callable[[], object]) -> None:
+        """Set what a request to cancel calls; at once if one came already."""
+        self._cancel = cancel
+        if self.cancel_requested_by:
+            cancel()
+
+    def request_cancel(self, by: str) -> None:
+        """Ask the job to end. Does nothing to one that has ended."""
+        if self.terminal is not None or self.cancel_requested_by:
+            return
+        self.cancel_requested_by = by
+        if self._cancel is not None:
+            self._cancel()
+
+    def heartbeat(self) -> JobEvent:
+        """What is under way now, as an event outside the log."""
+        now = time.monotonic()
+        phase = self._phase or PhaseProgress(phase=Phase.ROUTE)
+        since_s = now - self._phase_started
+        remaining_s = phase.remaining_s
+        if remaining_s is not None:
+            remaining_s = max(0.0, remaining_s - (since_s - phase.phase_elapsed_s))
+        payload = PhaseProgress(
+            phase=phase.phase,
+            detail=phase.detail,
+            percent=phase.percent,
+            phase_elapsed_s=round(since_s, 3),
+            remaining_s=remaining_s,
+        )
+        elapsed_s = now - self._started
+        return JobEvent(self.id, 0, self.create_time_s + elapsed_s, elapsed_s, payload)
+
+    def kept_after(self, sequence: int) -> list[JobEvent] | None:
+        """Events after `sequence`, or None when some of them are only in the store."""
+        if sequence + 1 < self._first_kept:
+            return None
+        return self._events[sequence + 1 - self._first_kept :]
+
+    def unstored(self) -> list[JobEvent]:
+        """Events that the store does not have."""
+        return self._events[self.stored_sequence + 1 - self._first_kept :]
+
+    def stored(self, sequence: int) -> None:
+        """Note that the store has all up to `sequence`, and let go of old ones."""
+        self.stored_sequence = sequence
+        surplus = min(len(self._events) - _KEPT_EVENTS, sequence + 1 - self._first_kept)
+        if surplus > _KEPT_EVENTS:
+            del self._events[:surplus]
+            self._first_kept += surplus
+
+    def next_event(self) -> asyncio.Future[None]:
+        """A future that is done once something was appended; cancel it when it is not wanted."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        return waiter
+
+    def record(self) -> Job:
+        """The job as it is now."""
+        terminal = self.terminal
+        failed = terminal if isinstance(terminal, JobFailed) else None
+        if failed is not None:
+            detail = failed.detail
+        elif isinstance(terminal, JobCancelled):
+            detail = f"cancelled by {terminal.by}"
+        else:
+            detail = ""
+        return Job(
+            id=self.id,
+            request_id=self.request_id,
+            kind=self.kind,
+            state=self.state,
+            model=self.model,
+            served=self.served,
+            create_time_s=self.create_time_s,
+            end_time_s=self._events[-1].time_s if terminal is not None else None,
+            last_sequence=self.last_sequence,
+            failure_reason=failed.reason if failed else None,
+            detail=detail,
+            usage=self.usage,
+            policy=self.policy,
+        )

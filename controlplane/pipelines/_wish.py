@@ -1,0 +1,22 @@
+"""What a caller wants generated."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from rung.types import JobKind, Policy
+
+
+class Wish(Struct, frozen=True, kw_only=True):
+    """One request, from whichever API it came.
+
+    `body` is the JSON of the OpenAI route of its kind; `model` is what the caller named, and may be
+    empty. `effort` is 1 to 10, or None when the caller left it open.
+    """
+
+    kind: JobKind
+    model: str
+    body: bytes = b""
+    policy: Policy = Policy()
+    effort: int | None = None
+    request_id: str = ""

@@ -1,0 +1,29 @@
+"""Adapters: one for each dialect that an engine may speak."""
+
+from nodeagent.engines._base import (
+    CommandLine,
+    EngineAdapter,
+    EngineHealth,
+    EngineStream,
+    LoadProgress,
+    Probe,
+    RunKind,
+)
+from nodeagent.engines._choose import adapter_for
+from nodeagent.engines._llamacpp import LlamaCppAdapter
+from nodeagent.engines._openai_compatible import OpenAiCompatibleAdapter
+from nodeagent.engines._probe_only import ProbeOnlyAdapter
+
+__all__ = [
+    "CommandLine",
+    "EngineAdapter",
+    "EngineHealth",
+    "EngineStream",
+    "LlamaCppAdapter",
+    "LoadProgress",
+    "OpenAiCompatibleAdapter",
+    "Probe",
+    "ProbeOnlyAdapter",
+    "RunKind",
+    "adapter_for",
+]

@@ -1,0 +1,45 @@
+"""Which adapter an engine needs."""
+
+from __future__ import annotations
+
+from nodeagent.engines._base import EngineAdapter
+from nodeagent.engines._llamacpp import LlamaCppAdapter
+from nodeagent.engines._openai_compatible import OpenAiCompatibleAdapter
+from nodeagent.engines._probe_only import ProbeOnlyAdapter
+from rung.errors import NotImplementedYetError
+from rung.service import EngineClient
+from rung.types import (
+    ComfyUiEngine,
+    Engine,
+    LlamaCppEngine,
+    OllamaEngine,
+    OpenAiCompatibleEngine,
+    ServiceEngine,
+    VllmEngine,
+)
+
+#: By dialect, a route that answers 200 when the server is ready.
+_SERVICE_HEALTH = {"speaches": "/health", "piper": "/voices", "xtts": "/languages", "hunyuan3d": "/health"}
+
+
+def adapter_for(engine: Engine, client: EngineClient) -> EngineAdapter:
+    """The adapter that speaks the engine's dialect.
+
+    vLLM and Ollama that somebody else runs can be probed and used; ComfyUI and services only probed.
+    Starting any of them raises NotImplementedYetError from `command_line`.
+
+    Raises:
+        NotImplementedYetError: a service with an unknown dialect.
+    """
+    match engine:
+        case LlamaCppEngine():
+            return LlamaCppAdapter(client)
+        case OpenAiCompatibleEngine() | VllmEngine() | OllamaEngine():
+            return OpenAiCompatibleAdapter(client)
+        case ComfyUiEngine():
+            return ProbeOnlyAdapter(client, name="ComfyUI", health_path="/system_stats")
+        case ServiceEngine(dialect=dialect):
+            health_path = _SERVICE_HEALTH.get(dialect)
+            if health_path is None:
+                raise NotImplementedYetError(f"this version knows no engine of the dialect {dialect!r}")
+            return ProbeOnlyAdapter(client, name=dialect, health_path=health_path)

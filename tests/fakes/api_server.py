@@ -1,0 +1,71 @@
+"""The gRPC face of a control plane on a real server, with the production interceptor."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import grpc.aio
+from prometheus_client import CollectorRegistry
+
+from controlplane.api import build_services
+from controlplane.fleet import Fleet
+from rung.service import CallInterceptor, GrpcServer, ServerOptions
+from rung.transport import ChannelOptions, open_channel
+from rung.types import DeploymentSpec, NodeOwnership
+from tests.fakes.agent_server import ScriptedAgent
+from tests.fakes.jobs import FakeJobs, FakePipelines
+
+
+@dataclass(frozen=True)
+class ANode:
+    id: str
+    address: str
+    ownership: NodeOwnership = NodeOwnership.OWNED
+
+
+@dataclass
+class ApiServer:
+    fleet: Fleet
+    jobs: FakeJobs
+    pipelines: FakePipelines
+    load: dict[str, tuple[int, int]]
+    server: GrpcServer
+    channel: grpc.aio.Channel
+
+
+@asynccontextmanager
+async def an_api_server(
+    agents: Sequence[ScriptedAgent] = (),
+    deployments: Sequence[DeploymentSpec] = (),
+    *,
+    max_request_bytes: int = 1024 * 1024,
+) -> AsyncIterator[ApiServer]:
+    load: dict[str, tuple[int, int]] = {}
+    fleet = Fleet(
+        nodes=[ANode(agent.node_id, agent.address) for agent in agents],
+        deployments=deployments,
+        epoch=1,
+        load=lambda deployment_id: load.get(deployment_id, (0, 0)),
+        own_host_id="host-1",
+    )
+    jobs = FakeJobs()
+    pipelines = FakePipelines(jobs)
+    services = build_services(fleet, jobs, pipelines)
+    server = GrpcServer(
+        ServerOptions(port=0, max_request_bytes=max_request_bytes),
+        services=services.descriptors,
+        interceptors=[CallInterceptor(CollectorRegistry())],
+        what="the test",
+    )
+    services.add_to(server.server)
+    await server.start()
+    await fleet.start()
+    channel = open_channel(ChannelOptions(address=f"127.0.0.1:{server.port}"))
+    try:
+        yield ApiServer(fleet, jobs, pipelines, load, server, channel)
+    finally:
+        await channel.close()
+        await server.stop(0)
+        await fleet.aclose()
