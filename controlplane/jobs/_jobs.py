@@ -163,7 +163,9 @@ class Jobs:
         live = self._live.get(job_id)
         job = live.record() if live is not None else await self._store.get(job_id)
         if job is None:
-            raise UnknownJobError(f"there is no job {job_id}; ended jobs are kept for a while only", job=job_id)
+            raise UnknownJobError(
+                f"there is no job {job_id}; ended jobs are kept for a while only", job=job_id
+            )
         return job
 
     async def list(

@@ -193,6 +193,11 @@ class LiveJob:
         if self._cancel is not None:
             self._cancel()
 
+    @property
+    def elapsed_s(self) -> float:
+        """Time since the job was accepted, until its terminal event if it has one."""
+        return self._events[-1].elapsed_s if self.terminal is not None else time.monotonic() - self._started
+
     def heartbeat(self) -> JobEvent:
         """What is under way now, as an event outside the log."""
         now = time.monotonic()

@@ -13,7 +13,7 @@ All values are `rung.types`, all failures `rung.errors`; the ones that most call
 from rung import errors, types
 from rung._client import AsyncClient
 from rung._client_jobs import JobStream
-from rung._failure import error_of_failure
+from rung._failure import error_of_failure, reason_of_error
 from rung._sync_client import Client, Stream, SyncJobStream
 from rung.errors import (
     InvalidRequestError,
@@ -76,5 +76,6 @@ __all__ = [
     "Usage",
     "error_of_failure",
     "errors",
+    "reason_of_error",
     "types",
 ]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from rung.errors import (
+    DeadlineExceededError,
     EngineFailedError,
     EngineProtocolError,
     EngineRejectedError,
     EngineStartFailedError,
     EngineTimeoutError,
     EngineUnreachableError,
+    InvalidRequestError,
     NodeUnreachableError,
     NoTargetError,
+    NotFoundError,
     RungError,
     UnavailableError,
 )
@@ -41,3 +44,17 @@ def error_of_failure(failure: JobFailed | LifecycleFailed) -> RungError:
     if isinstance(failure, JobFailed):
         metadata["delivered_characters"] = str(failure.delivered_characters)
     return _ERRORS[failure.reason](failure.detail, **metadata)
+
+
+def reason_of_error(error: RungError) -> FailureReason:
+    """The failure reason that stands for an error; INTERNAL for one that has none of its own."""
+    if isinstance(error, InvalidRequestError):
+        return FailureReason.INVALID_REQUEST
+    if isinstance(error, NotFoundError):
+        return FailureReason.NO_TARGET
+    if isinstance(error, DeadlineExceededError):
+        return FailureReason.TIMEOUT
+    for reason, error_class in _ERRORS.items():
+        if type(error) is error_class:
+            return reason
+    return FailureReason.ENGINE_LOST if isinstance(error, UnavailableError) else FailureReason.INTERNAL

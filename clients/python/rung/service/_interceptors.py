@@ -5,7 +5,6 @@ One interceptor does all three, since each layer of grpc.aio costs a coroutine a
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
@@ -23,6 +22,7 @@ _log = structlog.get_logger("rung.grpc")
 if TYPE_CHECKING:
     # Generic in the stubs only.
     Handler: TypeAlias = grpc.RpcMethodHandler[Any, Any]
+    Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -42,70 +42,71 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler:
+    ) -> Handler | None:
         """Wrap the handler of a call. Raising here would reach the caller as UNKNOWN, so it never does."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
         if handler is None or method.startswith("/grpc."):
             return handler
-        if handler.response_streaming:
-            inner_stream = handler.unary_stream or handler.stream_stream
+        # Our services take one request a call; the stubs of grpc know only its synchronous side.
+        inner_stream: Any = handler.unary_stream
+        inner_unary: Any = handler.unary_unary
 
-            async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-                started = time.monotonic()
-                code = Status.CANCELLED.value
-                try:
-                    async for response in inner_stream(request, context):
-                        yield response
-                    code = "OK"
-                except Exception as error:
-                    code = await self._abort(error, method, context)
-                finally:
-                    self._record(method, code, started)
+        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
+            started = time.monotonic()
+            code = Status.CANCELLED.value
+            try:
+                async for response in inner_stream(request, context):
+                    yield response
+                code = "OK"
+            except Exception as error:  # noqa: BLE001 - the boundary: whatever it is becomes a status
+                refusal = _refusal(error, method)
+                code = refusal.status.value
+                await _abort(refusal, context)
+            finally:
+                self._record(method, code, started)
 
-            make = (
-                grpc.stream_stream_rpc_method_handler
-                if handler.request_streaming
-                else grpc.unary_stream_rpc_method_handler
-            )
-            return make(stream, handler.request_deserializer, handler.response_serializer)
-
-        inner_unary = handler.unary_unary or handler.stream_unary
-
-        async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        async def unary(request: Any, context: Context) -> Any:
             started = time.monotonic()
             code = Status.CANCELLED.value
             try:
                 response = await inner_unary(request, context)
                 code = "OK"
-            except Exception as error:
-                code = await self._abort(error, method, context)
+            except Exception as error:  # noqa: BLE001 - the boundary: whatever it is becomes a status
+                refusal = _refusal(error, method)
+                code = refusal.status.value
+                await _abort(refusal, context)
             finally:
                 self._record(method, code, started)
             return response
 
-        make_unary = (
-            grpc.stream_unary_rpc_method_handler
-            if handler.request_streaming
+        behaviour: Any = stream if handler.response_streaming else unary
+        make: Any = (
+            grpc.unary_stream_rpc_method_handler
+            if handler.response_streaming
             else grpc.unary_unary_rpc_method_handler
         )
-        return make_unary(unary, handler.request_deserializer, handler.response_serializer)
-
-    async def _abort(
-        self, error: Exception, method: str, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> NoReturn:
-        if isinstance(error, grpc.aio.AbortError | asyncio.CancelledError):
-            raise error
-        if not isinstance(error, RungError) or error.status is Status.INTERNAL:
-            _log.error("call_failed", method=method, exc_info=error)
-            error = RungError("internal error; the server's log has the details")
-        context.set_trailing_metadata(status_trailer(error))
-        await context.abort(grpc_code(error), error.message, status_trailer(error))
+        wrapped: Handler = make(behaviour, handler.request_deserializer, handler.response_serializer)
+        return wrapped
 
     def _record(self, method: str, code: str, started: float) -> None:
         seconds = time.monotonic() - started
         self._calls.labels(method, code).inc()
         self._seconds.labels(method).observe(seconds)
         _log.debug("call", method=method, code=code, seconds=round(seconds, 4))
+
+
+def _refusal(error: Exception, method: str) -> RungError:
+    """What the caller is told. A defect is logged with its trace, and its text stays here."""
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if isinstance(error, RungError) and error.status is not Status.INTERNAL:
+        return error
+    _log.error("call_failed", method=method, exc_info=error)
+    return RungError("internal error; the server's log has the details")
+
+
+async def _abort(error: RungError, context: Context) -> NoReturn:
+    await context.abort(grpc_code(error), error.message, status_trailer(error))

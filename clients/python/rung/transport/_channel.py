@@ -76,7 +76,7 @@ class ChannelOptions:
     max_message_bytes: int = 4 * DEFAULT_MAX_REQUEST_BYTES
 
     def arguments(self) -> list[tuple[str, Any]]:
-        """gRPC's own channel arguments."""
+        """Channel arguments, by the names that gRPC gives them."""
         return [
             ("grpc.keepalive_time_ms", int(KEEPALIVE_TIME_S * 1000)),
             ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),

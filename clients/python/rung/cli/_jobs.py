@@ -1,0 +1,146 @@
+"""`rung jobs`."""
+
+from __future__ import annotations
+
+import time
+from contextlib import aclosing
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from rung import AsyncClient
+from rung.cli._failures import ExitCode
+from rung.cli._models import Json
+from rung.cli._session import Session, session_of
+from rung.cli.views import event_line, jobs_table
+from rung.types import Job, JobCancelled, JobDone, JobEvent, JobFailed, JobState
+
+_DEFAULT_LIMIT = 20
+_EXIT_CODES = {JobDone: ExitCode.OK, JobFailed: ExitCode.FAILED, JobCancelled: ExitCode.FAILED}
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    jobs = typer.Typer(
+        help="List, follow and cancel jobs: everything that was asked for, with its event log.",
+        no_args_is_help=True,
+    )
+    jobs.command("list")(list_jobs)
+    jobs.command("watch")(watch)
+    jobs.command("cancel")(cancel)
+    app.add_typer(jobs, name="jobs")
+
+
+async def newest_jobs(client: AsyncClient, limit: int, states: tuple[JobState, ...] = ()) -> tuple[Job, ...]:
+    """The newest jobs, `limit` at most."""
+    found: list[Job] = []
+    async with aclosing(client.list_jobs(states, page_size=min(limit, 1000))) as jobs:
+        async for job in jobs:
+            found.append(job)
+            if len(found) >= limit:
+                break
+    return tuple(found)
+
+
+def list_jobs(
+    context: typer.Context,
+    state: Annotated[
+        list[JobState] | None, typer.Option(help="Only jobs in this state; may be given more than once.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Most jobs to show.")] = _DEFAULT_LIMIT,
+    as_json: Json = False,
+) -> None:
+    """List jobs, newest first.
+
+    Example: rung jobs list --state running --state pending
+    """
+    session = session_of(context)
+    found = session.run(lambda client: newest_jobs(client, limit, tuple(state or ())))
+    if as_json:
+        session.print_json(found)
+    else:
+        session.out.print(jobs_table(found, now_s=time.time()))
+
+
+def watch(
+    context: typer.Context,
+    job_id: Annotated[str, typer.Argument(metavar="JOB", help="Id of the job.")],
+    after: Annotated[
+        int, typer.Option(min=0, help="Only events after this sequence: resume where you left.")
+    ] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line (NDJSON).")] = False,
+) -> None:
+    """Follow a job's event log, past and to come, until it ends.
+
+    Ends with 0 if the job did well, and with 1 if it failed or was cancelled.
+
+    Example: rung jobs watch JOB --after 42 --json
+    """
+    session = session_of(context)
+    last = session.run(lambda client: _follow(session, client, job_id, after, as_json=as_json))
+    raise typer.Exit(ExitCode.OK if last is None else _EXIT_CODES.get(type(last.payload), ExitCode.OK))
+
+
+def cancel(
+    context: typer.Context,
+    job_id: Annotated[str, typer.Argument(metavar="JOB", help="Id of the job.")],
+    as_json: Json = False,
+) -> None:
+    """Cancel a job; its engine stops working on it. A job that has ended stays as it is.
+
+    Example: rung jobs cancel JOB
+    """
+    session = session_of(context)
+    job = session.run(lambda client: client.cancel_job(job_id))
+    if as_json:
+        session.print_json(job)
+    elif job.state.ended and job.state is not JobState.CANCELLED:
+        session.out.print(Text(f"{job.id} had ended already: {job.state.value}"))
+    else:
+        session.out.print(Text(f"{job.id} is cancelled"))
+
+
+async def _follow(
+    session: Session, client: AsyncClient, job_id: str, after: int, *, as_json: bool
+) -> JobEvent | None:
+    last: JobEvent | None = None
+    live = _Heartbeat(session.err)
+    try:
+        async with aclosing(client.watch_job(job_id, after, heartbeats=True)) as events:
+            async for event in events:
+                if event.sequence == 0 and not as_json:
+                    live.show(event)
+                    continue
+                live.hide()
+                last = event
+                if as_json:
+                    session.print_json_line(event)
+                else:
+                    session.out.print(event_line(event), soft_wrap=True)
+    finally:
+        live.hide()
+    return last
+
+
+class _Heartbeat:
+    """What goes on between two entries of the log; one line that is drawn anew, on a terminal only."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._status = console.status("")
+        self._shown = False
+
+    def show(self, event: JobEvent) -> None:
+        if not self._console.is_terminal:
+            return
+        self._status.update(event_line(event))
+        if not self._shown:
+            self._status.start()
+            self._shown = True
+
+    def hide(self) -> None:
+        if self._shown:
+            self._status.stop()
+            self._shown = False

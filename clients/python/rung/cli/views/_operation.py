@@ -1,0 +1,119 @@
+"""Operations on deployments as a progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from rung._failure import error_of_failure
+from rung.cli.views._words import format_duration, printable
+from rung.errors import UnavailableError
+from rung.types import Deployment, LifecycleDone, LifecycleEvent, LifecycleFailed, LifecycleProgress
+
+_BAR_WIDTH = 30
+
+
+def progress_words(progress: LifecycleProgress) -> str:
+    """What an operation does: `starting: loading weights, 3.0 s left`."""
+    words = progress.residency.value.replace("_", " ")
+    if progress.detail:
+        words += f": {printable(progress.detail)}"
+    if progress.remaining_s is not None:
+        words += f", {format_duration(progress.remaining_s)} left"
+    return words
+
+
+async def show_operation(
+    events: AsyncIterable[LifecycleEvent], *, console: Console, title: str
+) -> Deployment:
+    """Follow an operation to its end, with a bar on a terminal and a line per news elsewhere.
+
+    Returns the deployment as the operation left it.
+
+    Raises:
+        RungError: the operation failed, by its reason; or the stream did.
+    """
+    display = _BarDisplay(console, title) if console.is_terminal else _LineDisplay(console, title)
+    with display:
+        async for event in events:
+            match event.payload:
+                case LifecycleProgress() as progress:
+                    display.show(progress)
+                case LifecycleDone(deployment):
+                    display.done(f"{deployment.residency.value} after {format_duration(event.elapsed_s)}")
+                    return deployment
+                case LifecycleFailed() as failed:
+                    raise error_of_failure(failed)
+    raise UnavailableError(f"the stream of {title} ended before its last event")
+
+
+class _LineDisplay:
+    """A line whenever there is something new."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        self._console = console
+        self._title = title
+        self._last = ""
+
+    def __enter__(self) -> _LineDisplay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def show(self, progress: LifecycleProgress) -> None:
+        # Without the time left, which is another one in each event.
+        news = f"{progress.residency.value}: {printable(progress.detail)}"
+        if progress.percent is not None:
+            # Every tenth of the way is news.
+            news += f" {progress.percent // 10 * 10:.0f} %"
+        if news != self._last:
+            self._last = news
+            self._console.print(Text(f"{self._title}: {news}"))
+
+    def done(self, words: str) -> None:
+        self._console.print(Text(f"{self._title}: {words}"))
+
+
+class _BarDisplay:
+    """A live bar: pulsing where nobody knows how far it is."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        self._console = console
+        self._title = title
+        self._task: TaskID | None = None
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.fields[title]}", markup=False, style="bold"),
+            BarColumn(bar_width=_BAR_WIDTH),
+            TextColumn("{task.percentage:>3.0f} %", justify="right"),
+            TextColumn("{task.description}", markup=False),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+
+    def __enter__(self) -> _BarDisplay:
+        self._progress.start()
+        self._task = self._progress.add_task("", total=None, title=self._title)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, progress: LifecycleProgress) -> None:
+        assert self._task is not None
+        words = progress_words(progress)
+        if progress.percent is None:
+            self._progress.update(self._task, description=words, total=None)
+        else:
+            self._progress.update(self._task, description=words, total=100, completed=progress.percent)
+
+    def done(self, words: str) -> None:
+        line = Text("✓ " if not self._console.options.ascii_only else "ok ", style="green")
+        line.append(self._title, style="bold")
+        line.append(f" {words}")
+        self._progress.console.print(line)

@@ -1,0 +1,119 @@
+"""Composition root of the control plane: wires everything, and runs until it is told to drain."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import AsyncExitStack
+
+import structlog
+import uvloop
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+
+from controlplane.api import build_services
+from controlplane.config import Config
+from controlplane.fleet import Fleet
+from controlplane.gateway import Gateway
+from controlplane.jobs import Jobs
+from controlplane.pipelines import Pipelines, Slots
+from controlplane.store import JobStore
+from rung.errors import RungError
+from rung.service import CallInterceptor, EngineClient, GrpcServer, ServerOptions, configure_logging
+
+_log = structlog.get_logger("rung.controlplane")
+
+
+def run(config: Config) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit code. What cannot start is said on stderr."""
+    configure_logging(level=config.server.log.level, form=config.server.log.form)
+    try:
+        uvloop.run(serve(config))
+    except (RungError, OSError) as error:
+        _say(f"error: {error}")
+        return 1
+    return 0
+
+
+async def serve(config: Config) -> None:
+    """Start everything, wait for a signal, drain.
+
+    Raises:
+        RungError: something cannot start: a port that is not loopback, a store in use.
+        OSError: a port is taken.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    server = config.server
+    registry = CollectorRegistry()
+    for collector in (GCCollector, PlatformCollector, ProcessCollector):
+        collector(registry=registry)
+    async with AsyncExitStack() as stack:
+        store = await JobStore.open(server.state_dir / "rung.db")
+        stack.push_async_callback(store.aclose)
+        jobs = Jobs(store, retention_s=server.job_retention_s)
+        await jobs.start()
+        slots = Slots()
+        # One replica so far: its start is its epoch, so that a later one always has the higher.
+        fleet = Fleet(
+            nodes=config.nodes,
+            deployments=config.deployment_specs(),
+            epoch=time.time_ns() // 1_000_000,
+            load=slots.load,
+        )
+        client = EngineClient()
+        stack.push_async_callback(client.aclose)
+        pipelines = Pipelines(
+            jobs=jobs,
+            fleet=fleet,
+            slots=slots,
+            client=client,
+            registry=registry,
+            engine_idle_timeout_s=server.engine_idle_timeout_s,
+        )
+        services = build_services(fleet, jobs, pipelines)
+        grpc_server = GrpcServer(
+            ServerOptions(
+                host=server.host, port=server.grpc_port, max_request_bytes=server.max_request_bytes
+            ),
+            services=services.descriptors,
+            interceptors=[CallInterceptor(registry)],
+            what="the gRPC API",
+        )
+        services.add_to(grpc_server.server)
+        gateway = Gateway(
+            host=server.host,
+            port=server.http_port,
+            max_request_bytes=server.max_request_bytes,
+            fleet=fleet,
+            jobs=jobs,
+            pipelines=pipelines,
+            registry=registry,
+        )
+        await gateway.start()
+        stack.push_async_callback(gateway.aclose)
+        await grpc_server.start()
+        await fleet.start()
+        stack.push_async_callback(fleet.aclose)
+        stack.push_async_callback(pipelines.aclose)
+        ready_file = server.state_dir / "controlplane.json"
+        ready_file.write_text(
+            json.dumps({"grpc_port": grpc_server.port, "http_port": gateway.port, "pid": os.getpid()})
+        )
+        stack.callback(ready_file.unlink, missing_ok=True)
+        _log.info("controlplane_ready", grpc_port=grpc_server.port, http_port=gateway.port)
+        await stop.wait()
+        _log.info("draining", jobs=jobs.running, grace_s=server.drain_s)
+        gateway.drain()
+        await jobs.drain(server.drain_s)
+        await grpc_server.stop(1.0)
+    _log.info("stopped")
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")

@@ -1,0 +1,144 @@
+"""Jobs over HTTP: create, list, cancel, and their logs as NDJSON or server-sent events."""
+
+from __future__ import annotations
+
+import msgspec
+from aiohttp import web
+from msgspec import Struct
+
+from controlplane.gateway._openai import read_request_id
+from controlplane.jobs import Jobs
+from controlplane.pipelines import Pipelines, Wish, parse_kind
+from rung.errors import InvalidRequestError
+from rung.types import JobEvent, JobState, Policy
+
+_PAGE_BOUNDS = (1, 1000)
+
+
+class _CreateJob(Struct, forbid_unknown_fields=True):
+    """Body of `POST /v1/jobs`: `request` is the body of the OpenAI route of its kind."""
+
+    request: msgspec.Raw
+    kind: str = "chat"
+    model: str = ""
+    request_id: str = ""
+    policy: Policy = Policy()
+
+
+class _Model(Struct):
+    model: str = ""
+
+
+_create_decoder = msgspec.json.Decoder(_CreateJob)
+_encode = msgspec.json.encode
+
+
+class JobRoutes:
+    """Handlers of `/v1/jobs`."""
+
+    def __init__(self, jobs: Jobs, pipelines: Pipelines) -> None:
+        self._jobs = jobs
+        self._pipelines = pipelines
+
+    async def create(self, request: web.Request) -> web.StreamResponse:
+        """`POST /v1/jobs`: a detached job, stored before the answer.
+
+        The same `request_id` is the same job.
+        """
+        try:
+            wanted = _create_decoder.decode(await request.read())
+            model = wanted.model or msgspec.json.decode(wanted.request, type=_Model).model
+        except msgspec.DecodeError as error:
+            raise InvalidRequestError(f"the request body is not valid: {error}") from None
+        wish = Wish(
+            kind=parse_kind(wanted.kind),
+            model=model,
+            body=bytes(wanted.request),
+            policy=msgspec.structs.replace(wanted.policy, detached=True),
+            request_id=wanted.request_id or read_request_id(request),
+        )
+        job = await self._pipelines.create_detached(wish)
+        return web.Response(
+            status=201,
+            body=_encode(job),
+            content_type="application/json",
+            headers={"Location": f"/v1/jobs/{job.id}"},
+        )
+
+    async def index(self, request: web.Request) -> web.StreamResponse:
+        """`GET /v1/jobs?limit=&state=`: newest first."""
+        limit = read_number(request, "limit", 50)
+        if not _PAGE_BOUNDS[0] <= limit <= _PAGE_BOUNDS[1]:
+            raise InvalidRequestError("limit must be 1 to 1000")
+        try:
+            states = [JobState(state) for state in request.query.getall("state", [])]
+        except ValueError:
+            raise InvalidRequestError(f"state must be one of {', '.join(JobState)}") from None
+        found = await self._jobs.list(page_size=limit, states=states)
+        return _json({"object": "list", "data": found})
+
+    async def show(self, request: web.Request) -> web.StreamResponse:
+        """`GET /v1/jobs/{id}`."""
+        return _json(await self._jobs.get(request.match_info["id"]))
+
+    async def cancel(self, request: web.Request) -> web.StreamResponse:
+        """`POST /v1/jobs/{id}/cancel`."""
+        return _json(await self._jobs.cancel(request.match_info["id"], "caller"))
+
+    async def events(self, request: web.Request) -> web.StreamResponse:
+        """`GET /v1/jobs/{id}/events`: the log from any place to its end, with a heartbeat a second.
+
+        Server-sent events if the caller accepts them, NDJSON otherwise. Resumes after `?after=` or
+        `Last-Event-ID`. Heartbeats have sequence 0 and no SSE id.
+        """
+        job_id = request.match_info["id"]
+        await self._jobs.get(job_id)
+        sse = "text/event-stream" in request.headers.get("Accept", "")
+        after = read_number(request, "after", 0, header="Last-Event-ID")
+        write = sse_event if sse else ndjson_event
+        events = self._jobs.watch(job_id, after)
+        # What is wrong with the place to resume from is known with the first event, before any byte.
+        first = await anext(events, None)
+        response = web.StreamResponse(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        response.content_type = "text/event-stream" if sse else "application/x-ndjson"
+        response.charset = "utf-8"
+        await response.prepare(request)
+        if first is not None:
+            await response.write(write(first))
+            async for event in events:
+                await response.write(write(event))
+        await response.write_eof()
+        return response
+
+
+def event_fields(event: JobEvent) -> bytes:
+    """An event as one flat JSON object: sequence, times, then the fields of its kind."""
+    head = _encode(
+        {"sequence": event.sequence, "elapsed_s": round(event.elapsed_s, 3), "time_s": event.time_s}
+    )
+    return head[:-1] + b"," + _encode(event.payload)[1:]
+
+
+def ndjson_event(event: JobEvent) -> bytes:
+    """An event as a line."""
+    return event_fields(event) + b"\n"
+
+
+def sse_event(event: JobEvent) -> bytes:
+    """An event as a server-sent event; its id is the sequence, so that a browser resumes by itself."""
+    identity = f"id: {event.sequence}\n".encode() if event.sequence else b""
+    return identity + b"data: " + event_fields(event) + b"\n\n"
+
+
+def read_number(request: web.Request, name: str, default: int, *, header: str = "") -> int:
+    """A number from the query, or from a header. Raises InvalidRequestError."""
+    text = request.query.get(name) or (request.headers.get(header, "") if header else "")
+    if not text:
+        return default
+    if not text.isascii() or not text.isdigit() or len(text) > 18:
+        raise InvalidRequestError(f"{name} is {text[:40]!r}; it must be a whole number")
+    return int(text)
+
+
+def _json(value: object) -> web.Response:
+    return web.Response(body=_encode(value), content_type="application/json")

@@ -1,0 +1,167 @@
+"""OpenAI's routes: chat completions, embeddings, models."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+import msgspec
+from aiohttp import web
+
+from controlplane.fleet import Fleet, models
+from controlplane.gateway._errors import error_body, error_response
+from controlplane.jobs import LiveJob
+from controlplane.pipelines import Begun, Pipelines, Wish, read_head
+from rung.errors import InvalidRequestError, RungError
+from rung.types import JobKind, Policy, Priority
+
+#: A caller's own id ends up in headers and logs.
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+#: Text that a slow caller has not taken yet is held for it up to this size, so that the engine's slot
+#: does not wait for it; beyond, the engine is slowed down.
+_WRITE_BUFFER_BYTES = 4 * 1024 * 1024
+_DONE = b"data: [DONE]\n\n"
+
+
+class OpenAiRoutes:
+    """Handlers of the OpenAI-compatible part of the gateway."""
+
+    def __init__(self, pipelines: Pipelines, fleet: Fleet) -> None:
+        self._pipelines = pipelines
+        self._fleet = fleet
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        """`POST /v1/chat/completions`."""
+        body = await request.read()
+        head = read_head(body)
+        begun = self._begin(request, JobKind.CHAT, head.model, body)
+        if head.stream:
+            return await self._stream(request, begun, keep_usage=head.wants_usage)
+        return await self._answer(begun)
+
+    async def embeddings(self, request: web.Request) -> web.StreamResponse:
+        """`POST /v1/embeddings`."""
+        body = await request.read()
+        head = read_head(body)
+        return await self._answer(self._begin(request, JobKind.EMBEDDING, head.model, body))
+
+    async def models(self, request: web.Request) -> web.StreamResponse:
+        """`GET /v1/models`."""
+        return _json({"object": "list", "data": [_model_row(model) for model in models(self._fleet.view)]})
+
+    async def model(self, request: web.Request) -> web.StreamResponse:
+        """`GET /v1/models/{model}`."""
+        name = request.match_info["model"]
+        for found in models(self._fleet.view):
+            if found.id == name:
+                return _json(_model_row(found))
+        raise web.HTTPNotFound
+
+    def _begin(self, request: web.Request, kind: JobKind, model: str, body: bytes) -> Begun:
+        begun = self._pipelines.begin(
+            Wish(
+                kind=kind,
+                model=model,
+                body=body,
+                policy=read_policy(request),
+                request_id=read_request_id(request),
+            )
+        )
+        task = asyncio.current_task()
+        assert task is not None
+        begun.job.on_cancel(task.cancel)
+        return begun
+
+    async def _answer(self, begun: Begun) -> web.StreamResponse:
+        try:
+            body = await self._pipelines.answer(begun)
+        except RungError as error:
+            return error_response(error, _job_headers(begun.job))
+        return web.Response(body=body, content_type="application/json", headers=_job_headers(begun.job))
+
+    async def _stream(self, request: web.Request, begun: Begun, *, keep_usage: bool) -> web.StreamResponse:
+        """Relay a stream.
+
+        The head of the response waits for the engine's, so that an error before it has its own status,
+        unless an engine has to be made ready first: then comments say how far that is.
+        """
+        response = web.StreamResponse()
+
+        async def prepare() -> None:
+            response.headers.update(_job_headers(begun.job))
+            response.headers["Content-Type"] = "text/event-stream; charset=utf-8"
+            response.headers["Cache-Control"] = "no-cache"
+            response.headers["X-Accel-Buffering"] = "no"
+            if request.transport is not None:
+                request.transport.set_write_buffer_limits(high=_WRITE_BUFFER_BYTES)
+            await response.prepare(request)
+
+        async def on_bytes(data: bytes) -> None:
+            if not response.prepared:
+                await prepare()
+            await response.write(data)
+
+        async def on_wait(detail: str) -> None:
+            await on_bytes(f": {detail}\n\n".encode())
+
+        try:
+            await self._pipelines.stream(begun, on_bytes, keep_usage=keep_usage, on_wait=on_wait)
+        except RungError as error:
+            if not response.prepared:
+                return error_response(error, _job_headers(begun.job))
+            await on_bytes(b"data: " + error_body(error) + b"\n\n")
+        await on_bytes(_DONE)
+        await response.write_eof()
+        return response
+
+
+def read_policy(request: web.Request) -> Policy:
+    """Policy from `X-Rung-Local-Only` and `X-Rung-Priority`. Raises InvalidRequestError."""
+    headers = request.headers
+    local_only = headers.get("X-Rung-Local-Only")
+    priority = headers.get("X-Rung-Priority")
+    if local_only is None and priority is None:
+        return _DEFAULT_POLICY
+    if local_only not in (None, "true", "false", "1", "0"):
+        raise InvalidRequestError(f"X-Rung-Local-Only is {local_only!r}; it must be true or false")
+    try:
+        parsed = Priority(priority) if priority is not None else Priority.AGENT
+    except ValueError:
+        raise InvalidRequestError(
+            f"X-Rung-Priority is {priority!r}; it must be user, agent or background"
+        ) from None
+    return Policy(local_only=local_only in ("true", "1"), priority=parsed)
+
+
+_DEFAULT_POLICY = Policy()
+
+
+def read_request_id(request: web.Request) -> str:
+    """The caller's own id from `X-Request-Id`; empty without one. Raises InvalidRequestError."""
+    found = request.headers.get("X-Request-Id", "")
+    if found and not _REQUEST_ID.fullmatch(found):
+        raise InvalidRequestError("X-Request-Id may have 1 to 128 letters, digits and . _ : -")
+    return found
+
+
+def _job_headers(job: LiveJob) -> dict[str, str]:
+    headers = {"X-Rung-Job": job.id}
+    if job.request_id:
+        headers["X-Request-Id"] = job.request_id
+    served = job.served
+    if served is not None:
+        headers["X-Rung-Requested"] = served.requested
+        headers["X-Rung-Target"] = served.target
+        headers["X-Rung-Node"] = served.node
+        headers["X-Rung-Model"] = served.model
+    return headers
+
+
+def _model_row(model: msgspec.Struct) -> dict[str, object]:
+    fields = msgspec.to_builtins(model)
+    # `owned_by` tells a discovering agent that this is a Rung and not an engine.
+    return {"id": fields.pop("id"), "object": "model", "created": 0, "owned_by": "rung", "rung": fields}
+
+
+def _json(value: object) -> web.Response:
+    return web.Response(body=msgspec.json.encode(value), content_type="application/json")

@@ -1,0 +1,8 @@
+"""What each kind of job does, step by step."""
+
+from controlplane.pipelines._openai import RequestHead, read_head
+from controlplane.pipelines._pipelines import Begun, Pipelines, parse_kind
+from controlplane.pipelines._slots import MAX_QUEUED, Slots
+from controlplane.pipelines._wish import Wish
+
+__all__ = ["MAX_QUEUED", "Begun", "Pipelines", "RequestHead", "Slots", "Wish", "parse_kind", "read_head"]

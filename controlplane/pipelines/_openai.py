@@ -1,0 +1,323 @@
+"""OpenAI's shapes: the little of a request that routing needs, and what an answer says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from controlplane.jobs import LiveJob
+from controlplane.pipelines._sse import SseSplitter, event_data
+from rung.errors import (
+    EngineFailedError,
+    EngineProtocolError,
+    EngineRejectedError,
+    InvalidRequestError,
+    RungError,
+)
+from rung.types import TokenDelta, ToolCallDelta, Usage
+
+#: Statuses with which an engine blames the request. Others are the engine's trouble, not the caller's.
+_CALLERS_FAULT = frozenset({400, 404, 405, 409, 413, 415, 422})
+
+
+class _StreamOptions(Struct):
+    include_usage: bool = False
+
+
+class RequestHead(Struct):
+    """The fields of an OpenAI request that decide where it goes; the rest is not looked at."""
+
+    model: str = ""
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether the caller asked for a usage chunk in its stream."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class _Function(Struct):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _ToolCall(Struct):
+    index: int | None = None
+    id: str | None = None
+    function: _Function | None = None
+
+
+class _Delta(Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[_ToolCall] | None = None
+
+
+class _Choice(Struct):
+    index: int = 0
+    delta: _Delta | None = None
+    message: _Delta | None = None
+    finish_reason: str | None = None
+
+
+class _TokenDetails(Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_details: _TokenDetails | None = None
+
+    def value(self) -> Usage:
+        details = self.prompt_tokens_details
+        return Usage(
+            prompt_tokens=self.prompt_tokens or 0,
+            completion_tokens=self.completion_tokens or 0,
+            cached_tokens=(details.cached_tokens or 0) if details else 0,
+        )
+
+
+class _Embedding(Struct):
+    embedding: list[float]
+    index: int = 0
+
+
+class _Answer(Struct):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: Any = None
+
+
+class _EmbeddingAnswer(Struct):
+    data: list[_Embedding]
+    usage: _Usage | None = None
+
+
+_head_decoder = msgspec.json.Decoder(RequestHead)
+_answer_decoder = msgspec.json.Decoder(_Answer)
+_embedding_decoder = msgspec.json.Decoder(_EmbeddingAnswer)
+_fields_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_encode = msgspec.json.encode
+
+
+def read_head(body: bytes) -> RequestHead:
+    """What of a request decides where it goes. Raises InvalidRequestError naming what is wrong."""
+    try:
+        return _head_decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise InvalidRequestError(f"the request body is not valid: {error}") from None
+    except msgspec.DecodeError as error:
+        raise InvalidRequestError(f"the request body is not JSON: {error}") from None
+
+
+def engine_body(body: bytes, *, model: str, stream: bool | None) -> bytes:
+    """The body for the engine: its own name of the model, and, for a stream, usage at its end.
+
+    All other fields stay as they are, byte for byte. `stream` None leaves the caller's choice out
+    (embeddings).
+    """
+    fields = _fields_decoder.decode(body)
+    fields["model"] = msgspec.Raw(_encode(model))
+    if stream is not None:
+        fields["stream"] = msgspec.Raw(b"true" if stream else b"false")
+        if stream:
+            fields["stream_options"] = msgspec.Raw(b'{"include_usage":true}')
+        else:
+            fields.pop("stream_options", None)
+    return _encode(fields)
+
+
+def check_status(status: int, body: bytes, retry_after: str, what: str) -> None:
+    """Raise what an engine's status means; nothing for a success.
+
+    Raises:
+        EngineRejectedError: the request is at fault, with the engine's status, message and code.
+        EngineFailedError: the engine is.
+    """
+    if status < 400:
+        return
+    message, code = _error_text(body)
+    metadata = {"engine": what, "engine_status": str(status)}
+    if retry_after:
+        metadata["retry_after"] = retry_after
+    if status in _CALLERS_FAULT:
+        if code:
+            metadata["engine_code"] = code
+        raise EngineRejectedError(message or f"{what} refused the request with HTTP {status}", **metadata)
+    raise EngineFailedError(
+        f"{what} answered HTTP {status}" + (f": {message}" if message else ""), **metadata
+    )
+
+
+def _error_text(body: bytes) -> tuple[str, str]:
+    """Message and code of an error body: OpenAI's, older vLLM's, Ollama's or FastAPI's shape, or text."""
+    try:
+        found = msgspec.json.decode(body)
+    except msgspec.DecodeError:
+        return body[:500].decode("utf-8", "replace").strip(), ""
+    if isinstance(found, dict):
+        error = found.get("error", found)
+        if isinstance(error, dict):
+            message = error.get("message") or error.get("detail") or ""
+            return str(message)[:2000], str(error.get("type") or error.get("code") or "")
+        return str(error)[:2000], ""
+    return str(found)[:500], ""
+
+
+class AnswerReader:
+    """Reads an answer into a job's events, and says which bytes of a stream to pass on.
+
+    Only whole events are passed on, so that an engine that breaks in mid-event never leaves half of
+    one with the caller; `[DONE]` is held back until it is known that the answer is complete.
+    """
+
+    __slots__ = ("_failure", "_finish_reason", "_job", "_keep_usage", "_splitter", "_what")
+
+    def __init__(self, job: LiveJob, what: str, *, keep_usage: bool) -> None:
+        self._job = job
+        self._what = what
+        self._keep_usage = keep_usage
+        self._splitter = SseSplitter()
+        self._finish_reason: str | None = None
+        self._failure: RungError | None = None
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Take a piece of the engine's stream; returns what to pass on of it.
+
+        Raises:
+            EngineProtocolError: it is not a stream of OpenAI's chunks.
+        """
+        return self._events(self._splitter.feed(chunk))
+
+    def finish(self) -> bytes:
+        """The stream has ended: what is still to be passed on, or the failure that it ended with.
+
+        Raises:
+            EngineFailedError: the engine said that it failed.
+            EngineProtocolError: it ended without a finish reason, so the answer is cut.
+        """
+        left = self._events(self._splitter.rest())
+        if self._failure is not None:
+            raise self._failure
+        if self._finish_reason is None:
+            raise EngineProtocolError(
+                f"{self._what} ended its stream in mid-answer, without a finish reason", engine=self._what
+            )
+        return left
+
+    @property
+    def finish_reason(self) -> str:
+        """Why the engine stopped."""
+        return self._finish_reason or ""
+
+    def whole(self, body: bytes) -> None:
+        """Take an answer that came in one piece. Raises as `feed` and `finish`."""
+        answer = self._decode(body)
+        if answer is None or not answer.choices:
+            raise EngineProtocolError(f"{self._what} sent an answer without choices", engine=self._what)
+        self._take(answer)
+
+    def _events(self, whole: bytes) -> bytes:
+        if not whole or self._failed():
+            return b""
+        events = whole.split(b"\n\n")
+        dropped = False
+        for place, event in enumerate(events):
+            if not event:
+                continue
+            data = event_data(event)
+            if data is None:
+                continue
+            if data == b"[DONE]" or not self._take(self._decode(data)):
+                events[place] = b""
+                dropped = True
+            if self._failed():
+                del events[place:]
+                break
+        if not dropped:
+            return whole
+        return b"".join(event + b"\n\n" for event in events if event)
+
+    def _failed(self) -> bool:
+        return self._failure is not None
+
+    def _decode(self, data: bytes) -> _Answer | None:
+        """An answer or a chunk; None for JSON of another shape, which is passed on and not understood."""
+        try:
+            return _answer_decoder.decode(data)
+        except msgspec.ValidationError:
+            return None
+        except msgspec.DecodeError as error:
+            raise EngineProtocolError(
+                f"{self._what} sent something that is not JSON: {error}", engine=self._what
+            ) from None
+
+    def _take(self, answer: _Answer | None) -> bool:
+        """Note what a chunk says; False if it is not to be passed on."""
+        if answer is None:
+            return True
+        if answer.error is not None:
+            message, _ = _error_text(_encode({"error": answer.error}))
+            self._failure = EngineFailedError(
+                f"{self._what} failed in mid-answer: {message}", engine=self._what
+            )
+            return False
+        for choice in answer.choices:
+            delta = choice.delta or choice.message
+            if delta is not None:
+                self._take_delta(choice.index, delta)
+            if choice.finish_reason is not None:
+                self._finish_reason = choice.finish_reason
+        if answer.usage is not None:
+            self._job.consumed(answer.usage.value())
+            return bool(answer.choices) or self._keep_usage
+        return True
+
+    def _take_delta(self, choice: int, delta: _Delta) -> None:
+        reasoning = delta.reasoning_content or delta.reasoning or ""
+        if delta.content or reasoning:
+            self._job.text(TokenDelta(delta.content or "", reasoning, choice))
+        for place, call in enumerate(delta.tool_calls or ()):
+            function = call.function or _Function()
+            self._job.tool_call(
+                ToolCallDelta(
+                    index=place if call.index is None else call.index,
+                    id=call.id or "",
+                    name=function.name or "",
+                    arguments=function.arguments or "",
+                    choice=choice,
+                )
+            )
+
+
+def read_embeddings(body: bytes, what: str) -> tuple[tuple[tuple[float, ...], ...], Usage | None]:
+    """Vectors in the order of the inputs, and usage. Raises EngineProtocolError."""
+    try:
+        answer = _embedding_decoder.decode(body)
+    except msgspec.DecodeError as error:
+        raise EngineProtocolError(
+            f"{what} sent embeddings that are not understood: {error}", engine=what
+        ) from None
+    ordered = sorted(answer.data, key=lambda each: each.index)
+    return tuple(tuple(each.embedding) for each in ordered), answer.usage.value() if answer.usage else None
+
+
+class _UsageOnly(Struct):
+    usage: _Usage | None = None
+
+
+_usage_decoder = msgspec.json.Decoder(_UsageOnly)
+
+
+def read_usage(body: bytes) -> Usage | None:
+    """The usage of an answer, if it says; vectors and texts are skipped over, not decoded."""
+    try:
+        usage = _usage_decoder.decode(body).usage
+    except msgspec.DecodeError:
+        return None
+    return usage.value() if usage else None

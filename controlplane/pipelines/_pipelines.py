@@ -1,0 +1,239 @@
+"""Generations: what happens between a wish and its last event."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import structlog
+from prometheus_client import CollectorRegistry
+
+from controlplane.fleet import DeploymentView, Fleet
+from controlplane.jobs import Jobs, LiveJob
+from controlplane.ladder import explain_targets
+from controlplane.pipelines._engage import Engager, OnWait
+from controlplane.pipelines._metrics import PipelineMetrics
+from controlplane.pipelines._openai import (
+    AnswerReader,
+    engine_body,
+    read_embeddings,
+    read_head,
+    read_usage,
+)
+from controlplane.pipelines._slots import Slots
+from controlplane.pipelines._wish import Wish
+from rung import reason_of_error
+from rung.errors import EngineProtocolError, InvalidRequestError, JobCancelledError, RungError
+from rung.service import EngineClient
+from rung.types import Embeddings, FailureReason, Job, JobKind, RouteExplanation
+
+_log = structlog.get_logger("rung.pipelines")
+
+#: Takes bytes of a stream for the caller.
+OnBytes = Callable[[bytes], Awaitable[None]]
+
+
+class Begun:
+    """A job that was accepted: its wish, and who may answer it."""
+
+    __slots__ = ("job", "targets", "wish")
+
+    def __init__(self, job: LiveJob, wish: Wish, targets: Sequence[DeploymentView]) -> None:
+        self.job = job
+        self.wish = wish
+        self.targets = targets
+
+
+class Pipelines:
+    """Carries wishes out: in the caller's own task for HTTP, in a task of their own for the rest."""
+
+    def __init__(
+        self,
+        *,
+        jobs: Jobs,
+        fleet: Fleet,
+        slots: Slots,
+        client: EngineClient,
+        registry: CollectorRegistry,
+        engine_idle_timeout_s: float = 600.0,
+    ) -> None:
+        self._jobs = jobs
+        self._slots = slots
+        self._engager = Engager(
+            fleet=fleet, slots=slots, client=client, engine_idle_timeout_s=engine_idle_timeout_s
+        )
+        self._metrics = PipelineMetrics(registry, jobs)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def begin(self, wish: Wish) -> Begun:
+        """Accept a wish.
+
+        Raises:
+            InvalidRequestError: the body cannot be used, or this kind of job is not for this API.
+            UnknownModelError, NoTargetError: nobody can answer; no job is made.
+            DrainingError, UnavailableError: no jobs are taken now.
+        """
+        targets = self._engager.targets(wish)
+        job = self._jobs.open(
+            kind=wish.kind, model=wish.model, policy=wish.policy, request_id=wish.request_id
+        )
+        return Begun(job, wish, targets)
+
+    def start(self, wish: Wish) -> LiveJob:
+        """Begin a generation whose answer is read from its job's log. Raises as `begin`."""
+        read_head(wish.body)
+        begun = self.begin(wish)
+        work = self._log_embeddings(begun) if wish.kind is JobKind.EMBEDDING else self._log_stream(begun)
+        task = asyncio.create_task(work, name=begun.job.id)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        begun.job.on_cancel(task.cancel)
+        return begun.job
+
+    async def create_detached(self, wish: Wish) -> Job:
+        """Begin a generation that outlives its caller; returns once its job is stored.
+
+        The same request id returns the same job. Raises as `begin`.
+        """
+        if wish.request_id:
+            found = await self._jobs.find_by_request_id(wish.request_id)
+            if found is not None:
+                return found
+        job = self.start(wish)
+        try:
+            await self._jobs.store_now()
+        except BaseException:
+            job.request_cancel("caller")
+            raise
+        return job.record()
+
+    def explain(self, wish: Wish) -> RouteExplanation:
+        """Who would answer, and why; starts nothing. Raises UnknownModelError."""
+        considered = explain_targets(self._engager.named(wish), self._slots.load)
+        taken = next((each.target for each in considered if each.taken), "")
+        return RouteExplanation(considered=considered, target=taken)
+
+    async def stream(
+        self, begun: Begun, on_bytes: OnBytes, *, keep_usage: bool, on_wait: OnWait | None = None
+    ) -> None:
+        """Generate a chat answer as a stream of whole server-sent events, without the last `[DONE]`.
+
+        Raises:
+            RungError: what went wrong; the job has ended with it. Bytes may have been delivered.
+        """
+        async with self._ends(begun):
+            await self._stream(begun, on_bytes, keep_usage=keep_usage, on_wait=on_wait)
+
+    async def answer(self, begun: Begun) -> bytes:
+        """Generate an answer in one piece, as the engine's JSON. Raises as `stream`."""
+        async with self._ends(begun):
+            return await self._answer(begun)
+
+    async def embed(self, wish: Wish) -> Embeddings:
+        """Vectors for texts. Raises as `begin` and `stream`."""
+        begun = self.begin(wish)
+        task = asyncio.current_task()
+        assert task is not None
+        begun.job.on_cancel(task.cancel)
+        async with self._ends(begun):
+            body = await self._answer(begun)
+            served = begun.job.served
+            vectors, usage = read_embeddings(body, served.target if served else "the engine")
+            return Embeddings(vectors=vectors, usage=usage, served=served, job_id=begun.job.id)
+
+    async def aclose(self) -> None:
+        """Cancel what still runs."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _log_stream(self, begun: Begun) -> None:
+        try:
+            async with self._ends(begun):
+                await self._stream(begun, None, keep_usage=False, on_wait=None)
+        except RungError as error:
+            _log.info("job_failed", job=begun.job.id, reason=error.reason, detail=error.message)
+
+    async def _log_embeddings(self, begun: Begun) -> None:
+        try:
+            async with self._ends(begun):
+                await self._answer(begun)
+        except RungError as error:
+            _log.info("job_failed", job=begun.job.id, reason=error.reason, detail=error.message)
+
+    async def _stream(
+        self, begun: Begun, on_bytes: OnBytes | None, *, keep_usage: bool, on_wait: OnWait | None
+    ) -> None:
+        job, body = begun.job, begun.wish.body
+
+        def make_body(model: str) -> bytes:
+            return engine_body(body, model=model, stream=True)
+
+        async with self._engager.engage(job, begun.wish, begun.targets, make_body, on_wait) as (what, reply):
+            if not reply.content_type.startswith("text/event-stream"):
+                raise EngineProtocolError(
+                    f"{what} answered a stream with {reply.content_type or 'no content type'}", engine=what
+                )
+            reader = AnswerReader(job, what, keep_usage=keep_usage)
+            async for chunk in reply.chunks():
+                whole = reader.feed(chunk)
+                if whole and on_bytes is not None:
+                    await on_bytes(whole)
+            left = reader.finish()
+            if left and on_bytes is not None:
+                await on_bytes(left)
+        job.done(reader.finish_reason)
+
+    async def _answer(self, begun: Begun) -> bytes:
+        job, wish = begun.job, begun.wish
+        chat = wish.kind is JobKind.CHAT
+
+        def make_body(model: str) -> bytes:
+            return engine_body(wish.body, model=model, stream=False if chat else None)
+
+        async with self._engager.engage(job, wish, begun.targets, make_body) as (what, reply):
+            body = await reply.read()
+            if chat:
+                reader = AnswerReader(job, what, keep_usage=True)
+                reader.whole(body)
+                reader.finish()
+                finish_reason = reader.finish_reason
+            else:
+                usage = read_usage(body)
+                if usage is not None:
+                    job.consumed(usage)
+                finish_reason = "stop"
+        job.done(finish_reason)
+        return body
+
+    @asynccontextmanager
+    async def _ends(self, begun: Begun) -> AsyncIterator[None]:
+        """See to it that the job has its terminal event, however the work in this context ends."""
+        job = begun.job
+        try:
+            yield
+        except asyncio.CancelledError:
+            by = job.cancel_requested_by
+            job.cancelled(by or "caller_disconnected")
+            task = asyncio.current_task()
+            if by and task is not None and task.uncancel() == 0:
+                # Somebody asked for the job to end, not for this task: it still has to answer its caller.
+                raise JobCancelledError(f"the job was cancelled by {by}", job=job.id) from None
+            raise
+        except RungError as error:
+            job.failed(reason_of_error(error), error.message)
+            raise
+        except Exception as error:
+            _log.error("pipeline_defect", job=job.id, exc_info=error)
+            job.failed(FailureReason.INTERNAL, "internal error; the server's log has the details")
+            raise RungError("internal error; the server's log has the details") from error
+        finally:
+            self._metrics.ended(job)
+
+
+def parse_kind(kind: str) -> JobKind:
+    """The kind of a job, by name. Raises InvalidRequestError for one that this version has not."""
+    if kind in (JobKind.CHAT, JobKind.EMBEDDING):
+        return JobKind(kind)
+    raise InvalidRequestError(f"kind is {kind!r}; this version has chat and embedding")

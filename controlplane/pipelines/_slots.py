@@ -1,0 +1,88 @@
+"""Slots: how many requests each deployment serves at once, and who waits for the next."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+
+from rung.errors import QueueFullError
+
+#: Most requests that wait for one deployment.
+MAX_QUEUED = 1024
+
+
+class _Lane:
+    __slots__ = ("active", "waiting")
+
+    def __init__(self) -> None:
+        self.active = 0
+        self.waiting: deque[asyncio.Future[None]] = deque()
+
+
+class Slots:
+    """Counts requests by deployment. A slot that becomes free goes to who waited longest."""
+
+    def __init__(self) -> None:
+        self._lanes: dict[str, _Lane] = {}
+
+    def load(self, deployment_id: str) -> tuple[int, int]:
+        """Active and queued requests."""
+        lane = self._lanes.get(deployment_id)
+        return (lane.active, len(lane.waiting)) if lane else (0, 0)
+
+    def try_acquire(self, deployment_id: str, limit: int) -> bool:
+        """Take a slot if one is free and nobody waits."""
+        lane = self._lanes.get(deployment_id)
+        if lane is None:
+            lane = self._lanes[deployment_id] = _Lane()
+        if lane.active >= limit or lane.waiting:
+            return False
+        lane.active += 1
+        return True
+
+    async def acquire(self, deployment_id: str) -> AsyncIterator[int]:
+        """Wait for a slot after `try_acquire` said no; yields one's place in the queue, and when it moves.
+
+        The slot is held once the iteration ends by itself.
+
+        Raises:
+            QueueFullError: too many wait already.
+        """
+        lane = self._lanes[deployment_id]
+        if len(lane.waiting) >= MAX_QUEUED:
+            raise QueueFullError(
+                f"{len(lane.waiting)} requests wait for {deployment_id} already; try again later",
+                deployment=deployment_id,
+            )
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        lane.waiting.append(turn)
+        granted = False
+        try:
+            place = 0
+            while not turn.done():
+                now = lane.waiting.index(turn) + 1
+                if now != place:
+                    place = now
+                    yield place
+                await asyncio.wait([turn], timeout=1.0)
+            granted = True
+        finally:
+            if not granted:
+                if turn.done() and not turn.cancelled():
+                    # It was granted while we were leaving: the next one gets it.
+                    self.release(deployment_id)
+                else:
+                    lane.waiting.remove(turn)
+
+    def release(self, deployment_id: str) -> None:
+        """Give a slot back; whoever waited longest gets it."""
+        lane = self._lanes[deployment_id]
+        while lane.waiting:
+            turn = lane.waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+        lane.active -= 1
+        if lane.active == 0:
+            del self._lanes[deployment_id]
