@@ -58,15 +58,15 @@ class Store(Protocol):
 
     async def list(
         self, *, page_size: int, before: tuple[float, str] | None, states: Collection[JobState]
-    ) -> list[Job]:
+    ) -> Sequence[Job]:
         """Jobs, newest first."""
         ...
 
-    async def segments(self, job_id: str, after_sequence: int, limit: int = 100) -> list[StoredSegment]:
+    async def segments(self, job_id: str, after_sequence: int, limit: int = 100) -> Sequence[StoredSegment]:
         """Segments that hold events after a sequence, in order."""
         ...
 
-    async def unfinished(self) -> list[Job]:
+    async def unfinished(self) -> Sequence[Job]:
         """Jobs without a terminal event."""
         ...
 
@@ -170,7 +170,7 @@ class Jobs:
 
     async def list(
         self, *, page_size: int, before: tuple[float, str] | None = None, states: Collection[JobState] = ()
-    ) -> list[Job]:
+    ) -> Sequence[Job]:
         """Jobs, newest first, before the place `(create_time_s, id)`."""
         await self.store_now()
         return await self._store.list(page_size=page_size, before=before, states=states)
@@ -196,7 +196,7 @@ class Jobs:
         sequence = after_sequence
         while True:
             live = self._live.get(job_id)
-            events = live.kept_after(sequence) if live is not None else None
+            events: Sequence[JobEvent] | None = live.kept_after(sequence) if live is not None else None
             if events is None:
                 events = await self._stored_after(job_id, sequence)
                 if not events and live is None:
@@ -215,7 +215,7 @@ class Jobs:
             if not await _arrives(live, heartbeat_s):
                 yield live.heartbeat()
 
-    async def _stored_after(self, job_id: str, sequence: int) -> list[JobEvent]:
+    async def _stored_after(self, job_id: str, sequence: int) -> Sequence[JobEvent]:
         events: list[JobEvent] = []
         for segment in await self._store.segments(job_id, sequence):
             events.extend(event for event in _decoder.decode(segment.events) if event.sequence > sequence)
@@ -302,7 +302,7 @@ class Jobs:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.store_now()
 
-    def _unfinished(self) -> list[LiveJob]:
+    def _unfinished(self) -> Sequence[LiveJob]:
         return [job for job in self._live.values() if job.terminal is None]
 
 
@@ -332,7 +332,7 @@ async def _arrives(job: LiveJob, timeout_s: float) -> bool:
     return True
 
 
-async def _any_ends(jobs: list[LiveJob], timeout_s: float, *, all_of_them: bool = False) -> None:
+async def _any_ends(jobs: Sequence[LiveJob], timeout_s: float, *, all_of_them: bool = False) -> None:
     """Wait until one of the jobs, or each of them, has ended, for a bounded time."""
 
     async def ended(job: LiveJob) -> None:

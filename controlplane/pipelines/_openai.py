@@ -189,8 +189,11 @@ class AnswerReader:
     def feed(self, chunk: bytes) -> bytes:
         """Take a piece of the engine's stream; returns what to pass on of it.
 
+        After something that is not a stream of OpenAI's chunks, or an error, `failed` is set, and
+        `finish` raises it.
+
         Raises:
-            EngineProtocolError: it is not a stream of OpenAI's chunks.
+            EngineProtocolError: an event grows without end.
         """
         return self._events(self._splitter.feed(chunk))
 
@@ -211,6 +214,11 @@ class AnswerReader:
         return left
 
     @property
+    def failed(self) -> bool:
+        """Whether nothing more of the stream is of use."""
+        return self._ended_badly()
+
+    @property
     def finish_reason(self) -> str:
         """Why the engine stopped."""
         return self._finish_reason or ""
@@ -223,7 +231,7 @@ class AnswerReader:
         self._take(answer)
 
     def _events(self, whole: bytes) -> bytes:
-        if not whole or self._failed():
+        if not whole or self._ended_badly():
             return b""
         events = whole.split(b"\n\n")
         dropped = False
@@ -233,18 +241,26 @@ class AnswerReader:
             data = event_data(event)
             if data is None:
                 continue
-            if data == b"[DONE]" or not self._take(self._decode(data)):
-                events[place] = b""
-                dropped = True
-            if self._failed():
+            if data != b"[DONE]" and self._take_data(data):
+                continue
+            events[place] = b""
+            dropped = True
+            if self._ended_badly():
                 del events[place:]
                 break
         if not dropped:
             return whole
         return b"".join(event + b"\n\n" for event in events if event)
 
-    def _failed(self) -> bool:
+    def _ended_badly(self) -> bool:
         return self._failure is not None
+
+    def _take_data(self, data: bytes) -> bool:
+        try:
+            return self._take(self._decode(data))
+        except EngineProtocolError as error:
+            self._failure = error
+            return False
 
     def _decode(self, data: bytes) -> _Answer | None:
         """An answer or a chunk; None for JSON of another shape, which is passed on and not understood."""

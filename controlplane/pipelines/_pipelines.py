@@ -180,6 +180,8 @@ class Pipelines:
                 whole = reader.feed(chunk)
                 if whole and on_bytes is not None:
                     await on_bytes(whole)
+                if reader.failed:
+                    break
             left = reader.finish()
             if left and on_bytes is not None:
                 await on_bytes(left)

@@ -5,5 +5,8 @@ function, whose module must be cheap to import.
 """
 
 from rung.cli._app import main
+from rung.cli._failures import ExitCode
+from rung.cli._paths import default_state_dir
+from rung.cli._session import make_console
 
-__all__ = ["main"]
+__all__ = ["ExitCode", "default_state_dir", "main", "make_console"]

@@ -19,17 +19,16 @@ from rung.transport import TlsOptions
 
 _TLS_PANEL = "TLS"
 
-# One line a paragraph: breaks inside one are kept as they are.
-_EPILOG = "\n\n".join(
-    (
-        "[bold]Exit codes[/bold]: 0 all went well, 1 the operation failed, 2 wrong usage, 3 the control plane "
-        "cannot be reached, 4 what was named does not exist, 5 refused (not permitted, or not in this "
-        "state), 130 interrupted.",
-        "[bold]First steps[/bold]: `rung demo` shows everything without a GPU; `rung up` runs it on this box; "
-        "`rung doctor` says what is missing.",
-        "Every listing has --json. RUNG_DEBUG=1 shows tracebacks.",
-    )
-)
+_EPILOG = """
+**Exit codes**: 0 all went well, 1 the operation failed, 2 wrong usage, 3 the control plane cannot be
+reached, 4 what was named does not exist, 5 refused (not permitted, or not in this state),
+130 interrupted.
+
+**First steps**: `rung demo` shows everything without a GPU, `rung up` runs it on this box,
+`rung doctor` says what is missing.
+
+Every listing has `--json`. RUNG_DEBUG=1 shows tracebacks.
+"""
 
 
 def _root(
@@ -95,7 +94,7 @@ def build_app() -> typer.Typer:
     """The whole command, with what other packages contribute."""
     app = typer.Typer(
         name="rung",
-        rich_markup_mode="rich",
+        rich_markup_mode="markdown",
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )

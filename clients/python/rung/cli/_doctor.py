@@ -15,11 +15,12 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from rung.cli._doctor_box import check_disk, check_docker, check_gpus, check_packages, default_state_dir
+from rung.cli._doctor_box import check_disk, check_docker, check_gpus, check_packages
 from rung.cli._doctor_check import Check, CheckStatus
 from rung.cli._doctor_fleet import check_control_plane, check_http
 from rung.cli._failures import ExitCode
 from rung.cli._models import Json
+from rung.cli._paths import default_state_dir
 from rung.cli._session import Session, session_of
 
 _STYLES = {CheckStatus.OK: "green", CheckStatus.WARN: "yellow", CheckStatus.FAIL: "bold red"}

@@ -34,12 +34,6 @@ class DiskUsage(Protocol):
         ...
 
 
-def default_state_dir() -> Path:
-    """Where `rung up` keeps state and logs."""
-    base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return Path(base).expanduser() / "rung"
-
-
 def check_packages(installed: Callable[[str], bool] | None = None) -> Check:
     """Which parts of Rung can run from this environment. None is needed to be a client."""
     has = installed or (lambda module: importlib.util.find_spec(module) is not None)

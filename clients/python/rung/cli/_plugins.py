@@ -7,7 +7,6 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import typer
-from rich.markup import escape
 
 from rung.cli._failures import ExitCode
 
@@ -27,7 +26,7 @@ def add_plugins(app: typer.Typer, found: Iterable[EntryPoint] | None = None) -> 
             command = _missing(entry.name, error.name or "a package")
             app.command(
                 entry.name,
-                help=escape(f"(needs {install_words(entry.name)})"),
+                help=f"Needs {install_words(entry.name)}.",
                 rich_help_panel=_PANEL,
                 add_help_option=False,
                 context_settings={"ignore_unknown_options": True, "allow_extra_args": True},

@@ -1,0 +1,194 @@
+"""The demo's machines and models, and the files that describe them."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from msgspec import Struct
+
+from controlplane.demo._sweeper import MARK
+from rung.errors import FailedPreconditionError
+from rung.types import LlamaCppServer
+
+#: How many times faster than life the simulated engines are.
+SPEED = 2.0
+WORKSTATION = "workstation"
+SPARK = "spark"
+ORCHESTRATOR = "orchestrator"
+THINKER = "thinker"
+_ORCHESTRATOR_MODEL = "nemotron-8b"
+_THINKER_MODEL = "qwen3-32b"
+_THINKER_WEIGHTS = "qwen3-32b-fp8"
+_THINKER_LOAD_S = 4.0
+#: A model that a person brings may know less; llama.cpp then takes what the model has.
+_GGUF_CONTEXT_TOKENS = 4096
+
+
+class DemoOptions(Struct, frozen=True, kw_only=True):
+    """What to show. `gguf` is answered from by a real llama.cpp; `serve` keeps everything running."""
+
+    serve: bool = False
+    gguf: Path | None = None
+
+
+class LocalLlamaCpp(Struct, frozen=True, kw_only=True):
+    """A llama.cpp on this computer, and how to run it."""
+
+    server: LlamaCppServer
+    path: str
+    arguments_prefix: tuple[str, ...] = ()
+
+
+class Layout(Struct, frozen=True, kw_only=True):
+    """A demo in a folder. `llama_cpp` is None where the orchestrator is simulated too."""
+
+    folder: Path
+    agent_ports: dict[str, int]
+    gguf: Path | None = None
+    llama_cpp: LocalLlamaCpp | None = None
+
+    @property
+    def config_path(self) -> Path:
+        """The control plane's configuration."""
+        return self.folder / "rung.yaml"
+
+    @property
+    def server_state_dir(self) -> Path:
+        """The control plane's state."""
+        return self.folder / "controlplane"
+
+    @property
+    def orchestrator_model(self) -> str:
+        """What the workstation's model is called."""
+        return self.gguf.stem if self.gguf is not None else _ORCHESTRATOR_MODEL
+
+    @property
+    def thinker_model(self) -> str:
+        """What the Spark's model is called."""
+        return _THINKER_MODEL
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What marks every process of this demo."""
+        return {MARK: str(self.folder)}
+
+    def agent_config_path(self, node_id: str) -> Path:
+        """An agent's configuration."""
+        return self.folder / f"{node_id}.yaml"
+
+    def gpus_dir(self, node_id: str) -> Path:
+        """An agent's simulated machine."""
+        return self.folder / f"{node_id}-gpus"
+
+    def log_path(self, name: str) -> Path:
+        """The output of one of the processes."""
+        return self.folder / "logs" / f"{name}.log"
+
+    def write(self) -> None:
+        """Write all configuration files. Raises OSError."""
+        documents: dict[Path, Any] = {
+            self.config_path: self._server_config(),
+            self.agent_config_path(WORKSTATION): {"executables": self._workstation_executables()},
+            self.agent_config_path(SPARK): {"executables": {"vllm": _simulator("vllm", _THINKER_ARGUMENTS)}},
+        }
+        for path, document in documents.items():
+            path.write_text(yaml.safe_dump(document, sort_keys=False))
+
+    def _server_config(self) -> dict[str, Any]:
+        return {
+            "server": {"grpc_port": 0, "http_port": 0, "state_dir": str(self.server_state_dir)},
+            "nodes": [
+                {"id": node_id, "address": f"127.0.0.1:{port}"} for node_id, port in self.agent_ports.items()
+            ],
+            "deployments": [self._orchestrator(), self._thinker()],
+        }
+
+    def _orchestrator(self) -> dict[str, Any]:
+        weights = self.gguf or self.folder / f"{_ORCHESTRATOR_MODEL}-q8_0.gguf"
+        engine: dict[str, Any] = {"kind": "llamacpp", "model_path": str(weights)}
+        if self.llama_cpp is not None:
+            engine |= {"server": self.llama_cpp.server.value, "context_tokens": _GGUF_CONTEXT_TOKENS}
+        else:
+            engine |= {"context_tokens": 16384, "parallel": 4}
+        return {
+            "id": ORCHESTRATOR,
+            "node": WORKSTATION,
+            "model": self.orchestrator_model,
+            "residency_class": "pinned",
+            "slots": 1 if self.llama_cpp is not None else 4,
+            "engine": engine,
+            "runtime": self._runtime("llama-server", WORKSTATION),
+        }
+
+    def _thinker(self) -> dict[str, Any]:
+        return {
+            "id": THINKER,
+            "node": SPARK,
+            "model": self.thinker_model,
+            "residency_class": "on_demand",
+            "engine": {"kind": "openai_compatible", "health_path": "/health"},
+            "runtime": self._runtime("vllm", SPARK, RUNG_SIM_LOAD_S=f"{_THINKER_LOAD_S:g}"),
+        }
+
+    def _runtime(self, executable: str, node_id: str, **settings: str) -> dict[str, Any]:
+        environment = {
+            **self.environment,
+            "RUNG_SIM_GPUS": str(self.gpus_dir(node_id)),
+            "RUNG_SIM_SPEED": f"{SPEED:g}",
+            **settings,
+        }
+        return {"kind": "process", "executable": executable, "environment": environment}
+
+    def _workstation_executables(self) -> dict[str, Any]:
+        found = self.llama_cpp
+        if found is None:
+            return {"llama-server": _simulator("llama_server", ())}
+        return {
+            "llama-server": {
+                "path": found.path,
+                "arguments_prefix": list(found.arguments_prefix),
+                "allow_environment": True,
+            }
+        }
+
+
+_THINKER_ARGUMENTS = (
+    _THINKER_WEIGHTS,
+    "--served-model-name",
+    _THINKER_MODEL,
+    "--gpu-memory-utilization",
+    "0.45",
+)
+
+
+def _simulator(module: str, arguments: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        "path": sys.executable,
+        "arguments_prefix": ["-m", f"nodeagent.simulators.{module}", *arguments],
+        "allow_environment": True,
+    }
+
+
+def find_llama_cpp() -> LocalLlamaCpp:
+    """The llama.cpp of this computer.
+
+    Raises:
+        FailedPreconditionError: there is none.
+    """
+    path = shutil.which("llama-server")
+    if path is not None:
+        return LocalLlamaCpp(server=LlamaCppServer.LLAMA_SERVER, path=path)
+    if importlib.util.find_spec("llama_cpp") is not None:
+        return LocalLlamaCpp(
+            server=LlamaCppServer.LLAMA_CPP_PYTHON,
+            path=sys.executable,
+            arguments_prefix=("-m", "llama_cpp.server"),
+        )
+    raise FailedPreconditionError(
+        "--gguf needs a llama.cpp: put llama-server on PATH, or pip install 'llama-cpp-python[server]'"
+    )

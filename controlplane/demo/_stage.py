@@ -1,0 +1,126 @@
+"""The demo's processes: started, named, and taken down again."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from msgspec import Struct
+
+from controlplane.demo._layout import (
+    SPARK,
+    WORKSTATION,
+    DemoOptions,
+    Layout,
+    LocalLlamaCpp,
+    find_llama_cpp,
+)
+from controlplane.demo._sweeper import Sweeper
+from controlplane.local import Child, ServerPorts, Watch, free_ports, rung_command, wait_for_ports
+from rung.errors import UnavailableError
+
+_START_TIMEOUT_S = 30.0
+_STOP_GRACE_S = 5.0
+#: Simulated machines by node.
+PROFILES = {WORKSTATION: "workstation", SPARK: "spark"}
+
+
+class Stage(Struct, frozen=True, kw_only=True):
+    """A running demo fleet."""
+
+    layout: Layout
+    ports: ServerPorts
+    children: tuple[Child, ...]
+
+
+@asynccontextmanager
+async def open_stage(options: DemoOptions, watch: Watch) -> AsyncIterator[Stage]:
+    """Start the fleet in a folder of its own, and leave nothing of it behind.
+
+    Raises:
+        FailedPreconditionError: a real llama.cpp is wanted and there is none.
+        ChildDiedError: one of the processes did not last.
+        TimeoutError: they did not get ready.
+        UnavailableError: the simulated machines could not be made.
+    """
+    llama_cpp = find_llama_cpp() if options.gguf is not None else None
+    folder = Path(tempfile.mkdtemp(prefix="rung-demo-"))
+    sweeper = await _start_sweeper(folder)
+    children: list[Child] = []
+    try:
+        layout = _layout(options, folder, llama_cpp)
+        await _make_machines(layout)
+        layout.write()
+        for name, command in _commands(layout):
+            child = await Child.start(
+                name, command, log_path=layout.log_path(name), environment=layout.environment
+            )
+            children.append(child)
+            watch.add(child)
+        plane = children[0]
+        async with asyncio.timeout(_START_TIMEOUT_S):
+            ports = await watch.during(wait_for_ports(layout.server_state_dir, plane.pid))
+        yield Stage(layout=layout, ports=ports, children=tuple(children))
+    finally:
+        await _close(children, sweeper)
+
+
+async def _start_sweeper(folder: Path) -> Sweeper:
+    try:
+        return await Sweeper.start(folder)
+    except BaseException:
+        folder.rmdir()
+        raise
+
+
+async def _close(children: list[Child], sweeper: Sweeper) -> None:
+    """The control plane first: it should not see its nodes vanish. Engines are left to the sweeper."""
+    try:
+        await asyncio.gather(*(child.stop(_STOP_GRACE_S) for child in children[:1]))
+        await asyncio.gather(*(child.stop(_STOP_GRACE_S) for child in children[1:]))
+    finally:
+        await sweeper.sweep()
+
+
+def _layout(options: DemoOptions, folder: Path, llama_cpp: LocalLlamaCpp | None) -> Layout:
+    ports = free_ports(len(PROFILES))
+    return Layout(
+        folder=folder,
+        agent_ports=dict(zip(PROFILES, ports, strict=True)),
+        gguf=options.gguf,
+        llama_cpp=llama_cpp,
+    )
+
+
+async def _make_machines(layout: Layout) -> None:
+    async def make(node_id: str, profile: str) -> None:
+        # By name: the control plane imports nothing of the agent.
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "nodeagent.simulators.gpu", "create", str(layout.gpus_dir(node_id))),
+            *("--profile", profile),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        output, _ = await process.communicate()
+        if process.returncode != 0:
+            last = output.decode(errors="replace").strip().rsplit("\n", 1)[-1]
+            raise UnavailableError(f"the simulated {node_id} could not be made: {last}", failure_reason="")
+
+    await asyncio.gather(*(make(node_id, profile) for node_id, profile in PROFILES.items()))
+
+
+def _commands(layout: Layout) -> list[tuple[str, tuple[str, ...]]]:
+    commands = [("controlplane", rung_command("serve", "--config", str(layout.config_path)))]
+    for node_id, port in layout.agent_ports.items():
+        # Engines that really run here belong to one machine only.
+        discover = "--discover" if node_id == WORKSTATION else "--no-discover"
+        arguments = ["--config", str(layout.agent_config_path(node_id)), "--node-id", node_id]
+        arguments += ["--port", str(port), "--state-dir", str(layout.folder / node_id), discover]
+        arguments += ["--simulated-gpus", str(layout.gpus_dir(node_id))]
+        commands.append((f"agent-{node_id}", rung_command("agent", "run", *arguments)))
+    return commands

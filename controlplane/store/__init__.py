@@ -1,0 +1,5 @@
+"""Tables and migrations: what survives a restart."""
+
+from controlplane.store._store import JobStore, StoredSegment, migrate
+
+__all__ = ["JobStore", "StoredSegment", "migrate"]

@@ -1,0 +1,49 @@
+"""The tables. A change here needs a migration; a test compares the two."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Double,
+    ForeignKey,
+    Index,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+)
+
+metadata = MetaData()
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("request_id", String(128), nullable=False),
+    Column("kind", String(32), nullable=False),
+    Column("state", String(32), nullable=False),
+    Column("model", Text, nullable=False),
+    Column("served", Text),
+    Column("create_time_s", Double, nullable=False),
+    Column("end_time_s", Double),
+    Column("last_sequence", BigInteger, nullable=False),
+    Column("failure_reason", String(64)),
+    Column("detail", Text, nullable=False),
+    Column("usage", Text),
+    Column("policy", Text, nullable=False),
+    Index("jobs_by_time", "create_time_s", "id"),
+    Index("jobs_by_request_id", "request_id"),
+    Index("jobs_by_end", "end_time_s"),
+)
+
+job_segments = Table(
+    "job_segments",
+    metadata,
+    Column("job_id", String(64), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("first_sequence", BigInteger, primary_key=True),
+    Column("last_sequence", BigInteger, nullable=False),
+    Column("events", LargeBinary, nullable=False),
+    sqlite_with_rowid=False,
+)

@@ -1,0 +1,102 @@
+"""Slots: who is served, who waits, and that nothing leaks."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from controlplane.pipelines import MAX_QUEUED, Slots
+from rung.errors import QueueFullError
+
+
+async def _hold(slots: Slots, got: asyncio.Event, places: list[int]) -> None:
+    async for place in slots.acquire("d"):
+        places.append(place)
+    got.set()
+
+
+async def _settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def test_slots_are_limited_and_come_back() -> None:
+    slots = Slots()
+
+    assert slots.try_acquire("d", 2)
+    assert slots.try_acquire("d", 2)
+    assert not slots.try_acquire("d", 2)
+    assert slots.load("d") == (2, 0)
+    slots.release("d")
+    assert slots.try_acquire("d", 2)
+    slots.release("d")
+    slots.release("d")
+    assert slots.load("d") == (0, 0)
+
+
+async def test_who_waits_longest_is_next() -> None:
+    slots = Slots()
+    slots.try_acquire("d", 1)
+    events = [asyncio.Event() for _ in range(3)]
+    places: list[list[int]] = [[], [], []]
+    async with asyncio.TaskGroup() as tasks:
+        for event, seen in zip(events, places, strict=True):
+            tasks.create_task(_hold(slots, event, seen))
+        await _settle()
+        assert slots.load("d") == (1, 3)
+        assert places == [[1], [2], [3]]
+        for event in events:
+            slots.release("d")
+            await event.wait()
+            assert slots.load("d")[0] == 1
+    slots.release("d")
+    assert slots.load("d") == (0, 0)
+
+
+async def test_one_that_waits_may_leave() -> None:
+    slots = Slots()
+    slots.try_acquire("d", 1)
+    got = asyncio.Event()
+    leaver = asyncio.create_task(_hold(slots, asyncio.Event(), []))
+    await _settle()
+    stayer = asyncio.create_task(_hold(slots, got, []))
+    await _settle()
+    leaver.cancel()
+    await asyncio.gather(leaver, return_exceptions=True)
+    assert slots.load("d") == (1, 1)
+    slots.release("d")
+    await stayer
+    assert slots.load("d") == (1, 0)
+
+
+async def test_a_slot_granted_to_one_that_leaves_goes_on_to_the_next() -> None:
+    slots = Slots()
+    slots.try_acquire("d", 1)
+    got = asyncio.Event()
+    leaver = asyncio.create_task(_hold(slots, asyncio.Event(), []))
+    stayer = asyncio.create_task(_hold(slots, got, []))
+    await _settle()
+
+    slots.release("d")
+    leaver.cancel()
+    await asyncio.gather(leaver, return_exceptions=True)
+    await stayer
+
+    assert got.is_set()
+    assert slots.load("d") == (1, 0)
+
+
+async def test_a_queue_has_an_end() -> None:
+    slots = Slots()
+    slots.try_acquire("d", 1)
+    waiting = [asyncio.create_task(_hold(slots, asyncio.Event(), [])) for _ in range(MAX_QUEUED)]
+    await _settle()
+
+    with pytest.raises(QueueFullError):
+        await _hold(slots, asyncio.Event(), [])
+
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    assert slots.load("d") == (1, 0)
