@@ -65,6 +65,8 @@ async def serve(config: Config) -> None:
             deployments=config.deployment_specs(),
             epoch=time.time_ns() // 1_000_000,
             load=slots.load,
+            # Without a host of our own, no engine's loopback is ours.
+            own_host_id=None if server.direct_relay else "",
         )
         client = EngineClient()
         stack.push_async_callback(client.aclose)

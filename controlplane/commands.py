@@ -11,7 +11,7 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-from rung.cli import default_state_dir, make_console
+from rung.cli import ExitCode, default_state_dir, make_console
 from rung.errors import ConfigError
 
 ConfigFile: TypeAlias = Annotated[
@@ -129,13 +129,13 @@ def check(
     path = file or find_config()
     if path is None:
         typer.echo("error: there is no rung.yaml; `rung config init` writes one to start with", err=True)
-        raise typer.Exit(1)
+        raise typer.Exit(ExitCode.FAILED)
     try:
         loaded = load_config(path)
     except ConfigError as error:
         # As compilers do it, so that editors find the place.
         typer.echo(error.message, err=True)
-        raise typer.Exit(1) from None
+        raise typer.Exit(ExitCode.FAILED) from None
     server = loaded.server
     counts = f"{_count(len(loaded.nodes), 'node')}, {_count(len(loaded.deployment_specs()), 'deployment')}"
     typer.echo(f"{path}: OK: {counts}; gRPC {server.grpc_port}, HTTP {server.http_port}")
@@ -170,7 +170,7 @@ def init(
             target.write(STARTER_CONFIG)
     except FileExistsError:
         typer.echo(f"error: {file} is there already; --force replaces it", err=True)
-        raise typer.Exit(1) from None
+        raise typer.Exit(ExitCode.FAILED) from None
     typer.echo(f"wrote {file}; next: edit it, `rung config check {file}`, `rung serve --config {file}`")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 
 from rich.console import Console
@@ -10,9 +11,9 @@ from rich.text import Text
 
 from controlplane.demo._layout import ORCHESTRATOR, DemoOptions
 from controlplane.demo._screen import Screen
-from controlplane.demo._stage import Stage, open_stage
+from controlplane.demo._stage import Stage, StageFailedError, last_words, open_stage
 from controlplane.demo._story import open_story, tell
-from controlplane.local import Child, ChildDiedError, StopRequestedError, Watch
+from controlplane.local import ChildDiedError, StopRequestedError, Watch
 from rung import AsyncClient
 from rung.cli import ExitCode
 from rung.errors import RungError
@@ -48,11 +49,11 @@ async def _run(screen: Screen, options: DemoOptions) -> int:
                 await watch.until_stopped()
         except StopRequestedError:
             code = ExitCode.INTERRUPTED
-        except ChildDiedError as error:
-            _fail(screen, str(error), [error.child])
+        except StageFailedError as error:
+            _fail(screen, str(error), error.last_words)
             code = ExitCode.FAILED
-        except (RungError, TimeoutError) as error:
-            _fail(screen, str(error) or "it took too long", stage.children if stage is not None else ())
+        except (ChildDiedError, RungError, TimeoutError) as error:
+            _fail(screen, str(error) or "it took too long", last_words(stage.children) if stage else {})
             code = ExitCode.FAILED
         screen.show("")
         screen.say("Stopping everything and removing the demo's folder.")
@@ -80,10 +81,10 @@ def _invite(screen: Screen, stage: Stage) -> None:
     screen.say("Ctrl-C ends it and removes everything.")
 
 
-def _fail(screen: Screen, why: str, children: tuple[Child, ...] | list[Child]) -> None:
+def _fail(screen: Screen, why: str, said: Mapping[str, Sequence[str]]) -> None:
     screen.show("")
     screen.show(Text(f"The demo failed: {why}", style="bold red"))
-    for child in children:
-        screen.show(Text(f"Last words of {child.name}:", style="bold"))
-        for line in child.log_tail():
+    for name, lines in said.items():
+        screen.show(Text(f"Last words of {name}:", style="bold"))
+        for line in lines:
             screen.console.print(Text(f"  {line}", style="dim"), soft_wrap=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -20,8 +21,15 @@ from controlplane.demo._layout import (
     find_llama_cpp,
 )
 from controlplane.demo._sweeper import Sweeper
-from controlplane.local import Child, ServerPorts, Watch, free_ports, rung_command, wait_for_ports
-from rung.errors import UnavailableError
+from controlplane.local import (
+    Child,
+    ChildDiedError,
+    ServerPorts,
+    Watch,
+    free_ports,
+    rung_command,
+    wait_for_ports,
+)
 
 _START_TIMEOUT_S = 30.0
 _STOP_GRACE_S = 5.0
@@ -37,15 +45,26 @@ class Stage(Struct, frozen=True, kw_only=True):
     children: tuple[Child, ...]
 
 
+class StageFailedError(Exception):
+    """The fleet did not come up. `last_words` are the ends of its logs by process: the files are gone."""
+
+    def __init__(self, message: str, last_words: dict[str, list[str]]) -> None:
+        super().__init__(message)
+        self.last_words = last_words
+
+
+def last_words(children: Iterable[Child]) -> dict[str, list[str]]:
+    """The ends of the logs by name of the process."""
+    return {child.name: child.log_tail() for child in children}
+
+
 @asynccontextmanager
 async def open_stage(options: DemoOptions, watch: Watch) -> AsyncIterator[Stage]:
     """Start the fleet in a folder of its own, and leave nothing of it behind.
 
     Raises:
         FailedPreconditionError: a real llama.cpp is wanted and there is none.
-        ChildDiedError: one of the processes did not last.
-        TimeoutError: they did not get ready.
-        UnavailableError: the simulated machines could not be made.
+        StageFailedError: one of the processes did not last, or is not ready in time.
     """
     llama_cpp = find_llama_cpp() if options.gguf is not None else None
     folder = Path(tempfile.mkdtemp(prefix="rung-demo-"))
@@ -62,8 +81,14 @@ async def open_stage(options: DemoOptions, watch: Watch) -> AsyncIterator[Stage]
             children.append(child)
             watch.add(child)
         plane = children[0]
-        async with asyncio.timeout(_START_TIMEOUT_S):
-            ports = await watch.during(wait_for_ports(layout.server_state_dir, plane.pid))
+        try:
+            async with asyncio.timeout(_START_TIMEOUT_S):
+                ports = await watch.during(wait_for_ports(layout.server_state_dir, plane.pid))
+        except ChildDiedError as error:
+            raise StageFailedError(str(error), last_words([error.child])) from error
+        except TimeoutError as error:
+            late = f"the control plane is not ready after {_START_TIMEOUT_S:.0f} s"
+            raise StageFailedError(late, last_words(children)) from error
         yield Stage(layout=layout, ports=ports, children=tuple(children))
     finally:
         await _close(children, sweeper)
@@ -73,7 +98,7 @@ async def _start_sweeper(folder: Path) -> Sweeper:
     try:
         return await Sweeper.start(folder)
     except BaseException:
-        folder.rmdir()
+        shutil.rmtree(folder)
         raise
 
 
@@ -109,7 +134,7 @@ async def _make_machines(layout: Layout) -> None:
         output, _ = await process.communicate()
         if process.returncode != 0:
             last = output.decode(errors="replace").strip().rsplit("\n", 1)[-1]
-            raise UnavailableError(f"the simulated {node_id} could not be made: {last}", failure_reason="")
+            raise StageFailedError(f"the simulated {node_id} could not be made: {last}", {})
 
     await asyncio.gather(*(make(node_id, profile) for node_id, profile in PROFILES.items()))
 

@@ -20,7 +20,6 @@ from controlplane.local import wait_for_nodes
 from rung import AsyncClient, Policy
 from rung.cli.views import (
     Answer,
-    describe_event,
     event_line,
     fleet_view,
     format_duration,
@@ -197,7 +196,7 @@ def fold_tokens(log: list[JobEvent]) -> list[Text]:
         if more > 1:
             lines.append(Text(f"{'':>19}{more - 1} more of these", style="dim"))
         more = 1 if is_token else 0
-        lines.append(event_line(event) if describe_event(event.payload) else Text())
+        lines.append(event_line(event))
     return lines
 
 

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 _TAIL_LINES = 12
 
@@ -53,10 +54,7 @@ class Child:
         Raises:
             OSError: it cannot be started, or its log not be written.
         """
-        log_path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            log_path.replace(log_path.with_name(f"{log_path.name}.1"))
-        with log_path.open("wb") as log:
+        with _new_log(log_path) as log:
             process = await asyncio.create_subprocess_exec(
                 *command,
                 stdin=asyncio.subprocess.DEVNULL,
@@ -103,3 +101,10 @@ class Child:
         with suppress(OSError), self.log_path.open(errors="replace") as log:
             return [line.rstrip("\n") for line in deque(log, maxlen=lines)]
         return []
+
+
+def _new_log(path: Path) -> BinaryIO:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileNotFoundError):
+        path.replace(path.with_name(f"{path.name}.1"))
+    return path.open("wb")

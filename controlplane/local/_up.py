@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import ipaddress
 import socket
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -204,8 +205,6 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _welcome(console: Console, plan: _Plan, ports: ServerPorts, snapshot: FleetSnapshot) -> None:
-    import time
-
     console.print(fleet_view(snapshot, now_s=time.time(), width=console.width))
     console.print()
     adopted = [each.spec.id for each in snapshot.deployments if each.adopted]

@@ -1,5 +1,6 @@
 """What the control plane and the node agent have in common. Needs `rung[server]` or `rung[agent]`."""
 
+from rung.service._config_file import ByteSize, DurationS, FieldError, load_yaml_model
 from rung.service._engine_client import EngineClient, EngineReply
 from rung.service._host import host_id
 from rung.service._interceptors import CallInterceptor
@@ -7,12 +8,16 @@ from rung.service._logging import configure_logging
 from rung.service._server import GrpcServer, ServerOptions, require_loopback
 
 __all__ = [
+    "ByteSize",
     "CallInterceptor",
+    "DurationS",
     "EngineClient",
     "EngineReply",
+    "FieldError",
     "GrpcServer",
     "ServerOptions",
     "configure_logging",
     "host_id",
+    "load_yaml_model",
     "require_loopback",
 ]

@@ -1,0 +1,199 @@
+"""YAML files into pydantic models, with errors that name file, line and field."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ValidationError, WithJsonSchema
+from pydantic_core import ErrorDetails
+
+from rung.errors import ConfigError
+
+M = TypeVar("M", bound=BaseModel)
+Location = tuple[str | int, ...]
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]i?)?B?\s*")
+_SIZE_FACTORS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_DURATION_FACTORS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_VARIABLE = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+def parse_size(value: object) -> object:
+    """Bytes from `12.8GiB`, `20GB` or a number; other values are left for pydantic to refuse.
+
+    Raises:
+        ValueError: text that is not a size.
+    """
+    if not isinstance(value, str):
+        return value
+    found = _SIZE.fullmatch(value)
+    if found is None:
+        raise ValueError(f"{value!r} is not a size; write for instance 12GiB or 500MB")
+    number, unit = float(found[1]), (found[2] or "")
+    if not unit:
+        return int(number)
+    power = "kmgt".index(unit[0].lower()) + 1
+    return int(number * (1024**power if unit.endswith("i") else _SIZE_FACTORS[unit[0].lower()]))
+
+
+def parse_duration(value: object) -> object:
+    """Seconds from `15m`, `1h30m`, `250ms` or a number; other values are left for pydantic to refuse.
+
+    Raises:
+        ValueError: text that is not a duration.
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.replace(" ", "")
+    parts = _DURATION.findall(text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        raise ValueError(f"{value!r} is not a duration; write for instance 30s, 15m or 1h30m")
+    return sum(float(number) * _DURATION_FACTORS[unit] for number, unit in parts)
+
+
+#: Bytes, written as `12.8GiB`, `20GB` or a number.
+ByteSize = Annotated[
+    int, BeforeValidator(parse_size), WithJsonSchema({"type": ["integer", "string"], "examples": ["12GiB"]})
+]
+#: Seconds, written as `15m`, `1h30m` or a number.
+DurationS = Annotated[
+    float,
+    BeforeValidator(parse_duration),
+    WithJsonSchema({"type": ["number", "string"], "examples": ["15m"]}),
+]
+
+
+def load_yaml_model(path: Path, model: type[M]) -> M:
+    """Read a file into a model. `${env:NAME}` in a text is replaced by the variable's value.
+
+    Raises:
+        ConfigError: one line for each thing that is wrong, as `file:line: field: what`.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    reader = _Reader(path)
+    value = reader.value(root, ()) if root is not None else {}
+    if reader.problems:
+        raise ConfigError("\n".join(reader.problems))
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        problems = [reader.explain(found, model) for found in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(problems))) from None
+
+
+class FieldError(ValueError):
+    """A problem across fields: says which field is at fault, below the model that found it."""
+
+    def __init__(self, location: Location, message: str) -> None:
+        super().__init__(message)
+        self.location = location
+
+
+class _Reader:
+    """Turns YAML nodes into values, and remembers on which line each of them stands."""
+
+    def __init__(self, path: Path) -> None:
+        self.problems: list[str] = []
+        self._path = path
+        self._lines: dict[Location, int] = {}
+        self._constructor = yaml.SafeLoader("")
+
+    def value(self, node: yaml.Node, location: Location) -> Any:
+        self._lines.setdefault(location, node.start_mark.line + 1)
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, location)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.value(item, (*location, place)) for place, item in enumerate(node.value)]
+        value = self._constructor.construct_object(node)
+        return self._filled_in(value, location) if isinstance(value, str) else value
+
+    def _mapping(self, node: yaml.MappingNode, location: Location) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(self._constructor.construct_object(key_node))
+            below = (*location, key)
+            line = key_node.start_mark.line + 1
+            if key in found:
+                self.problems.append(
+                    self._line(line, below, f"is here twice; first on line {self._lines[below]}")
+                )
+                continue
+            self._lines[below] = line
+            found[key] = self.value(value_node, below)
+        return found
+
+    def _filled_in(self, text: str, location: Location) -> str:
+        def fill(match: re.Match[str]) -> str:
+            name = match[1]
+            if name not in os.environ:
+                line = self._lines[location]
+                self.problems.append(self._line(line, location, f"the environment has no variable {name}"))
+            return os.environ.get(name, "")
+
+        return _VARIABLE.sub(fill, text)
+
+    def explain(self, error: ErrorDetails, model: type[BaseModel]) -> str:
+        location = self._in_file(error["loc"])
+        message = error["msg"].removeprefix("Value error, ")
+        cause = error.get("ctx", {}).get("error")
+        if isinstance(cause, FieldError):
+            location = self._in_file((*error["loc"], *cause.location))
+        if error["type"] == "extra_forbidden":
+            message = "there is no such field" + _suggestion(str(error["loc"][-1]), error["loc"], model)
+        elif error["type"] == "missing":
+            message = "is missing"
+        line = next(
+            self._lines[location[:depth]]
+            for depth in range(len(location), -1, -1)
+            if location[:depth] in self._lines
+        )
+        return self._line(line, location, message)
+
+    def _in_file(self, location: Location) -> Location:
+        """The place in the file: pydantic puts the tag of a union between two fields."""
+        found: Location = ()
+        for place, part in enumerate(location):
+            if (*found, part) in self._lines or place == len(location) - 1:
+                found = (*found, part)
+        return found
+
+    def _line(self, line: int, location: Location, message: str) -> str:
+        field = ""
+        for part in location:
+            field += f"[{part}]" if isinstance(part, int) else f".{part}" if field else part
+        return f"{self._path}:{line}: {field}: {message}" if field else f"{self._path}:{line}: {message}"
+
+
+def _suggestion(name: str, location: Location, model: type[BaseModel]) -> str:
+    """The nearest name that would have been right, from all fields of the models on the way."""
+    names: set[str] = set()
+    pending: list[Any] = [model]
+    seen: set[Any] = set()
+    while pending:
+        kind = pending.pop()
+        if kind in seen:
+            continue
+        seen.add(kind)
+        pending.extend(getattr(kind, "__args__", ()))
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            names.update(kind.model_fields)
+            pending.extend(field.annotation for field in kind.model_fields.values())
+    near = difflib.get_close_matches(name, sorted(names), 1)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,0 +1,355 @@
+"""The configuration of a control plane, as YAML has it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from rung import types
+from rung.errors import LoopbackOnlyError
+from rung.service import ByteSize, DurationS, FieldError, load_yaml_model, require_loopback
+
+_ID = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+_ADDRESS = re.compile(r"[^\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
+_DAY_S = 24 * 3600.0
+
+
+def default_state_dir() -> Path:
+    """`$XDG_STATE_HOME/rung`, which is `~/.local/state/rung` where nothing else is set."""
+    base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(base).expanduser() / "rung"
+
+
+def _loopback(host: str) -> str:
+    try:
+        require_loopback(host, "server.host")
+    except LoopbackOnlyError as error:
+        raise ValueError(error.message) from None
+    return host
+
+
+def _loopback_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme != "http" or not parts.hostname:
+        raise ValueError(f"{url!r} is not an http:// URL such as http://127.0.0.1:8000")
+    if parts.path.strip("/") or parts.query or parts.username:
+        raise ValueError(f"{url!r} has more than scheme, host and port; the adapter knows the paths")
+    _loopback_only_engine(parts.hostname)
+    return url.rstrip("/")
+
+
+def _loopback_only_engine(host: str) -> None:
+    try:
+        require_loopback(host, "an engine")
+    except LoopbackOnlyError:
+        raise ValueError(
+            f"engines are reached over loopback only, not at {host}; run an agent on that machine"
+        ) from None
+
+
+def _address(address: str) -> str:
+    if not _ADDRESS.fullmatch(address):
+        raise ValueError(f"{address!r} is not host:port, such as 127.0.0.1:8152")
+    return address
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True)
+
+
+class LogConfig(_Model):
+    """Logs."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    form: Literal["auto", "json", "console"] = "auto"
+
+
+class ServerConfig(_Model):
+    """The control plane itself."""
+
+    host: Annotated[str, AfterValidator(_loopback)] = Field(
+        "127.0.0.1", description="Interface; loopback only."
+    )
+    grpc_port: int = Field(default=8151, ge=0, le=65535, description="0 picks a free one.")
+    http_port: int = Field(default=8150, ge=0, le=65535, description="0 picks a free one.")
+    state_dir: Path = Field(default_factory=default_state_dir, description="Where jobs are stored.")
+    max_request_bytes: ByteSize = Field(default=16 * 1024**2, ge=1024, description="Largest request.")
+    drain_s: DurationS = Field(
+        default=20.0, ge=0, alias="drain", description="Time for running jobs at a stop."
+    )
+    job_retention_s: DurationS = Field(default=7 * _DAY_S, gt=0, alias="job_retention")
+    engine_idle_timeout_s: DurationS = Field(
+        default=600.0, gt=0, alias="engine_idle_timeout", description="Longest silence of an engine."
+    )
+    direct_relay: bool = Field(True, description="Talk straight to engines on this machine.")
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _expand(self) -> Self:
+        if self.grpc_port and self.grpc_port == self.http_port:
+            raise FieldError(("http_port",), "is the same as grpc_port")
+        object.__setattr__(self, "state_dir", self.state_dir.expanduser())
+        return self
+
+
+class NodeConfig(_Model):
+    """A machine with an agent."""
+
+    id: str = Field(pattern=_ID)
+    address: Annotated[str, AfterValidator(_address)] = Field(description="host:port of its agent.")
+    ownership: types.NodeOwnership = types.NodeOwnership.OWNED
+
+
+class LlamaCppConfig(_Model):
+    """llama.cpp."""
+
+    kind: Literal["llamacpp"]
+    model_path: str
+    server: types.LlamaCppServer = types.LlamaCppServer.LLAMA_SERVER
+    context_tokens: int = Field(default=0, ge=0)
+    gpu_layers: int = Field(-1, ge=-1)
+    parallel: int = Field(default=1, ge=1)
+    embedding: bool = False
+    projector_path: str = ""
+    chat_template: str = ""
+    kv_cache_type: Literal["", "f16", "q8_0", "q4_0"] = ""
+
+    def value(self) -> types.Engine:
+        """As the rest of the system has it."""
+        return types.LlamaCppEngine(**_fields(self))
+
+
+class OpenAiCompatibleConfig(_Model):
+    """Any server with OpenAI's routes."""
+
+    kind: Literal["openai_compatible"]
+    health_path: str = Field(default="/v1/models", pattern="^/")
+    api_key_env: str = ""
+
+    def value(self) -> types.Engine:
+        """As the rest of the system has it."""
+        return types.OpenAiCompatibleEngine(**_fields(self))
+
+
+class VllmConfig(_Model):
+    """vLLM."""
+
+    kind: Literal["vllm"]
+    model: str
+    gpu_memory_utilization: float = Field(default=0.0, ge=0, le=1)
+    max_model_len_tokens: int = Field(default=0, ge=0)
+    max_num_seqs: int = Field(default=0, ge=0)
+    kv_cache_dtype: str = ""
+    sleep_mode: bool = False
+    kv_cache_memory_bytes: ByteSize = 0
+
+    def value(self) -> types.Engine:
+        """As the rest of the system has it."""
+        return types.VllmEngine(**_fields(self))
+
+
+class OllamaConfig(_Model):
+    """Ollama."""
+
+    kind: Literal["ollama"]
+    model: str
+
+    def value(self) -> types.Engine:
+        """As the rest of the system has it."""
+        return types.OllamaEngine(**_fields(self))
+
+
+class ComfyUiConfig(_Model):
+    """ComfyUI."""
+
+    kind: Literal["comfyui"]
+    reserve_vram_bytes: ByteSize = Field(default=0, alias="reserve_vram")
+
+    def value(self) -> types.Engine:
+        """As the rest of the system has it."""
+        return types.ComfyUiEngine(**_fields(self))
+
+
+EngineConfig = Annotated[
+    LlamaCppConfig | OpenAiCompatibleConfig | VllmConfig | OllamaConfig | ComfyUiConfig,
+    Field(discriminator="kind"),
+]
+
+
+class MountConfig(_Model):
+    """A folder of the node seen in a container."""
+
+    source: str = Field(pattern="^/")
+    target: str = Field(pattern="^/")
+    writable: bool = False
+
+
+class ProcessConfig(_Model):
+    """A process of an executable that the agent's allow-list names."""
+
+    kind: Literal["process"]
+    executable: str = Field(min_length=1)
+    arguments: tuple[str, ...] = ()
+    environment: dict[str, str] = {}
+
+    def value(self) -> types.Runtime:
+        """As the rest of the system has it."""
+        return types.ProcessRuntime(**_fields(self))
+
+
+class DockerConfig(_Model):
+    """A container."""
+
+    kind: Literal["docker"]
+    image: str = Field(min_length=1)
+    command: tuple[str, ...] = ()
+    mounts: tuple[MountConfig, ...] = ()
+    container_port: int = Field(default=0, ge=0, le=65535)
+    shared_memory_bytes: ByteSize = Field(default=0, alias="shared_memory")
+    environment: dict[str, str] = {}
+
+    def value(self) -> types.Runtime:
+        """As the rest of the system has it."""
+        mounts = tuple(types.Mount(**_fields(mount)) for mount in self.mounts)
+        return types.DockerRuntime(**(_fields(self) | {"mounts": mounts}))
+
+
+class ExternalConfig(_Model):
+    """An engine that somebody else runs on the node."""
+
+    kind: Literal["external"]
+    base_url: Annotated[str, AfterValidator(_loopback_url)]
+
+    def value(self) -> types.Runtime:
+        """As the rest of the system has it."""
+        return types.ExternalRuntime(base_url=self.base_url)
+
+
+RuntimeConfig = Annotated[ProcessConfig | DockerConfig | ExternalConfig, Field(discriminator="kind")]
+
+
+class DeploymentConfig(_Model):
+    """One model served by one engine on one node."""
+
+    id: str = Field(pattern=_ID)
+    node: str
+    model: str = Field(min_length=1)
+    engine: EngineConfig
+    runtime: RuntimeConfig
+    aliases: tuple[str, ...] = ()
+    served_model_name: str = ""
+    residency_class: types.ResidencyClass = types.ResidencyClass.ON_DEMAND
+    keep_running: bool = False
+    slots: int = Field(default=16, ge=1, le=4096)
+    vram_bytes: ByteSize = Field(default=0, ge=0, alias="vram")
+    idle_timeout_s: DurationS | None = Field(default=None, alias="idle_timeout")
+    shrinkable: bool = False
+    capabilities: tuple[str, ...] = ("chat",)
+    context_tokens: int = Field(default=0, ge=0)
+    port: int = Field(default=0, ge=0, le=65535)
+    gpus: tuple[str, ...] = ()
+    start_timeout_s: DurationS = Field(default=600.0, gt=0, alias="start_timeout")
+    stop_grace_s: DurationS = Field(default=10.0, ge=0, alias="stop_grace")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.residency_class is types.ResidencyClass.PINNED and self.idle_timeout_s is not None:
+            raise FieldError(("idle_timeout",), "a pinned deployment is never stopped; remove one of the two")
+        return self
+
+    def spec(self) -> types.DeploymentSpec:
+        """As the rest of the system has it."""
+        return types.DeploymentSpec(
+            id=self.id,
+            node_id=self.node,
+            model=self.model,
+            aliases=self.aliases,
+            served_model_name=self.served_model_name,
+            residency_class=self.residency_class,
+            slots=self.slots,
+            vram_bytes=self.vram_bytes,
+            keep_running=self.keep_running,
+            idle_timeout_s=self.idle_timeout_s,
+            shrinkable=self.shrinkable,
+            capabilities=self.capabilities,
+            context_tokens=self.context_tokens,
+            engine=types.EngineSpec(
+                engine=self.engine.value(),
+                runtime=self.runtime.value(),
+                port=self.port,
+                gpus=self.gpus,
+                start_timeout_s=self.start_timeout_s,
+                stop_grace_s=self.stop_grace_s,
+            ),
+        )
+
+
+class Config(_Model):
+    """A control plane, its nodes and its deployments."""
+
+    server: ServerConfig = ServerConfig()
+    nodes: tuple[NodeConfig, ...] = ()
+    deployments: tuple[DeploymentConfig, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _unique("nodes", [node.id for node in self.nodes])
+        _unique("deployments", [deployment.id for deployment in self.deployments])
+        nodes = {node.id for node in self.nodes}
+        models = {deployment.model for deployment in self.deployments}
+        ports: dict[tuple[str, int], str] = {}
+        for place, deployment in enumerate(self.deployments):
+            if deployment.node not in nodes:
+                known = ", ".join(sorted(nodes)) or "none"
+                raise FieldError(
+                    ("deployments", place, "node"), f"there is no node {deployment.node}; nodes are: {known}"
+                )
+            for alias in deployment.aliases:
+                if alias in models and alias != deployment.model:
+                    raise FieldError(
+                        ("deployments", place, "aliases"), f"{alias} is the model of another deployment"
+                    )
+            other = ports.setdefault((deployment.node, deployment.port), deployment.id)
+            if deployment.port and other != deployment.id:
+                raise FieldError(
+                    ("deployments", place, "port"), f"{other} has port {deployment.port} on the same node"
+                )
+        return self
+
+    def deployment_specs(self) -> tuple[types.DeploymentSpec, ...]:
+        """The deployments as the rest of the system has them."""
+        return tuple(deployment.spec() for deployment in self.deployments)
+
+
+def load_config(path: Path) -> Config:
+    """Read a file. Raises ConfigError with a line for each problem: `file:line: field: what`."""
+    return load_yaml_model(path, Config)
+
+
+def default_config() -> Config:
+    """What holds without a file: no nodes yet, everything else as documented."""
+    return Config()
+
+
+def config_schema() -> dict[str, Any]:
+    """The JSON schema of a file, for editors."""
+    schema = Config.model_json_schema(by_alias=True)
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return head | schema | {"title": "Rung configuration"}
+
+
+def _unique(what: str, names: list[str]) -> None:
+    counted = Counter(names)
+    for place, name in enumerate(names):
+        if counted[name] > 1 and name in names[:place]:
+            raise FieldError((what, place, "id"), f"{name} is used twice")
+
+
+def _fields(model: BaseModel) -> dict[str, Any]:
+    return {name: getattr(model, name) for name in type(model).model_fields if name != "kind"}
