@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import typer
 
 from rung.cli import ExitCode, default_state_dir, make_console
 from rung.errors import ConfigError
 
+LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
 ConfigFile: TypeAlias = Annotated[
     Path | None,
     typer.Option(
@@ -32,7 +33,7 @@ def serve(
     config_file: ConfigFile = None,
     grpc_port: Annotated[int | None, typer.Option(min=0, max=65535, help="Instead of the file's.")] = None,
     http_port: Annotated[int | None, typer.Option(min=0, max=65535, help="Instead of the file's.")] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    log_level: Annotated[LogLevel | None, typer.Option(help="Instead of the file's.")] = None,
 ) -> None:
     """Run the control plane: gRPC on 8151, HTTP on 8150, both on loopback.
 

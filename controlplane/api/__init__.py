@@ -2,7 +2,7 @@
 
 from controlplane.api._policy import ACCESS, Access
 from controlplane.api._ports import JobsPort, PipelinesPort
-from controlplane.api._services import SERVICE_NAMES, Services, add_service, build_services
+from controlplane.api._services import SERVICE_NAMES, Services, build_services
 from controlplane.api._wish import wish_from_embed, wish_from_generate
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "JobsPort",
     "PipelinesPort",
     "Services",
-    "add_service",
     "build_services",
     "wish_from_embed",
     "wish_from_generate",

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
-import grpc
 import grpc.aio
-from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.descriptor_pool import Default
-from google.protobuf.message_factory import GetMessageClass
 
 from controlplane.api._fleet import FleetServicer
 from controlplane.api._inference import InferenceServicer
 from controlplane.api._ports import JobsPort, PipelinesPort
 from controlplane.fleet import Fleet
-from rung.errors import NotImplementedYetError
-
-if TYPE_CHECKING:
-    from typing import TypeAlias
-
-    Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+from rung.service import add_service
 
 #: Full names of the services that the control plane has.
 SERVICE_NAMES = (
@@ -59,54 +50,3 @@ def build_services(fleet: Fleet, jobs: JobsPort, pipelines: PipelinesPort) -> Se
     return Services(
         tuple((pool.FindServiceByName(name), servicers.get(name, object())) for name in SERVICE_NAMES)
     )
-
-
-def add_service(server: grpc.aio.Server, service: ServiceDescriptor, servicer: object) -> None:
-    """Register a servicer that may lack methods: those answer UNIMPLEMENTED, with rich details.
-
-    The base classes of the generated code answer UNIMPLEMENTED without a reason that a program or
-    a person could read.
-
-    Raises:
-        TypeError: the servicer has a method that the service has not.
-    """
-    names = {method.name for method in service.methods}
-    strays = [name for name in vars(type(servicer)) if name[0].isupper() and name not in names]
-    if strays:
-        raise TypeError(f"{service.full_name} has no method {', '.join(strays)}")
-    handlers = {method.name: _handler(method, servicer) for method in service.methods}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
-
-
-def _handler(method: MethodDescriptor, servicer: object) -> grpc.RpcMethodHandler[Any, Any]:
-    assert not method.client_streaming, "our services take one request a call"
-    behaviour: Callable[..., Any] = getattr(servicer, method.name, None) or _unimplemented(method)
-    make = (
-        grpc.unary_stream_rpc_method_handler
-        if method.server_streaming
-        else grpc.unary_unary_rpc_method_handler
-    )
-    return make(
-        behaviour,
-        request_deserializer=GetMessageClass(method.input_type).FromString,
-        response_serializer=GetMessageClass(method.output_type).SerializeToString,
-    )
-
-
-def _unimplemented(method: MethodDescriptor) -> Callable[..., Any]:
-    def not_yet() -> NotImplementedYetError:
-        return NotImplementedYetError(
-            f"{method.name} is part of the API, but this version of the control plane cannot do it yet",
-            method=method.full_name,
-        )
-
-    async def unary(request: object, context: Context) -> object:
-        raise not_yet()
-
-    async def stream(request: object, context: Context) -> AsyncIterator[object]:
-        nothing: tuple[object, ...] = ()
-        for response in nothing:
-            yield response
-        raise not_yet()
-
-    return stream if method.server_streaming else unary

@@ -74,7 +74,7 @@ class ServerConfig(_Model):
     """The control plane itself."""
 
     host: Annotated[str, AfterValidator(_loopback)] = Field(
-        "127.0.0.1", description="Interface; loopback only."
+        default="127.0.0.1", description="Interface; loopback only."
     )
     grpc_port: int = Field(default=8151, ge=0, le=65535, description="0 picks a free one.")
     http_port: int = Field(default=8150, ge=0, le=65535, description="0 picks a free one.")
@@ -87,7 +87,7 @@ class ServerConfig(_Model):
     engine_idle_timeout_s: DurationS = Field(
         default=600.0, gt=0, alias="engine_idle_timeout", description="Longest silence of an engine."
     )
-    direct_relay: bool = Field(True, description="Talk straight to engines on this machine.")
+    direct_relay: bool = Field(default=True, description="Talk straight to engines on this machine.")
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ from controlplane.demo._layout import ORCHESTRATOR, DemoOptions
 from controlplane.demo._screen import Screen
 from controlplane.demo._stage import Stage, StageFailedError, last_words, open_stage
 from controlplane.demo._story import open_story, tell
+from controlplane.demo._sweeper import leftovers
 from controlplane.local import ChildDiedError, StopRequestedError, Watch
 from rung import AsyncClient
 from rung.cli import ExitCode
@@ -57,6 +58,9 @@ async def _run(screen: Screen, options: DemoOptions) -> int:
             code = ExitCode.FAILED
         screen.show("")
         screen.say("Stopping everything and removing the demo's folder.")
+    if stage is not None and (left := leftovers(stage.layout.folder)):
+        screen.show(Text(f"Still here: {', '.join(left)}", style="bold red"))
+        return ExitCode.FAILED
     if code is ExitCode.OK:
         screen.closing()
         screen.say("All of it is gone again: processes, ports, files.")

@@ -81,6 +81,12 @@ def sweep(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def leftovers(folder: Path) -> list[str]:
+    """What should be gone and is not, in words."""
+    found = [f"process {process.pid}" for process in marked_processes(folder)]
+    return [*found, str(folder)] if folder.exists() else found
+
+
 def _send(process: psutil.Process, number: signal.Signals) -> None:
     try:
         # psutil makes sure that the pid is still that process.

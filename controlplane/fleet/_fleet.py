@@ -15,7 +15,6 @@ from controlplane.fleet._agent_client import AgentRun
 from controlplane.fleet._node_session import NodeSession
 from controlplane.fleet._operations import KEEP_ALIVE_S, LifecycleAction, Operation, Operations
 from controlplane.fleet._reconcile import Reconciler
-from controlplane.fleet._signal import Signal
 from controlplane.fleet._view import DeploymentView, FleetView, build_view, replace_node
 from rung.errors import (
     ConfigError,
@@ -30,7 +29,7 @@ from rung.errors import (
     UnknownDeploymentError,
     UnknownNodeError,
 )
-from rung.service import host_id
+from rung.service import Signal, host_id
 from rung.types import (
     DeploymentSpec,
     ExternalRuntime,

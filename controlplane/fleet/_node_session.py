@@ -18,8 +18,8 @@ from controlplane.fleet._agent_client import (
     AgentUpdate,
     DeploymentRemoved,
 )
-from controlplane.fleet._signal import Signal
 from rung.errors import RungError, UnavailableError
+from rung.service import Signal
 from rung.types import Deployment, NodeState, NodeStatus
 
 _log = structlog.get_logger("rung.fleet")

@@ -18,7 +18,6 @@ from msgspec.structs import replace
 
 from controlplane.fleet._agent_client import AgentClient
 from controlplane.fleet._node_session import NodeSession, backoff_s
-from controlplane.fleet._signal import Signal
 from controlplane.fleet._view import DeploymentView, FleetView
 from rung.errors import (
     AlreadyExistsError,
@@ -27,6 +26,7 @@ from rung.errors import (
     RungError,
     UnknownDeploymentError,
 )
+from rung.service import Signal
 from rung.types import (
     Deployment,
     FailureReason,

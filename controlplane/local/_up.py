@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import ipaddress
+import re
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -142,7 +143,7 @@ def _plan(options: UpOptions) -> _Plan:
         path.write_text(_GENERATED + _generated_config(options, node_id))
         return _Plan(
             config=path,
-            server_state_dir=options.state_dir / "controlplane",
+            server_state_dir=options.state_dir,
             node_id=node_id,
             agent_port=options.agent_port,
         )
@@ -161,7 +162,7 @@ def _generated_config(options: UpOptions, node_id: str) -> str:
         "server": {
             "grpc_port": options.grpc_port,
             "http_port": options.http_port,
-            "state_dir": str(options.state_dir / "controlplane"),
+            "state_dir": str(options.state_dir),
         },
         "nodes": [{"id": node_id, "address": f"127.0.0.1:{options.agent_port}"}],
     }
@@ -189,7 +190,8 @@ def _is_loopback(host: str) -> bool:
 
 
 def _host_name() -> str:
-    return socket.gethostname().split(".", 1)[0].lower() or "local"
+    name = re.sub(r"[^a-z0-9._-]", "-", socket.gethostname().split(".", 1)[0].lower())
+    return name.strip("._-")[:63] or "local"
 
 
 @contextmanager

@@ -103,6 +103,10 @@ class EngineRuntime(Protocol):
         """Process ids of the engine and its descendants as the host sees them; empty if not known."""
         ...
 
+    async def aclose(self) -> None:
+        """Let go of the engines; they go on."""
+        ...
+
     async def strays(self, known: frozenset[str]) -> tuple[RunningEngine, ...]:
         """Engines that carry this agent's mark but whose deployment id is not in `known`."""
         ...

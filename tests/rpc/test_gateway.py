@@ -20,7 +20,7 @@ from controlplane.pipelines import Pipelines, Slots
 from rung.service import EngineClient
 from rung.types import FailureReason, Job, JobState, LifecycleProgress, Residency
 from tests.fakes.engine_server import DONE, USAGE, EngineServer, delta, frame
-from tests.fakes.fleet import FakeFleet, deployment_view
+from tests.fakes.fleet_view import FakeFleet, deployment_view
 from tests.fakes.store import MemoryStore
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}

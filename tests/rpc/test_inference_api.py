@@ -14,7 +14,7 @@ from google.protobuf.descriptor_pool import Default
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message_factory import GetMessageClass
 
-from controlplane.api import ACCESS, SERVICE_NAMES, add_service
+from controlplane.api import ACCESS, SERVICE_NAMES
 from rung import codec, v1
 from rung.errors import (
     DrainingError,
@@ -25,6 +25,7 @@ from rung.errors import (
     UnknownJobError,
     UnknownModelError,
 )
+from rung.service import add_service
 from rung.transport import DETAILS_TRAILER, error_from_rpc
 from rung.types import Job, JobCancelled, JobDone, JobKind, JobState, PhaseProgress, Residency, TokenDelta
 from tests.fakes.agent_server import ScriptedAgent, a_deployment, a_spec

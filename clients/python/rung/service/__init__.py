@@ -6,6 +6,8 @@ from rung.service._host import host_id
 from rung.service._interceptors import CallInterceptor
 from rung.service._logging import configure_logging
 from rung.service._server import GrpcServer, ServerOptions, require_loopback
+from rung.service._services import add_service
+from rung.service._signal import Signal
 
 __all__ = [
     "ByteSize",
@@ -16,6 +18,8 @@ __all__ = [
     "FieldError",
     "GrpcServer",
     "ServerOptions",
+    "Signal",
+    "add_service",
     "configure_logging",
     "host_id",
     "load_yaml_model",

@@ -1,0 +1,5 @@
+"""The agent's gRPC service."""
+
+from nodeagent.api._servicer import NodeAgentServicer
+
+__all__ = ["NodeAgentServicer"]

@@ -1,0 +1,195 @@
+"""NodeAgentService: decodes, calls the supervisor, encodes."""
+
+# ruff: noqa: N802 - methods have the names of the API
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import grpc.aio
+
+from nodeagent.engines import RunKind
+from nodeagent.supervisor import Command, Operation, Supervisor
+from nodeagent.telemetry import Telemetry
+from rung import codec, reason_of_error, v1
+from rung.errors import InvalidRequestError, RungError
+from rung.types import Deployment
+
+if TYPE_CHECKING:
+    Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+
+T = TypeVar("T")
+
+_RUN_KINDS = {
+    v1.RUN_KIND_CHAT_COMPLETIONS: RunKind.CHAT_COMPLETIONS,
+    v1.RUN_KIND_COMPLETIONS: RunKind.COMPLETIONS,
+    v1.RUN_KIND_EMBEDDINGS: RunKind.EMBEDDINGS,
+}
+_DEFAULT_IDLE_TIMEOUT_S = 600.0
+_DEFAULT_TAIL_LINES = 100
+_STATUS_INTERVAL_S = 1.0
+
+
+class NodeAgentServicer:
+    """What is not here answers UNIMPLEMENTED (see `rung.service.add_service`)."""
+
+    def __init__(self, supervisor: Supervisor, telemetry: Telemetry, agent_instance_id: str) -> None:
+        self._supervisor = supervisor
+        self._telemetry = telemetry
+        self._agent_instance_id = agent_instance_id
+
+    async def Watch(self, request: v1.WatchRequest, context: Context) -> AsyncIterator[v1.WatchResponse]:
+        """A snapshot, then whatever differs from what was sent; a slow reader skips what is superseded."""
+        self._supervisor.raise_epoch(request.epoch)
+        status = self._telemetry.status
+        sent = {each.spec.id: each for each in self._supervisor.deployments}
+        sequence = 1
+        yield v1.WatchResponse(sequence=sequence, snapshot=self._snapshot(sent))
+        while True:
+            if self._same(sent) and self._telemetry.status is status:
+                await self._supervisor.changed.wait(_STATUS_INTERVAL_S / 4)
+            responses = self._differences(sent)
+            if self._telemetry.status is not status:
+                status = self._telemetry.status
+                responses.append(v1.WatchResponse(status=codec.node_status_to_proto(status)))
+            for response in responses:
+                sequence += 1
+                response.sequence = sequence
+                yield response
+
+    def _snapshot(self, deployments: dict[str, Deployment]) -> v1.NodeSnapshot:
+        return v1.NodeSnapshot(
+            node_id=self._supervisor.node_id,
+            agent_instance_id=self._agent_instance_id,
+            status=codec.node_status_to_proto(self._telemetry.status),
+            deployments=[codec.deployment_to_proto(each) for each in deployments.values()],
+            epoch=self._supervisor.epoch,
+        )
+
+    def _same(self, sent: dict[str, Deployment]) -> bool:
+        now = self._supervisor.deployments
+        return len(now) == len(sent) and all(sent.get(each.spec.id) is each for each in now)
+
+    def _differences(self, sent: dict[str, Deployment]) -> list[v1.WatchResponse]:
+        """What changed since `sent`, which is brought up to date."""
+        responses: list[v1.WatchResponse] = []
+        now = {each.spec.id: each for each in self._supervisor.deployments}
+        for deployment_id, deployment in now.items():
+            if sent.get(deployment_id) is not deployment:
+                sent[deployment_id] = deployment
+                responses.append(v1.WatchResponse(deployment=codec.deployment_to_proto(deployment)))
+        for deployment_id in [key for key in sent if key not in now]:
+            del sent[deployment_id]
+            responses.append(v1.WatchResponse(removed_deployment_id=deployment_id))
+        return responses
+
+    async def StartEngine(
+        self, request: v1.StartEngineRequest, context: Context
+    ) -> AsyncIterator[v1.StartEngineResponse]:
+        """Start, with progress."""
+        spec = codec.deployment_spec_from_proto(request.spec)
+        operation = self._supervisor.start(_command(request.command), spec)
+        async for event in _events(operation):
+            yield v1.StartEngineResponse(event=event)
+
+    async def StopEngine(
+        self, request: v1.StopEngineRequest, context: Context
+    ) -> AsyncIterator[v1.StopEngineResponse]:
+        """Stop, with progress."""
+        operation = self._supervisor.stop(
+            _command(request.command), request.deployment_id, force=request.force
+        )
+        async for event in _events(operation):
+            yield v1.StopEngineResponse(event=event)
+
+    async def SleepEngine(
+        self, request: v1.SleepEngineRequest, context: Context
+    ) -> AsyncIterator[v1.SleepEngineResponse]:
+        """Sleep, with progress."""
+        operation = self._supervisor.refuse_residency_change(
+            _command(request.command), request.deployment_id, "sleep"
+        )
+        async for event in _events(operation):
+            yield v1.SleepEngineResponse(event=event)
+
+    async def WakeEngine(
+        self, request: v1.WakeEngineRequest, context: Context
+    ) -> AsyncIterator[v1.WakeEngineResponse]:
+        """Wake, with progress."""
+        operation = self._supervisor.refuse_residency_change(
+            _command(request.command), request.deployment_id, "wake"
+        )
+        async for event in _events(operation):
+            yield v1.WakeEngineResponse(event=event)
+
+    async def FreeEngine(
+        self, request: v1.FreeEngineRequest, context: Context
+    ) -> AsyncIterator[v1.FreeEngineResponse]:
+        """Free, with progress."""
+        operation = self._supervisor.refuse_residency_change(
+            _command(request.command), request.deployment_id, "free its memory"
+        )
+        async for event in _events(operation):
+            yield v1.FreeEngineResponse(event=event)
+
+    async def ForgetEngine(
+        self, request: v1.ForgetEngineRequest, context: Context
+    ) -> v1.ForgetEngineResponse:
+        """Forget a deployment."""
+        await self._supervisor.forget(_command(request.command), request.deployment_id)
+        return v1.ForgetEngineResponse()
+
+    async def Run(self, request: v1.RunRequest, context: Context) -> AsyncIterator[v1.RunResponse]:
+        """One generation.
+
+        While a message is being sent, the engine's bytes queue up in its connection, and come joined
+        with the next look: pieces are coalesced exactly when the receiver is slower than the engine.
+        """
+        kind = _RUN_KINDS.get(request.kind)
+        if kind is None:
+            raise InvalidRequestError("kind is not one of the routes that a generation may use")
+        engine = self._supervisor.engine(request.deployment_id)
+        idle_timeout_s = (
+            codec.duration_from_proto(request.idle_timeout)
+            if request.HasField("idle_timeout")
+            else _DEFAULT_IDLE_TIMEOUT_S
+        )
+        spec = engine.deployment.spec
+        with engine.serving() as base_url:
+            async with engine.adapter.run(
+                base_url, spec, kind, request.body, idle_timeout_s=idle_timeout_s
+            ) as reply:
+                head = v1.RunHead(
+                    status_code=reply.status, content_type=reply.content_type, retry_after=reply.retry_after
+                )
+                yield v1.RunResponse(head=head)
+                try:
+                    async for chunk in reply.chunks():
+                        yield v1.RunResponse(data=chunk)
+                except RungError as error:
+                    failed = v1.RunFailed(
+                        reason=codec.FAILURE_REASONS.to_proto[reason_of_error(error)], detail=error.message
+                    )
+                    yield v1.RunResponse(failed=failed)
+
+    async def ReadEngineLog(
+        self, request: v1.ReadEngineLogRequest, context: Context
+    ) -> AsyncIterator[v1.ReadEngineLogResponse]:
+        """An engine's output."""
+        engine = self._supervisor.engine(request.deployment_id)
+        running = engine.running
+        if running is None:
+            return
+        tail_lines = request.tail_lines or _DEFAULT_TAIL_LINES
+        async for line in engine.runtime.log(running, tail_lines=tail_lines, follow=request.follow):
+            yield v1.ReadEngineLogResponse(lines=[line])
+
+
+def _command(command: v1.Command) -> Command:
+    return Command(command.operation_id, command.epoch)
+
+
+async def _events(operation: Operation) -> AsyncIterator[v1.LifecycleEvent]:
+    async for event in operation.events():
+        yield codec.lifecycle_event_to_proto(event)

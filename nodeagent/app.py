@@ -1,0 +1,158 @@
+"""Composition root of the agent: wires everything, and runs until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import uuid
+from contextlib import AsyncExitStack
+from functools import partial
+from importlib.metadata import version
+from urllib.parse import urlsplit
+
+import structlog
+import uvloop
+from google.protobuf.descriptor_pool import Default
+from prometheus_client import CollectorRegistry
+
+from nodeagent.api import NodeAgentServicer
+from nodeagent.config import AgentConfig
+from nodeagent.discovery import discover
+from nodeagent.engines import adapter_for
+from nodeagent.runtimes import (
+    DockerEngineRuntime,
+    EngineRuntime,
+    ExternalEngineRuntime,
+    ProcessEngineRuntime,
+    become_subreaper,
+)
+from nodeagent.supervisor import Records, Supervisor
+from nodeagent.telemetry import Telemetry
+from rung.errors import RungError
+from rung.service import (
+    CallInterceptor,
+    EngineClient,
+    GrpcServer,
+    ServerOptions,
+    add_service,
+    configure_logging,
+)
+from rung.types import DockerRuntime, ExternalRuntime, ProcessRuntime, Runtime
+
+_log = structlog.get_logger("rung.agent")
+
+#: Engines that somebody else starts later are looked for this often.
+_DISCOVERY_INTERVAL_S = 10.0
+_STOP_GRACE_S = 1.0
+
+
+def run(config: AgentConfig) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit code. Engines go on."""
+    configure_logging(level=config.log.level, form=config.log.form)
+    try:
+        uvloop.run(serve(config))
+    except (RungError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+async def serve(config: AgentConfig) -> None:
+    """Start everything, wait for a signal, let go.
+
+    Raises:
+        RungError: another agent uses the state folder, or a port that is not loopback.
+        OSError: the port is taken, or the state folder cannot be written.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    become_subreaper()
+    config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    async with AsyncExitStack() as stack:
+        records = Records(config.state_dir)
+        stack.callback(records.close)
+        client = EngineClient()
+        stack.push_async_callback(client.aclose)
+        telemetry = Telemetry(
+            state_dir=config.state_dir, simulated_gpus=config.simulated_gpus, agent_version=version("rung")
+        )
+        await telemetry.start()
+        stack.push_async_callback(telemetry.aclose)
+        runtimes = _runtimes(config, gpus_available=bool(telemetry.status.gpus))
+        for runtime in runtimes.values():
+            stack.push_async_callback(runtime.aclose)
+        supervisor = Supervisor(
+            node_id=config.node_id,
+            records=records,
+            runtimes=runtimes,
+            adapter_for=partial(adapter_for, client=client),
+            scope=config.advertise,
+        )
+        await supervisor.resume()
+        stack.push_async_callback(supervisor.aclose)
+        server = _server(config, supervisor, telemetry)
+        await server.start()
+        stack.push_async_callback(server.stop, _STOP_GRACE_S)
+        tasks = [asyncio.create_task(_keep_measuring(supervisor, telemetry), name="measure")]
+        if config.discover:
+            tasks.append(
+                asyncio.create_task(_keep_discovering(config, supervisor, server.port), name="discover")
+            )
+        for task in tasks:
+            stack.callback(task.cancel)
+        ready_file = config.state_dir / "agent.json"
+        ready_file.write_text(json.dumps({"port": server.port, "pid": os.getpid()}))
+        stack.callback(ready_file.unlink, missing_ok=True)
+        _log.info("agent_ready", node=config.node_id, port=server.port)
+        await stop.wait()
+    _log.info("agent_stopped", node=config.node_id)
+
+
+def _runtimes(config: AgentConfig, *, gpus_available: bool) -> dict[type[Runtime], EngineRuntime]:
+    allow = config.allow_list()
+    return {
+        ProcessRuntime: ProcessEngineRuntime(allow, config.state_dir, config.node_id),
+        DockerRuntime: DockerEngineRuntime(
+            allow, config.node_id, gpus_available=gpus_available and config.simulated_gpus is None
+        ),
+        ExternalRuntime: ExternalEngineRuntime(),
+    }
+
+
+def _server(config: AgentConfig, supervisor: Supervisor, telemetry: Telemetry) -> GrpcServer:
+    service = Default().FindServiceByName("rung.v1.NodeAgentService")
+    server = GrpcServer(
+        ServerOptions(host=config.host, port=config.port),
+        services=[service],
+        interceptors=[CallInterceptor(CollectorRegistry())],
+        what="the agent",
+    )
+    add_service(server.server, service, NodeAgentServicer(supervisor, telemetry, uuid.uuid4().hex))
+    return server
+
+
+async def _keep_measuring(supervisor: Supervisor, telemetry: Telemetry) -> None:
+    """Bring together who owns which process and how much memory each process has."""
+    async for status in telemetry.changes():
+        telemetry.set_owners(await supervisor.owners())
+        supervisor.measured(status)
+
+
+async def _keep_discovering(config: AgentConfig, supervisor: Supervisor, own_port: int) -> None:
+    """Adopt engines that somebody else runs, now and when they come later."""
+    while True:
+        own = {own_port}
+        for deployment in supervisor.deployments:
+            if deployment.endpoint is not None:
+                own.add(urlsplit(deployment.endpoint.base_url).port or 0)
+        for spec in await discover(config.node_id):
+            runtime = spec.engine.runtime
+            if isinstance(runtime, ExternalRuntime) and urlsplit(runtime.base_url).port not in own:
+                _log.info("engine_adopted", deployment=spec.id, url=runtime.base_url)
+                supervisor.adopt(spec)
+        await asyncio.sleep(_DISCOVERY_INTERVAL_S)

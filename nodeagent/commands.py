@@ -1,0 +1,68 @@
+"""What the agent adds to the `rung` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+agent = typer.Typer(help="Run the agent of this machine.", no_args_is_help=True)
+
+
+@agent.callback()
+def _agent() -> None:
+    """Run the agent of this machine."""
+
+
+@agent.command("run")
+def run_agent(
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", metavar="FILE", help="Configuration of the agent.")
+    ] = None,
+    node_id: Annotated[
+        str | None, typer.Option(help="Name of this machine; by default its host name.")
+    ] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="gRPC port; 0 picks a free one.")] = None,
+    state_dir: Annotated[Path | None, typer.Option(help="Where records and logs are kept.")] = None,
+    discover: Annotated[
+        bool | None,
+        typer.Option(
+            "--discover/--no-discover", help="Adopt engines that run here already, on their usual ports."
+        ),
+    ] = None,
+    simulated_gpus: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Use a simulated machine instead of the GPUs.")
+    ] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> None:
+    """Run the agent: gRPC on 8152, on loopback. Engines go on when it stops, and are taken back later.
+
+    Example: `rung agent run --discover`
+    """
+    from pydantic import ValidationError
+
+    from nodeagent.app import run
+    from nodeagent.config import AgentConfig, load_agent_config
+    from rung.errors import ConfigError
+
+    given: dict[str, Any] = {
+        "node_id": node_id,
+        "port": port,
+        "state_dir": state_dir,
+        "discover": discover,
+        "simulated_gpus": simulated_gpus,
+        "log": {"level": log_level} if log_level else None,
+    }
+    try:
+        loaded = load_agent_config(config) if config is not None else AgentConfig()
+        overridden = {name: value for name, value in given.items() if value is not None}
+        settings = AgentConfig.model_validate(loaded.model_dump(exclude_unset=True) | overridden)
+    except ConfigError as error:
+        typer.echo(f"error: {error.message}", err=True)
+        raise typer.Exit(1) from None
+    except ValidationError as error:
+        for found in error.errors():
+            typer.echo(f"error: {'.'.join(str(part) for part in found['loc'])}: {found['msg']}", err=True)
+        raise typer.Exit(1) from None
+    raise typer.Exit(run(settings))

@@ -1,0 +1,319 @@
+"""Engines in containers, through the Docker Engine API; its blocking SDK stays off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import docker
+import docker.errors
+import requests.exceptions  # noqa: TID251 - what the Docker SDK raises when the daemon is away
+from docker.models.containers import Container
+from docker.types import DeviceRequest, LogConfig
+
+from nodeagent.runtimes import _proc
+from nodeagent.runtimes._allow import AllowList
+from nodeagent.runtimes._base import EngineExit, LaunchPlan, OnProgress, RunningEngine, RuntimeProgress
+from rung.errors import EngineStartFailedError, InvalidRequestError, RungError, UnavailableError
+from rung.types import DockerRuntime
+
+T = TypeVar("T")
+
+#: Labels by which an agent knows its containers.
+LABEL_NODE = "rung.node"
+LABEL_DEPLOYMENT = "rung.deployment"
+LABEL_GENERATION = "rung.generation"
+LABEL_SPEC_HASH = "rung.spec-hash"
+
+_CALL_TIMEOUT_S = 60
+_CALL_THREADS = 4
+_LAST_WORDS = 20
+_FAILURES = (docker.errors.DockerException, requests.exceptions.RequestException)
+
+
+class DockerEngineRuntime:
+    """Runs engines as containers that this agent labels as its own.
+
+    They are never restarted by Docker: an engine that came back by itself would take memory that
+    nobody planned for. Their ports are published on the loopback interface only.
+    """
+
+    def __init__(self, allow: AllowList, node_id: str, *, gpus_available: bool) -> None:
+        self._allow = allow
+        self._node_id = node_id
+        self._gpus_available = gpus_available
+        self._client: docker.DockerClient | None = None
+        self._pool = ThreadPoolExecutor(_CALL_THREADS, thread_name_prefix="docker")
+
+    async def start(self, plan: LaunchPlan, on_progress: OnProgress) -> RunningEngine:
+        """Start a container, its image pulled if it is not there. See `EngineRuntime.start`."""
+        runtime = plan.runtime
+        if not isinstance(runtime, DockerRuntime):
+            raise InvalidRequestError(f"{plan.deployment_id} is not to be run in a container")
+        self._allow.check_docker(runtime)
+        try:
+            await self._call(lambda client: client.images.get(runtime.image))
+        except docker.errors.ImageNotFound:
+            await self._pull(runtime.image, on_progress)
+        on_progress(RuntimeProgress(f"starting a container of {runtime.image}"))
+        name = f"rung-{self._node_id}-{plan.deployment_id}"
+        await self._call(lambda client: _remove_leftover(client, name, self._node_id))
+        starting = asyncio.ensure_future(self._call(lambda client: self._run(client, name, plan, runtime)))
+        try:
+            container = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            # The daemon may be at it: wait, then take it back.
+            await asyncio.wait([starting])
+            await self._call(lambda client: _remove_leftover(client, name, self._node_id))
+            raise
+        except _FAILURES as error:
+            await self._call(lambda client: _remove_leftover(client, name, self._node_id))
+            raise EngineStartFailedError(
+                f"the container of {plan.deployment_id} cannot be started: {_text(error)}",
+                deployment=plan.deployment_id,
+            ) from error
+        return RunningEngine(
+            deployment_id=plan.deployment_id,
+            generation=plan.generation,
+            spec_hash=plan.spec_hash,
+            base_url=f"http://127.0.0.1:{plan.port}",
+            pid=int(container.attrs["State"].get("Pid") or 0),
+            container_id=str(container.id),
+        )
+
+    def _run(
+        self, client: docker.DockerClient, name: str, plan: LaunchPlan, runtime: DockerRuntime
+    ) -> Container:
+        options: dict[str, Any] = {}
+        if self._gpus_available or plan.gpus:
+            wanted = {"device_ids": list(plan.gpus)} if plan.gpus else {"count": -1}
+            options["device_requests"] = [DeviceRequest(capabilities=[["gpu"]], **wanted)]
+        if runtime.shared_memory_bytes:
+            options["shm_size"] = runtime.shared_memory_bytes
+        container = client.containers.create(
+            runtime.image,
+            command=[*runtime.command, *plan.arguments],
+            name=name,
+            labels={
+                LABEL_NODE: self._node_id,
+                LABEL_DEPLOYMENT: plan.deployment_id,
+                LABEL_GENERATION: str(plan.generation),
+                LABEL_SPEC_HASH: plan.spec_hash,
+            },
+            environment={**plan.environment, **runtime.environment},
+            ports={f"{plan.listen_port}/tcp": ("127.0.0.1", plan.port)},
+            volumes={
+                mount.source: {"bind": mount.target, "mode": "rw" if mount.writable else "ro"}
+                for mount in runtime.mounts
+            },
+            # Docker's default, `no`, stays: it never restarts one by itself.
+            log_config=LogConfig(type=LogConfig.types.JSON, config={"max-size": "16m", "max-file": "3"}),
+            detach=True,
+            **options,
+        )
+        container.start()
+        container.reload()
+        return container
+
+    async def _pull(self, image: str, on_progress: OnProgress) -> None:
+        """Pull an image; what is wrong comes inside a stream that began well."""
+        repository, _, tag = image.partition("@") if "@" in image else _split_tag(image)
+        done: dict[str, tuple[int, int]] = {}
+        lines = self._lines(
+            lambda client: client.api.pull(repository, tag=tag or "latest", stream=True, decode=True)
+        )
+        async for line in lines:
+            if "error" in line:
+                raise EngineStartFailedError(
+                    f"the image {image} cannot be pulled: {line['error']}", image=image
+                )
+            sizes = line.get("progressDetail") or {}
+            if line.get("id") and sizes.get("total") and line.get("status") == "Downloading":
+                done[line["id"]] = (int(sizes.get("current", 0)), int(sizes["total"]))
+            total = sum(size for _, size in done.values())
+            percent = 100 * sum(now for now, _ in done.values()) / total if total else None
+            on_progress(RuntimeProgress(f"pulling {image}: {line.get('status', '')}", percent))
+
+    async def find(self, record: RunningEngine) -> bool:
+        """Whether exactly this container runs."""
+        if not record.container_id:
+            return False
+        container = await self._container(record)
+        return container is not None and container.status in ("running", "restarting", "paused")
+
+    async def wait(self, record: RunningEngine) -> EngineExit:
+        """Return when the container has ended or was removed."""
+        code: int | None = None
+        async for found in self._lines(lambda client: _wait_for_exit(client, record.container_id)):
+            code = found
+        last_words = tuple([line async for line in self.log(record, tail_lines=_LAST_WORDS, follow=False)])
+        detail = "was removed" if code is None else f"ended with exit code {code}"
+        return EngineExit(exit_code=code, detail=detail, log_tail=last_words)
+
+    async def stop(self, record: RunningEngine, grace_s: float) -> None:
+        """Stop the container politely, then by force, and remove it."""
+
+        def stop(client: docker.DockerClient) -> None:
+            try:
+                container = client.containers.get(record.container_id)
+                # The time is always given: without it the SDK gives up before a patient container does.
+                container.stop(timeout=int(grace_s))
+                container.remove(force=True, v=True)
+            except docker.errors.NotFound:
+                return
+
+        if record.container_id:
+            await self._mapped(stop)
+
+    async def log(self, record: RunningEngine, *, tail_lines: int, follow: bool) -> AsyncIterator[str]:
+        """The newest lines of its output; with `follow` until it ends."""
+        if not record.container_id:
+            return
+        partial = b""
+        async for data in self._lines(
+            lambda client: _read_log(client, record.container_id, tail_lines, follow=follow)
+        ):
+            *whole, partial = (partial + data).replace(b"\r", b"\n").split(b"\n")
+            for line in whole:
+                if line:
+                    yield line.decode("utf-8", "replace")
+        if partial:
+            yield partial.decode("utf-8", "replace")
+
+    async def pids(self, record: RunningEngine) -> frozenset[int]:
+        """The container's processes as the host sees them."""
+        container = await self._container(record)
+        pid = int(container.attrs["State"].get("Pid") or 0) if container is not None else 0
+        return _proc.descendants(pid) if pid else frozenset()
+
+    async def strays(self, known: frozenset[str]) -> tuple[RunningEngine, ...]:
+        """Containers with this node's label whose deployment is not in `known`; none without a daemon."""
+        filters: dict[str, str | list[str] | bool] = {"label": f"{LABEL_NODE}={self._node_id}"}
+        try:
+            found = await self._mapped(lambda client: client.containers.list(all=True, filters=filters))
+        except UnavailableError:
+            return ()
+        return tuple(
+            RunningEngine(
+                deployment_id=container.labels.get(LABEL_DEPLOYMENT, ""),
+                generation=int(container.labels.get(LABEL_GENERATION, "0")),
+                spec_hash=container.labels.get(LABEL_SPEC_HASH, ""),
+                base_url="",
+                container_id=str(container.id),
+            )
+            for container in found
+            if container.labels.get(LABEL_DEPLOYMENT, "") not in known
+        )
+
+    async def aclose(self) -> None:
+        """Let go of the daemon; containers go on."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+    async def _container(self, record: RunningEngine) -> Container | None:
+        try:
+            return await self._mapped(lambda client: client.containers.get(record.container_id))
+        except UnavailableError as error:
+            if isinstance(error.__cause__, docker.errors.NotFound):
+                return None
+            raise
+
+    async def _mapped(self, work: Callable[[docker.DockerClient], T]) -> T:
+        try:
+            return await self._call(work)
+        except _FAILURES as error:
+            raise _away(error) from error
+
+    async def _call(self, work: Callable[[docker.DockerClient], T]) -> T:
+        """Run blocking work in a thread. A daemon that is away is an UnavailableError at once."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: work(self._connected()))
+
+    def _connected(self) -> docker.DockerClient:
+        if self._client is None:
+            try:
+                self._client = docker.from_env(timeout=_CALL_TIMEOUT_S)
+            except _FAILURES as error:
+                raise _away(error) from error
+        return self._client
+
+    async def _lines(self, read: Callable[[docker.DockerClient], Iterator[T]]) -> AsyncIterator[T]:
+        """What a blocking iterator gives, read in a thread of its own, which ends with the iterator."""
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[tuple[bool, Any]] = asyncio.Queue()
+
+        def put(item: tuple[bool, Any]) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(queue.put_nowait, item)
+
+        def work() -> None:
+            try:
+                for item in read(self._connected()):
+                    put((True, item))
+                put((False, None))
+            except (*_FAILURES, RungError, OSError, RuntimeError) as error:
+                put((False, error))
+
+        # Not in the pool: it may have to wait for as long as an engine runs. A daemon thread, since
+        # one that waits for an engine must not hold up the end of the agent.
+        threading.Thread(target=work, name="docker-stream", daemon=True).start()
+        while True:
+            more, item = await queue.get()
+            if more:
+                yield item
+            elif item is None:
+                return
+            else:
+                raise item if isinstance(item, RungError) else _away(item) from item
+
+
+def _wait_for_exit(client: docker.DockerClient, container_id: str) -> Iterator[int]:
+    try:
+        # No timeout: it may run for days.
+        found = client.api.wait(container_id, timeout=None)
+    except docker.errors.NotFound:
+        return
+    yield int(found["StatusCode"])
+
+
+def _read_log(
+    client: docker.DockerClient, container_id: str, tail_lines: int, *, follow: bool
+) -> Iterator[bytes]:
+    try:
+        if follow:
+            yield from client.api.logs(container_id, stream=True, follow=True, tail=tail_lines)
+        else:
+            yield client.api.logs(container_id, tail=tail_lines)
+    except docker.errors.NotFound:
+        return
+
+
+def _remove_leftover(client: docker.DockerClient, name: str, node_id: str) -> None:
+    """Remove a container of that name if it is ours. Raises EngineStartFailedError if it is not."""
+    try:
+        container = client.containers.get(name)
+    except docker.errors.NotFound:
+        return
+    if container.labels.get(LABEL_NODE) != node_id:
+        raise EngineStartFailedError(
+            f"a container named {name} is there that this agent did not make; remove or rename it"
+        )
+    container.remove(force=True, v=True)
+
+
+def _split_tag(image: str) -> tuple[str, str, str]:
+    """Repository and tag; a colon before the last slash belongs to a registry's port."""
+    head, colon, tag = image.rpartition(":")
+    return (head, colon, tag) if colon and "/" not in tag else (image, "", "")
+
+
+def _text(error: BaseException) -> str:
+    return str(getattr(error, "explanation", None) or error)
+
+
+def _away(error: BaseException) -> UnavailableError:
+    return UnavailableError(f"Docker cannot be used: {_text(error)}; is its daemon running?")

@@ -1,0 +1,112 @@
+"""Processes by identity, from /proc: a PID alone may be somebody else by now."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+#: Environment variable that marks an engine and, by inheritance, all it starts.
+MARK = "RUNG_ENGINE"
+#: prctl option of Linux that makes orphans of our descendants our children.
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def boot_id() -> str:
+    """Changes with every boot of the machine."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def start_time_ticks(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None if there is none, or it is a zombie."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    # The name may have spaces and parentheses; what follows the last one is regular.
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def is_same(pid: int, ticks: int, boot: str) -> bool:
+    """Whether the process that was recorded still runs."""
+    return pid > 0 and boot == boot_id() and start_time_ticks(pid) == ticks
+
+
+def marked(mark: str) -> Iterator[int]:
+    """Processes of ours whose environment has the mark; a mark that ends in `/` stands for all below it."""
+    wanted = f"{MARK}={mark}".encode()
+    for pid in _all_pids():
+        try:
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        for variable in variables:
+            if variable == wanted or (mark.endswith("/") and variable.startswith(wanted)):
+                if start_time_ticks(pid) is not None:
+                    yield pid
+                break
+
+
+def mark_of(pid: int) -> str:
+    """The mark of a process; empty without one."""
+    with suppress(OSError):
+        for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            name, _, value = variable.partition(b"=")
+            if name == MARK.encode():
+                return value.decode()
+    return ""
+
+
+def descendants(pid: int) -> frozenset[int]:
+    """A process and all that descend from it now."""
+    children: dict[int, list[int]] = {}
+    for each in _all_pids():
+        try:
+            fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        children.setdefault(int(fields[1]), []).append(each)
+    found: set[int] = set()
+    pending = [pid]
+    while pending:
+        each = pending.pop()
+        if each not in found:
+            found.add(each)
+            pending.extend(children.get(each, ()))
+    return frozenset(found)
+
+
+def signal_each(pids: Iterable[int], number: signal.Signals) -> None:
+    """Send a signal; a process that is gone meanwhile does not mind."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def become_subreaper() -> None:
+    """Make orphans of our engines our children, so that they can be found and reaped.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def reap(pid: int) -> int | None:
+    """The exit code of a child that has ended (negative for a signal); None if it is no child of ours."""
+    try:
+        found, status = os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        return None
+    return os.waitstatus_to_exitcode(status) if found == pid else None
+
+
+def _all_pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]

@@ -1,0 +1,229 @@
+"""All deployments of this node: commands, their fence, and what a restart finds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+import structlog
+from msgspec import Struct
+
+from nodeagent.engines import EngineAdapter
+from nodeagent.runtimes import EngineRuntime
+from nodeagent.supervisor._engine import EngineSupervisor
+from nodeagent.supervisor._operations import Operation, Operations
+from nodeagent.supervisor._records import EngineRecord, Records
+from rung.errors import (
+    FailedPreconditionError,
+    InvalidRequestError,
+    NotImplementedYetError,
+    StaleEpochError,
+    UnknownDeploymentError,
+)
+from rung.service import Signal
+from rung.types import (
+    Deployment,
+    DeploymentSpec,
+    EndpointScope,
+    Engine,
+    NodeStatus,
+    Residency,
+    Runtime,
+)
+
+_log = structlog.get_logger("rung.agent")
+
+
+class Command(Struct, frozen=True):
+    """Identity and fence of a mutation."""
+
+    operation_id: str
+    epoch: int
+
+
+class Supervisor:
+    """Owns the engines of a node. Make it inside the running event loop, then `resume`."""
+
+    def __init__(
+        self,
+        *,
+        node_id: str,
+        records: Records,
+        runtimes: Mapping[type[Runtime], EngineRuntime],
+        adapter_for: Callable[[Engine], EngineAdapter],
+        scope: EndpointScope = EndpointScope.LOOPBACK,
+    ) -> None:
+        self.node_id = node_id
+        self.epoch = records.load_epoch()
+        self.changed = Signal()
+        self._records = records
+        self._runtimes = runtimes
+        self._adapter_for = adapter_for
+        self._scope = scope
+        self._engines: dict[str, EngineSupervisor] = {}
+        self._operations = Operations()
+
+    async def resume(self) -> None:
+        """Take back what still runs, and end what carries our mark but nobody remembers."""
+        for record in self._records.load():
+            self._engines[record.spec.id] = self._make(record)
+        for runtime in dict.fromkeys(self._runtimes.values()):
+            await self._sort_out_strays(runtime)
+        for engine in self._engines.values():
+            await engine.resume()
+            _log.info("engine_resumed", deployment=engine.id, residency=engine.residency)
+
+    async def _sort_out_strays(self, runtime: EngineRuntime) -> None:
+        known = set()
+        for engine in self._engines.values():
+            running = engine.running
+            if engine.runtime is runtime and running is not None and await runtime.find(running):
+                known.add(engine.id)
+        for stray in await runtime.strays(frozenset(known)):
+            engine_of_stray = self._engines.get(stray.deployment_id)
+            if engine_of_stray is not None:
+                engine_of_stray.adopt_stray(stray)
+                running = engine_of_stray.running
+                if running is not None and await runtime.find(running):
+                    continue
+                if engine_of_stray.pinned:
+                    _log.warning("stray_left", deployment=stray.deployment_id, pid=stray.pid)
+                    continue
+            _log.warning("stray_stopped", deployment=stray.deployment_id, pid=stray.pid)
+            await runtime.stop(stray, 1.0)
+
+    def adopt(self, spec: DeploymentSpec) -> None:
+        """Take up an engine that was found running; one that is known already is left as it is."""
+        if spec.id in self._engines:
+            return
+        engine = self._engines[spec.id] = self._make(_new_record(spec, adopted=True))
+        self._operations.join_or_begin(f"adopt-{spec.id}", "adopt", lambda emit: engine.start(spec, emit))
+
+    @property
+    def deployments(self) -> tuple[Deployment, ...]:
+        """All deployments as they are."""
+        return tuple(engine.deployment for engine in self._engines.values())
+
+    def engine(self, deployment_id: str) -> EngineSupervisor:
+        """One deployment. Raises UnknownDeploymentError."""
+        found = self._engines.get(deployment_id)
+        if found is None:
+            raise UnknownDeploymentError(
+                f"the agent of {self.node_id} knows no deployment {deployment_id}", deployment=deployment_id
+            )
+        return found
+
+    def raise_epoch(self, epoch: int) -> None:
+        """Note the epoch of a caller. Raises StaleEpochError if a higher one was seen."""
+        if epoch < self.epoch:
+            raise StaleEpochError(
+                f"epoch {epoch} is over; {self.node_id} belongs to a control plane with epoch {self.epoch}",
+                epoch=str(self.epoch),
+            )
+        if epoch > self.epoch:
+            self._records.save_epoch(epoch)
+            self.epoch = epoch
+
+    def start(self, command: Command, spec: DeploymentSpec) -> Operation:
+        """Start an engine. Raises as `raise_epoch`, and InvalidRequestError for a spec of another node."""
+        self.raise_epoch(command.epoch)
+        if not spec.id or spec.node_id not in ("", self.node_id):
+            raise InvalidRequestError(
+                f"deployment {spec.id!r} is for the node {spec.node_id}, and this is {self.node_id}"
+            )
+        engine = self._engines.get(spec.id)
+        if engine is None or engine.residency in (Residency.STOPPED, Residency.FAILED):
+            engine = self._prepared(engine, spec)
+        return self._operations.join_or_begin(
+            command.operation_id, f"start {spec.id}", lambda emit: engine.start(spec, emit)
+        )
+
+    def _prepared(self, engine: EngineSupervisor | None, spec: DeploymentSpec) -> EngineSupervisor:
+        """A supervisor with the runtime and the adapter that a spec needs."""
+        runtime, adapter = self._runtime(spec), self._adapter_for(spec.engine.engine)
+        if engine is None:
+            engine = self._engines[spec.id] = self._make(_new_record(spec, adopted=False))
+        engine.runtime, engine.adapter = runtime, adapter
+        return engine
+
+    def stop(self, command: Command, deployment_id: str, *, force: bool) -> Operation:
+        """Stop an engine. Raises as `raise_epoch`, and UnknownDeploymentError."""
+        self.raise_epoch(command.epoch)
+        engine = self.engine(deployment_id)
+        return self._operations.join_or_begin(
+            command.operation_id, f"stop {deployment_id}", lambda emit: engine.stop(emit, force=force)
+        )
+
+    def refuse_residency_change(self, command: Command, deployment_id: str, verb: str) -> Operation:
+        """Sleep, wake and free: no adapter of this version can. Raises NotImplementedYetError."""
+        self.raise_epoch(command.epoch)
+        self.engine(deployment_id)
+        raise NotImplementedYetError(
+            f"{deployment_id} cannot be told to {verb}: no engine adapter of this version can; "
+            "stop it instead",
+            deployment=deployment_id,
+        )
+
+    async def forget(self, command: Command, deployment_id: str) -> None:
+        """Remove a deployment whose engine does not run. Raises FailedPreconditionError if it does."""
+        self.raise_epoch(command.epoch)
+        engine = self.engine(deployment_id)
+        if not engine.external and engine.residency not in (Residency.STOPPED, Residency.FAILED):
+            raise FailedPreconditionError(
+                f"{deployment_id} is {engine.residency}; stop it first", deployment=deployment_id
+            )
+        await engine.aclose()
+        del self._engines[deployment_id]
+        self._records.delete(deployment_id)
+        self.changed.fire()
+
+    def measured(self, status: NodeStatus) -> None:
+        """Take the memory of the engines from a sample of the GPUs."""
+        used: dict[str, int] = {}
+        for gpu in status.gpus:
+            for process in gpu.processes:
+                if process.deployment_id and process.memory_bytes is not None:
+                    used[process.deployment_id] = used.get(process.deployment_id, 0) + process.memory_bytes
+        for engine in self._engines.values():
+            engine.measured(used.get(engine.id))
+
+    async def owners(self) -> dict[int, str]:
+        """Process ids of engines, for the attribution of GPU memory."""
+        found: dict[int, str] = {}
+        for engine in self._engines.values():
+            running = engine.running
+            if running is None or engine.external:
+                continue
+            pids = (running.pid,) if running.pid else await engine.runtime.pids(running)
+            found.update(dict.fromkeys(pids, engine.id))
+        return found
+
+    async def aclose(self) -> None:
+        """Let go of all engines; they go on."""
+        for engine in self._engines.values():
+            engine.closing()
+        await self._operations.aclose()
+        await asyncio.gather(*(engine.aclose() for engine in self._engines.values()))
+
+    def _make(self, record: EngineRecord) -> EngineSupervisor:
+        return EngineSupervisor(
+            record,
+            runtime=self._runtime(record.spec),
+            adapter=self._adapter_for(record.spec.engine.engine),
+            records=self._records,
+            scope=self._scope,
+            on_change=self.changed.fire,
+        )
+
+    def _runtime(self, spec: DeploymentSpec) -> EngineRuntime:
+        return self._runtimes[type(spec.engine.runtime)]
+
+
+def _new_record(spec: DeploymentSpec, *, adopted: bool) -> EngineRecord:
+    return EngineRecord(
+        spec=spec,
+        residency=Residency.STOPPED,
+        residency_class=spec.residency_class,
+        generation=0,
+        adopted=adopted,
+    )

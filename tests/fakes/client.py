@@ -1,0 +1,144 @@
+"""A client of the SDK that answers from what a test gave it, and remembers what it was asked."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Collection, Sequence
+from typing import Any
+
+from rung import AsyncClient, JobStream, Policy
+from rung.errors import RungError
+from rung.types import (
+    ChatMessage,
+    Deployment,
+    FleetSnapshot,
+    Job,
+    JobEvent,
+    JobState,
+    LifecycleEvent,
+    Model,
+    Node,
+    Tool,
+)
+
+
+class FakeStream(JobStream):
+    """Events of a job, then an error if there is one. Built on no connection."""
+
+    def __init__(self, events: Sequence[JobEvent], error: RungError | None) -> None:
+        self._left = list(events)
+        self._error = error
+        self.closed = False
+
+    async def __anext__(self) -> JobEvent:
+        if self._left:
+            return self._left.pop(0)
+        if self._error is not None:
+            raise self._error
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+class FakeClient(AsyncClient):
+    """The surface that the CLI uses. `error` is raised by every call instead of an answer."""
+
+    def __init__(self) -> None:
+        super().__init__("127.0.0.1:1")
+        self.asked: list[tuple[str, Any]] = []
+        self.error: RungError | None = None
+        self.events: list[JobEvent] = []
+        self.operation: list[LifecycleEvent] = []
+        self.snapshots: list[FleetSnapshot] = []
+        self.jobs: list[Job] = []
+        self.models: tuple[Model, ...] = ()
+        self.stream: FakeStream | None = None
+        self.closed = 0
+
+    async def aclose(self) -> None:
+        self.closed += 1
+        await super().aclose()
+
+    def _ask(self, what: str, about: Any = None) -> None:
+        self.asked.append((what, about))
+        if self.error is not None:
+            raise self.error
+
+    def chat(
+        self,
+        messages: str | Sequence[ChatMessage],
+        *,
+        model: str = "",
+        effort: int | None = None,
+        tools: Sequence[Tool] = (),
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        policy: Policy = Policy(),  # noqa: B008 - frozen
+        request_id: str = "",
+    ) -> JobStream:
+        self.asked.append(
+            ("chat", {"messages": messages, "model": model, "effort": effort, "policy": policy})
+        )
+        self.stream = FakeStream(self.events, self.error)
+        return self.stream
+
+    async def list_jobs(
+        self, states: Collection[JobState] = (), page_size: int = 0
+    ) -> AsyncGenerator[Job, None]:
+        self._ask("list_jobs", tuple(states))
+        for job in self.jobs:
+            yield job
+
+    async def watch_job(
+        self, job_id: str, after_sequence: int = 0, *, heartbeats: bool = False
+    ) -> AsyncGenerator[JobEvent, None]:
+        self._ask("watch_job", (job_id, after_sequence))
+        for event in self.events:
+            if event.sequence > after_sequence or (heartbeats and event.sequence == 0):
+                yield event
+
+    async def cancel_job(self, job_id: str) -> Job:
+        self._ask("cancel_job", job_id)
+        return next(job for job in self.jobs if job.id == job_id)
+
+    async def list_models(self) -> tuple[Model, ...]:
+        self._ask("list_models")
+        return self.models
+
+    async def list_nodes(self) -> tuple[Node, ...]:
+        self._ask("list_nodes")
+        return self.snapshots[-1].nodes if self.snapshots else ()
+
+    async def list_deployments(self) -> tuple[Deployment, ...]:
+        self._ask("list_deployments")
+        return self.snapshots[-1].deployments
+
+    async def watch_fleet(self) -> AsyncGenerator[FleetSnapshot, None]:
+        self._ask("watch_fleet")
+        for snapshot in self.snapshots:
+            yield snapshot
+
+    async def _operate(self, what: str, about: Any) -> AsyncGenerator[LifecycleEvent, None]:
+        self._ask(what, about)
+        for event in self.operation:
+            yield event
+
+    def start_deployment(
+        self, deployment_id: str, *, operation_id: str = ""
+    ) -> AsyncGenerator[LifecycleEvent, None]:
+        return self._operate("start", deployment_id)
+
+    def stop_deployment(
+        self, deployment_id: str, *, force: bool = False, operation_id: str = ""
+    ) -> AsyncGenerator[LifecycleEvent, None]:
+        return self._operate("stop", (deployment_id, force))
+
+    def sleep_deployment(
+        self, deployment_id: str, *, force: bool = False, level: int = 0, operation_id: str = ""
+    ) -> AsyncGenerator[LifecycleEvent, None]:
+        return self._operate("sleep", (deployment_id, force, level))
+
+    def wake_deployment(
+        self, deployment_id: str, *, operation_id: str = ""
+    ) -> AsyncGenerator[LifecycleEvent, None]:
+        return self._operate("wake", deployment_id)
