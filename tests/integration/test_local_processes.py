@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,6 @@ import pytest
 from controlplane.demo._sweeper import MARK, Sweeper, leftovers, marked_processes
 from controlplane.local import Child, ChildDiedError, ServerPorts, StopRequestedError, Watch, wait_for_ports
 
-_READY = "import sys; print('ready', flush=True); sys.stdin.read()"
 _WAITS = "import signal; print('ready', flush=True); signal.pause()"
 _STUBBORN = (
     "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
@@ -23,31 +23,32 @@ _STUBBORN = (
 )
 
 
-async def start(code: str, tmp_path: Path, **environment: str) -> Child:
+async def start(code: str, tmp_path: Path) -> Child:
     log_path = tmp_path / "logs" / "child.log"
-    return await Child.start(
-        "child", [sys.executable, "-c", code], log_path=log_path, environment=environment
-    )
+    return await Child.start("child", [sys.executable, "-c", code], log_path=log_path)
 
 
-async def said(child: Child, word: str) -> None:
-    async with asyncio.timeout(10):
-        while word not in "\n".join(child.log_tail()):
+async def eventually(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not holds():  # noqa: ASYNC110 - another process makes it true
             await asyncio.sleep(0.01)
+
+
+async def ready(child: Child) -> None:
+    await eventually(lambda: child.log_tail() == ["ready"])
 
 
 class TestChild:
     async def test_stops_when_told(self, tmp_path: Path) -> None:
         child = await start(_WAITS, tmp_path)
-        await said(child, "ready")
-        assert child.exit_code is None
+        await ready(child)
         await child.stop(10)
         assert child.exit_code == -signal.SIGTERM
         await child.stop(10)
 
     async def test_is_killed_when_it_does_not(self, tmp_path: Path) -> None:
         child = await start(_STUBBORN, tmp_path)
-        await said(child, "ready")
+        await ready(child)
         await child.stop(0.05)
         assert child.exit_code == -signal.SIGKILL
 
@@ -104,12 +105,12 @@ class TestWatch:
 
 
 async def test_ports_of_a_killed_predecessor_are_not_believed(tmp_path: Path) -> None:
-    ready = tmp_path / "controlplane.json"
-    ready.write_text('{"grpc_port": 1, "http_port": 2, "pid": 41}')
+    file = tmp_path / "controlplane.json"
+    file.write_text('{"grpc_port": 1, "http_port": 2, "pid": 41}')
     waiting = asyncio.create_task(wait_for_ports(tmp_path, 42))
     done, _ = await asyncio.wait({waiting}, timeout=0.2)
     assert not done
-    ready.write_text('{"grpc_port": 3, "http_port": 4, "pid": 42}')
+    file.write_text('{"grpc_port": 3, "http_port": 4, "pid": 42}')
     async with asyncio.timeout(10):
         ports = await waiting
     assert ports == ServerPorts(3, 4, 42)
@@ -121,7 +122,7 @@ def orphan(folder: Path, code: str) -> psutil.Process:
     starter = (
         "import subprocess, sys; "
         "p = subprocess.Popen([sys.executable, '-c', sys.argv[1]], stdout=subprocess.PIPE, "
-        "start_new_session=True); p.stdout.readline(); print(p.pid)"
+        "stderr=subprocess.DEVNULL, start_new_session=True); p.stdout.readline(); print(p.pid)"
     )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", starter, code],
@@ -164,7 +165,5 @@ class TestSweeper:
         found = orphan(folder, _WAITS)
         killed = await asyncio.create_subprocess_exec(sys.executable, "-c", code, str(folder))
         assert await killed.wait() == -signal.SIGKILL
-        async with asyncio.timeout(20):
-            while leftovers(folder):
-                await asyncio.sleep(0.05)
+        await eventually(lambda: not leftovers(folder))
         assert not found.is_running()
