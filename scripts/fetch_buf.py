@@ -18,7 +18,7 @@ VERSION = "1.75.0"
 #: Subresource integrity of the packages, as the registry publishes it.
 INTEGRITY = {
     "x64": "sha512-YGGJAx0lpMCE7aMWjNOJcfoEaG/e+iYHnTC4SZ0P5eS4IffMryA9Z4/bb1m1wNXAEJ8ATFMEZOAk/5x9VE47ig==",
-    "aarch64": "sha512-eX+XyokzJDqsNIFo8b1O3DBvbnksOozPJX4QVsNn61JqSUtWspyTNeYqwg8lRDancML+bDqZEDFPABjAsVCQGQ==",
+    "aarch64": "sha512-eX+XyokzJDqsNIFo8b1O3DBvbnksOozPJX4QVsNn61JqSUtWspyTNeYqwg8lRDancML+bDqZEDFPABjAsVCQGQ==",  # noqa: E501
 }
 MACHINES = {"x86_64": "x64", "aarch64": "aarch64"}
 

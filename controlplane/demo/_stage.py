@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -38,11 +39,12 @@ PROFILES = {WORKSTATION: "workstation", SPARK: "spark"}
 
 
 class Stage(Struct, frozen=True, kw_only=True):
-    """A running demo fleet."""
+    """A running demo fleet. `started_s` is when its first process was started, on the monotonic clock."""
 
     layout: Layout
     ports: ServerPorts
     children: tuple[Child, ...]
+    started_s: float
 
 
 class StageFailedError(Exception):
@@ -74,6 +76,7 @@ async def open_stage(options: DemoOptions, watch: Watch) -> AsyncIterator[Stage]
         layout = _layout(options, folder, llama_cpp)
         await _make_machines(layout)
         layout.write()
+        started_s = time.monotonic()
         for name, command in _commands(layout):
             child = await Child.start(
                 name, command, log_path=layout.log_path(name), environment=layout.environment
@@ -89,7 +92,7 @@ async def open_stage(options: DemoOptions, watch: Watch) -> AsyncIterator[Stage]
         except TimeoutError as error:
             late = f"the control plane is not ready after {_START_TIMEOUT_S:.0f} s"
             raise StageFailedError(late, last_words(children)) from error
-        yield Stage(layout=layout, ports=ports, children=tuple(children))
+        yield Stage(layout=layout, ports=ports, children=tuple(children), started_s=started_s)
     finally:
         await _close(children, sweeper)
 

@@ -48,7 +48,7 @@ def open_story(screen: Screen, options: DemoOptions) -> None:
         "the control plane, two node agents, gRPC, HTTP and the job log. They are the programs that run a "
         "real fleet, as separate processes on this computer, on free loopback ports.",
         "two machines (a workstation with an RTX 5090 of 32 GB, a DGX Spark with 128 GB of shared memory) "
-        f"and {engine}. Simulated engines load and talk about {SPEED:g} times faster than real ones or more.",
+        f"and {engine}. Simulated engines talk {SPEED:g} times as fast as real ones, and load in seconds.",
     )
 
 
@@ -82,13 +82,12 @@ async def tell(screen: Screen, stage: Stage, client: AsyncClient) -> None:
 
 
 async def _meet_the_fleet(screen: Screen, stage: Stage, client: AsyncClient) -> FleetSnapshot:
-    started_s = time.monotonic()
     with screen.console.status("waiting for both agents to answer"):
         async with asyncio.timeout(_NODES_TIMEOUT_S):
             snapshot = await wait_for_nodes(client)
     for child in stage.children:
         screen.show(Text.assemble(("✓ ", "green"), f"{child.name} runs as process {child.pid}"))
-    screen.note("agents ready after", format_duration(time.monotonic() - started_s))
+    screen.note("three processes ready after", format_duration(time.monotonic() - stage.started_s))
     screen.command("rung status")
     _show_snapshot(screen, snapshot)
     return snapshot

@@ -1,6 +1,6 @@
 """Ends everything that a demo started and removes its folder, once the demo is gone.
 
-Run as `python -m controlplane.demo._sweeper FOLDER` with a pipe as stdin: the end of the pipe, which
+Run as a script, `python _sweeper.py FOLDER`, with a pipe as stdin: the end of the pipe, which
 also a killed demo closes, sets it off. Engines outlive the control plane and the agents by design,
 so neither of them does this. What belongs to the demo is known by a variable in its environment.
 """
@@ -35,9 +35,8 @@ class Sweeper:
         environment = {key: value for key, value in os.environ.items() if key != MARK}
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            "-m",
-            "controlplane.demo._sweeper",
-            str(folder),
+            # As a script: it needs nothing of the control plane, and should be there at once.
+            *("-I", str(Path(__file__)), str(folder)),
             stdin=asyncio.subprocess.PIPE,
             env=environment,
             start_new_session=True,

@@ -6,6 +6,8 @@ trailer, as every gRPC library with rich errors reads it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import grpc
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
@@ -41,7 +43,8 @@ def error_from_rpc(failure: grpc.RpcError) -> RungError:
     """
     code: grpc.StatusCode = failure.code()
     message: str = failure.details() or code.name
-    for key, value in failure.trailing_metadata() or ():
+    trailer: Any = failure.trailing_metadata() or ()
+    for key, value in trailer:
         if key == DETAILS_TRAILER and isinstance(value, bytes):
             status = status_pb2.Status.FromString(value)
             for detail in status.details:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from rung._failure import error_of_failure
 from rung.cli.views._jobs import phase_words, served_name
-from rung.cli.views._words import format_duration, printable
+from rung.cli.views._words import format_duration, printable, without_time
 from rung.errors import JobCancelledError, UnavailableError
 from rung.types import (
     JobCancelled,
@@ -118,7 +118,7 @@ class _AnswerWriter:
         self._text: list[str] = []
         self._thinking = False
         self._line_open = False
-        self._phase: Phase | None = None
+        self._news = ""
         self._live: Status | None = None
         self.job_id = ""
         self.served: Served | None = None
@@ -144,9 +144,11 @@ class _AnswerWriter:
                 self._live = self._err.status(Text(words), spinner=_spinner(self._err))
                 self._live.start()
             self._live.update(Text(words))
-        elif progress.phase is not self._phase and progress.phase is not Phase.ROUTE:
-            self._err.print(Text(words, style="dim"))
-        self._phase = progress.phase
+        elif progress.phase is not Phase.ROUTE:
+            news = f"{progress.phase.value} {without_time(progress.detail)}"
+            if news != self._news:
+                self._news = news
+                self._err.print(Text(words, style="dim"))
 
     def token(self, content: str, reasoning: str) -> None:
         if not content and not reasoning:

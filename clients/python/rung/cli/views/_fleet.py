@@ -135,9 +135,9 @@ def node_view(
         lines.append(_gpu_line(gpu))
         bar = vram_bar(gpu, shares, width=bar_width, ascii_only=ascii_only)
         bar.append_text(_gauges(gpu))
-        lines.append(Padding(bar, (0, 0, 0, 4)))
+        lines.append(Padding(bar, (0, 0, 0, 4), expand=False))
         if shares:
-            lines.append(Padding(vram_legend(shares, ascii_only=ascii_only), (0, 0, 0, 4)))
+            lines.append(Padding(vram_legend(shares, ascii_only=ascii_only), (0, 0, 0, 4), expand=False))
     if not status.gpus:
         lines.append(Text("  no GPU", style="dim"))
     host = status.host

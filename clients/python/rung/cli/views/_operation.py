@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable
 
+from msgspec.structs import replace
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from rung._failure import error_of_failure
-from rung.cli.views._words import format_duration, printable
+from rung.cli.views._words import format_duration, printable, without_time
 from rung.errors import UnavailableError
 from rung.types import Deployment, LifecycleDone, LifecycleEvent, LifecycleFailed, LifecycleProgress
 
@@ -19,7 +20,8 @@ _BAR_WIDTH = 30
 def progress_words(progress: LifecycleProgress) -> str:
     """What an operation does: `starting: loading weights, 3.0 s left`."""
     words = progress.residency.value.replace("_", " ")
-    if progress.detail:
+    # Some begin by saying no more than that.
+    if progress.detail and progress.detail != words:
         words += f": {printable(progress.detail)}"
     if progress.remaining_s is not None:
         words += f", {format_duration(progress.remaining_s)} left"
@@ -65,8 +67,8 @@ class _LineDisplay:
         pass
 
     def show(self, progress: LifecycleProgress) -> None:
-        # Without the time left, which is another one in each event.
-        news = f"{progress.residency.value}: {printable(progress.detail)}"
+        # Times are others in each event.
+        news = progress_words(replace(progress, detail=without_time(progress.detail), remaining_s=None))
         if progress.percent is not None:
             # Every tenth of the way is news.
             news += f" {progress.percent // 10 * 10:.0f} %"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 _KIB = 1024
@@ -9,6 +10,7 @@ _BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _MINUTE_S = 60
 _HOUR_S = 60 * _MINUTE_S
 _DAY_S = 24 * _HOUR_S
+_TIME_AT_END = re.compile(r" \(\d+ s\)$")
 
 
 def format_bytes(size_bytes: float | None) -> str:
@@ -61,6 +63,11 @@ def format_age(time_s: float | None, now_s: float) -> str:
     if age_s < _DAY_S:
         return f"{age_s // _HOUR_S} h ago"
     return f"{age_s // _DAY_S} d ago"
+
+
+def without_time(detail: str) -> str:
+    """A detail without the `(12 s)` at its end: the same for as long as the same thing goes on."""
+    return _TIME_AT_END.sub("", detail)
 
 
 def printable(text: str) -> str:
