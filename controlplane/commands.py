@@ -61,9 +61,11 @@ def up(
     state_dir: Annotated[
         Path | None, typer.Option(envvar="RUNG_STATE_DIR", help="State and logs; ~/.local/state/rung.")
     ] = None,
-    grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="Of the control plane.")] = 8151,
-    http_port: Annotated[int, typer.Option(min=0, max=65535, help="Of the HTTP gateway.")] = 8150,
-    agent_port: Annotated[int, typer.Option(min=1, max=65535, help="Of the agent.")] = 8152,
+    grpc_port: Annotated[int | None, typer.Option(min=0, max=65535, help="Instead of 8151.")] = None,
+    http_port: Annotated[int | None, typer.Option(min=0, max=65535, help="Instead of 8150.")] = None,
+    agent_port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Of the agent; a configuration has its own.")
+    ] = 8152,
     simulated_gpus: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Use a simulated machine instead of this one's GPUs.")
     ] = None,
@@ -71,7 +73,7 @@ def up(
     """Run the control plane and an agent on this box, until Ctrl-C.
 
     With no configuration the GPUs, and engines that already run here (vLLM, llama.cpp, Ollama, ComfyUI
-    on their usual ports), are found and used as they are. The ports apply to that case.
+    on their usual ports), are found and used as they are.
 
     Example: `rung up`, then in another terminal `rung chat 'Hello'`
     """

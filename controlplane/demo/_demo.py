@@ -45,6 +45,7 @@ async def _run(screen: Screen, options: DemoOptions) -> int:
             client = await stack.enter_async_context(AsyncClient(stage.ports.address))
             async with asyncio.timeout(_STORY_TIMEOUT_S):
                 await watch.during(tell(screen, stage, client))
+            screen.closing()
             if options.serve:
                 _invite(screen, stage)
                 await watch.until_stopped()
@@ -62,7 +63,6 @@ async def _run(screen: Screen, options: DemoOptions) -> int:
         screen.show(Text(f"Still here: {', '.join(left)}", style="bold red"))
         return ExitCode.FAILED
     if code is ExitCode.OK:
-        screen.closing()
         screen.say("All of it is gone again: processes, ports, files.")
     return code
 

@@ -58,8 +58,11 @@ class Screen:
 
     def closing(self) -> None:
         """The figures."""
+        self.console.print()
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
         for what, figure in self._acts:
             table.add_row(what, Text(figure, style="bold"))
-        table.add_row("the whole demo", Text(format_duration(time.monotonic() - self._start_s), "bold"))
+        table.add_row(
+            "everything so far took", Text(format_duration(time.monotonic() - self._start_s), "bold")
+        )
         self.console.print(table)

@@ -55,12 +55,12 @@ def open_story(screen: Screen, options: DemoOptions) -> None:
 async def tell(screen: Screen, stage: Stage, client: AsyncClient) -> None:
     """All acts in turn. Raises RungError, or TimeoutError, if one of them fails."""
     with screen.act("The fleet comes up"):
-        snapshot = await _meet_the_fleet(screen, stage, client)
+        await _meet_the_fleet(screen, stage, client)
     with screen.act("An engine starts on the workstation"):
         await _start_orchestrator(screen, client)
     with screen.act("A chat, token by token"):
         await _chat(screen, client, stage.layout.orchestrator_model, "What in this demo is real?", "chat")
-    for found in _answering_engines(snapshot):
+    for found in _answering_engines(await client.list_deployments()):
         with screen.act("An engine was found running on this computer"):
             await _use_found(screen, client, found)
     with screen.act("A model that is not loaded: it is started on demand"):
@@ -81,7 +81,7 @@ async def tell(screen: Screen, stage: Stage, client: AsyncClient) -> None:
         await _show_fleet(screen, client)
 
 
-async def _meet_the_fleet(screen: Screen, stage: Stage, client: AsyncClient) -> FleetSnapshot:
+async def _meet_the_fleet(screen: Screen, stage: Stage, client: AsyncClient) -> None:
     with screen.console.status("waiting for both agents to answer"):
         async with asyncio.timeout(_NODES_TIMEOUT_S):
             snapshot = await wait_for_nodes(client)
@@ -90,7 +90,6 @@ async def _meet_the_fleet(screen: Screen, stage: Stage, client: AsyncClient) -> 
     screen.note("three processes ready after", format_duration(time.monotonic() - stage.started_s))
     screen.command("rung status")
     _show_snapshot(screen, snapshot)
-    return snapshot
 
 
 async def _start_orchestrator(screen: Screen, client: AsyncClient) -> None:
@@ -115,11 +114,11 @@ async def _chat(screen: Screen, client: AsyncClient, model: str, question: str, 
     return answer
 
 
-def _answering_engines(snapshot: FleetSnapshot) -> Iterable[Deployment]:
+def _answering_engines(deployments: Iterable[Deployment]) -> Iterable[Deployment]:
     """One chat engine that somebody else runs on this computer, if there is one."""
     usable = (
         each
-        for each in snapshot.deployments
+        for each in deployments
         if each.adopted and each.residency is Residency.AWAKE and "chat" in each.spec.capabilities
     )
     first = next(usable, None)

@@ -219,8 +219,12 @@ class Fleet:
             yield event
 
     def start_kept(self, deployment_id: str) -> AsyncGenerator[LifecycleEvent, None]:
-        """Start a deployment that is to be kept running."""
-        return self.lifecycle(LifecycleAction.START, deployment_id, _new_id("keep", deployment_id))
+        """Start a deployment that is to be kept running, or tell its agent of one that somebody else runs."""
+        operation_id = _new_id("keep", deployment_id)
+        target = self._target(deployment_id)
+        if _is_external(target.deployment.spec):
+            return self._operations.begin(LifecycleAction.START, target, operation_id).events()
+        return self.lifecycle(LifecycleAction.START, deployment_id, operation_id)
 
     async def ensure_awake(self, deployment_id: str) -> AsyncGenerator[LifecycleProgress, None]:
         """Start or wake a deployment unless it is awake, and say how far that is; ends once it is awake.

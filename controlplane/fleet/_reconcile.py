@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from controlplane.fleet._view import FleetView
 from rung.errors import RungError
-from rung.types import ExternalRuntime, LifecycleDone, LifecycleEvent, NodeState, Residency
+from rung.types import Deployment, ExternalRuntime, LifecycleDone, LifecycleEvent, NodeState, Residency
 
 _log = structlog.get_logger("rung.fleet")
 
@@ -67,9 +67,10 @@ def decide(
 
     1. Only those with `keep_running` that are STOPPED or FAILED on a READY node; a node that drains or
        is not heard gets nothing started. Nothing is ever stopped.
-    2. Not what somebody else runs, what an operator stopped (`held`), or what has an operation under
-       way (`busy`).
-    3. Not before the backoff after a failed start, or after a crash soon after a good one, is over.
+    2. An engine that somebody else runs is never started: its agent is told of it once (STOPPED means
+       that the agent does not know it), and looks after it from then on.
+    3. Not what an operator stopped (`held`), or what has an operation under way (`busy`).
+    4. Not before the backoff after a failed start, or after a crash soon after a good one, is over.
 
     Args:
         view: the fleet.
@@ -81,12 +82,9 @@ def decide(
     start: list[str] = []
     later: list[float] = []
     for deployment_id, found in view.deployments.items():
-        spec = found.deployment.spec
-        if not spec.keep_running or found.deployment.residency not in _STARTABLE:
+        if not _is_wanted(found.deployment) or found.node.state is not NodeState.READY:
             continue
-        if found.node.state is not NodeState.READY:
-            continue
-        if isinstance(spec.engine.runtime, ExternalRuntime) or deployment_id in held or deployment_id in busy:
+        if deployment_id in held or deployment_id in busy:
             continue
         record = records.get(deployment_id)
         if record is None or record.earliest_next_s <= now_s:
@@ -94,6 +92,12 @@ def decide(
         else:
             later.append(record.earliest_next_s)
     return Decision(tuple(start), min(later, default=None))
+
+
+def _is_wanted(deployment: Deployment) -> bool:
+    if isinstance(deployment.spec.engine.runtime, ExternalRuntime):
+        return deployment.residency is Residency.STOPPED
+    return deployment.spec.keep_running and deployment.residency in _STARTABLE
 
 
 class ReconciledFleet(Protocol):

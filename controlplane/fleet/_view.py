@@ -167,7 +167,7 @@ def _configured(spec: DeploymentSpec, found: Deployment | None) -> Deployment:
     """A configured deployment as it is, from what the agent says about it, if anything."""
     if found is None:
         external = isinstance(spec.engine.runtime, ExternalRuntime)
-        detail = "its node's agent has not found it" if external else "not started yet"
+        detail = "its node's agent has not been told of it yet" if external else "not started yet"
         return Deployment(spec=spec, residency=Residency.STOPPED, detail=detail)
     if found.residency in (Residency.STOPPED, Residency.FAILED):
         return replace(found, spec=spec, adopted=False)

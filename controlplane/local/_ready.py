@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
 
@@ -51,13 +50,22 @@ async def wait_for_ports(state_dir: Path, pid: int) -> ServerPorts:
         await asyncio.sleep(_LOOK_INTERVAL_S)
 
 
-async def wait_for_nodes(
-    client: AsyncClient, on_snapshot: Callable[[FleetSnapshot], None] = lambda _: None
-) -> FleetSnapshot:
-    """Wait until every node is ready and has been measured. Bound it as `wait_for_ports`."""
+async def wait_for_nodes(client: AsyncClient, *, settle_s: float = 0.0) -> FleetSnapshot:
+    """Wait until every node is ready and has been measured. Bound it as `wait_for_ports`.
+
+    Args:
+        client: of the control plane.
+        settle_s: time for agents that are ready to find engines; the fleet after it is returned.
+    """
+    loop = asyncio.get_running_loop()
+    settled_s: float | None = None
     async with aclosing(client.watch_fleet()) as snapshots:
+        # There is one at least once a second.
         async for snapshot in snapshots:
-            on_snapshot(snapshot)
-            if all(node.state is NodeState.READY and node.status for node in snapshot.nodes):
+            if not all(node.state is NodeState.READY and node.status for node in snapshot.nodes):
+                continue
+            if settled_s is None:
+                settled_s = loop.time() + settle_s
+            if loop.time() >= settled_s:
                 return snapshot
     raise AssertionError("a watch of the fleet does not end")

@@ -27,6 +27,8 @@ from rung.errors import ConfigError, FailedPreconditionError
 from rung.types import FleetSnapshot
 
 _START_TIMEOUT_S = 60.0
+#: Engines that run here are asked who they are once the agent is up; one that is busy answers later.
+_DISCOVERY_S = 1.5
 #: More than a control plane takes to drain by default.
 _STOP_GRACE_S = 45.0
 _GENERATED = (
@@ -36,14 +38,17 @@ _GENERATED = (
 
 
 class UpOptions(Struct, frozen=True, kw_only=True):
-    """What to start. `config` None means a generated one, with this box as the only node."""
+    """What to start. `config` None means a generated one, with this box as the only node.
+
+    Ports that are None are those of the configuration.
+    """
 
     state_dir: Path
     config: Path | None = None
     agent_config: Path | None = None
     node_id: str = ""
-    grpc_port: int = 8151
-    http_port: int = 8150
+    grpc_port: int | None = None
+    http_port: int | None = None
     agent_port: int = 8152
     simulated_gpus: Path | None = None
     log_level: str = "info"
@@ -119,11 +124,15 @@ async def _until_ready(plan: _Plan, plane: Child) -> tuple[ServerPorts, FleetSna
     async with asyncio.timeout(_START_TIMEOUT_S):
         ports = await wait_for_ports(plan.server_state_dir, plane.pid)
         async with AsyncClient(ports.address) as client:
-            return ports, await wait_for_nodes(client)
+            return ports, await wait_for_nodes(client, settle_s=_DISCOVERY_S)
 
 
 def _serve_command(options: UpOptions, plan: _Plan) -> tuple[str, ...]:
-    return rung_command("serve", "--config", str(plan.config), "--log-level", options.log_level)
+    command = ["serve", "--config", str(plan.config), "--log-level", options.log_level]
+    for name, port in (("--grpc-port", options.grpc_port), ("--http-port", options.http_port)):
+        if port is not None:
+            command += [name, str(port)]
+    return rung_command(*command)
 
 
 def _agent_command(options: UpOptions, plan: _Plan) -> tuple[str, ...]:
@@ -159,11 +168,7 @@ def _plan(options: UpOptions) -> _Plan:
 
 def _generated_config(options: UpOptions, node_id: str) -> str:
     document = {
-        "server": {
-            "grpc_port": options.grpc_port,
-            "http_port": options.http_port,
-            "state_dir": str(options.state_dir),
-        },
+        "server": {"state_dir": str(options.state_dir)},
         "nodes": [{"id": node_id, "address": f"127.0.0.1:{options.agent_port}"}],
     }
     return yaml.safe_dump(document, sort_keys=False)
@@ -212,7 +217,7 @@ def _welcome(console: Console, plan: _Plan, ports: ServerPorts, snapshot: FleetS
     adopted = [each.spec.id for each in snapshot.deployments if each.adopted]
     if adopted:
         console.print(Text(f"Found running here, and adopted as they are: {', '.join(adopted)}"))
-    address = "" if ports.grpc_port == 8151 else f" --address {ports.address}"
+    address = "" if ports.address == "127.0.0.1:8151" else f" --address {ports.address}"
     facts = (
         ("OpenAI base URL", f"{ports.url}/v1"),
         ("gRPC", ports.address),

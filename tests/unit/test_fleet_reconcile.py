@@ -45,9 +45,15 @@ def test_only_on_a_ready_node(state: NodeState) -> None:
 def test_what_is_left_alone() -> None:
     assert starts(pinned=True), "a pinned deployment that is to run is started like any other"
     assert not starts(keep_running=False)
-    assert not starts(external=True)
     assert not starts(busy=True)
     assert not starts(held=True)
+
+
+@pytest.mark.parametrize("residency", list(Residency))
+def test_an_agent_is_told_of_an_engine_of_somebody_else_once(residency: Residency) -> None:
+    told = starts(external=True, keep_running=False, residency=residency)
+
+    assert told is (residency is Residency.STOPPED)
 
 
 def test_failed_starts_are_backed_off_from_ten_seconds_to_five_minutes() -> None:
