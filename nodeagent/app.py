@@ -118,7 +118,10 @@ def _runtimes(config: AgentConfig, *, gpus_available: bool) -> dict[type[Runtime
     return {
         ProcessRuntime: ProcessEngineRuntime(allow, config.state_dir, config.node_id),
         DockerRuntime: DockerEngineRuntime(
-            allow, config.node_id, gpus_available=gpus_available and config.simulated_gpus is None
+            allow,
+            config.state_dir,
+            config.node_id,
+            gpus_available=gpus_available and config.simulated_gpus is None,
         ),
         ExternalRuntime: ExternalEngineRuntime(),
     }

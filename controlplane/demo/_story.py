@@ -126,7 +126,7 @@ def _answering_engines(deployments: Iterable[Deployment]) -> Iterable[Deployment
 
 
 async def _use_found(screen: Screen, client: AsyncClient, found: Deployment) -> None:
-    screen.say(f"{found.spec.id} serves {found.spec.model}. It is real, and is used as it is.")
+    screen.say(f"{found.spec.id} serves {found.spec.model}. Somebody else runs it: it is used as it is.")
     await _chat(
         screen, client, found.spec.id, "Say hello in one sentence.", "chat with the engine found here"
     )

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 import docker
@@ -24,6 +25,7 @@ T = TypeVar("T")
 
 #: Labels by which an agent knows its containers.
 LABEL_NODE = "rung.node"
+LABEL_OWNER = "rung.owner"
 LABEL_DEPLOYMENT = "rung.deployment"
 LABEL_GENERATION = "rung.generation"
 LABEL_SPEC_HASH = "rung.spec-hash"
@@ -41,9 +43,10 @@ class DockerEngineRuntime:
     nobody planned for. Their ports are published on the loopback interface only.
     """
 
-    def __init__(self, allow: AllowList, node_id: str, *, gpus_available: bool) -> None:
+    def __init__(self, allow: AllowList, state_dir: Path, node_id: str, *, gpus_available: bool) -> None:
         self._allow = allow
         self._node_id = node_id
+        self._owner = _proc.owner_mark(node_id, state_dir)
         self._gpus_available = gpus_available
         self._client: docker.DockerClient | None = None
         self._pool = ThreadPoolExecutor(_CALL_THREADS, thread_name_prefix="docker")
@@ -60,17 +63,17 @@ class DockerEngineRuntime:
             await self._pull(runtime.image, on_progress)
         on_progress(RuntimeProgress(f"starting a container of {runtime.image}"))
         name = f"rung-{self._node_id}-{plan.deployment_id}"
-        await self._call(lambda client: _remove_leftover(client, name, self._node_id))
+        await self._call(lambda client: _remove_leftover(client, name, self._owner))
         starting = asyncio.ensure_future(self._call(lambda client: self._run(client, name, plan, runtime)))
         try:
             container = await asyncio.shield(starting)
         except asyncio.CancelledError:
             # The daemon may be at it: wait, then take it back.
             await asyncio.wait([starting])
-            await self._call(lambda client: _remove_leftover(client, name, self._node_id))
+            await self._call(lambda client: _remove_leftover(client, name, self._owner))
             raise
         except _FAILURES as error:
-            await self._call(lambda client: _remove_leftover(client, name, self._node_id))
+            await self._call(lambda client: _remove_leftover(client, name, self._owner))
             raise EngineStartFailedError(
                 f"the container of {plan.deployment_id} cannot be started: {_text(error)}",
                 deployment=plan.deployment_id,
@@ -99,6 +102,7 @@ class DockerEngineRuntime:
             name=name,
             labels={
                 LABEL_NODE: self._node_id,
+                LABEL_OWNER: self._owner,
                 LABEL_DEPLOYMENT: plan.deployment_id,
                 LABEL_GENERATION: str(plan.generation),
                 LABEL_SPEC_HASH: plan.spec_hash,
@@ -191,7 +195,7 @@ class DockerEngineRuntime:
 
     async def strays(self, known: frozenset[str]) -> tuple[RunningEngine, ...]:
         """Containers with this node's label whose deployment is not in `known`; none without a daemon."""
-        filters: dict[str, str | list[str] | bool] = {"label": f"{LABEL_NODE}={self._node_id}"}
+        filters: dict[str, str | list[str] | bool] = {"label": f"{LABEL_OWNER}={self._owner}"}
         try:
             found = await self._mapped(lambda client: client.containers.list(all=True, filters=filters))
         except UnavailableError:
@@ -292,13 +296,13 @@ def _read_log(
         return
 
 
-def _remove_leftover(client: docker.DockerClient, name: str, node_id: str) -> None:
+def _remove_leftover(client: docker.DockerClient, name: str, owner: str) -> None:
     """Remove a container of that name if it is ours. Raises EngineStartFailedError if it is not."""
     try:
         container = client.containers.get(name)
     except docker.errors.NotFound:
         return
-    if container.labels.get(LABEL_NODE) != node_id:
+    if container.labels.get(LABEL_OWNER) != owner:
         raise EngineStartFailedError(
             f"a container named {name} is there that this agent did not make; remove or rename it"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import signal
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,12 @@ from pathlib import Path
 MARK = "RUNG_ENGINE"
 #: prctl option of Linux that makes orphans of our descendants our children.
 _PR_SET_CHILD_SUBREAPER = 36
+
+
+def owner_mark(node_id: str, state_dir: Path) -> str:
+    """What marks an agent's engines as its own. Another agent on this machine may have the same name."""
+    place = hashlib.sha256(str(state_dir.resolve()).encode()).hexdigest()[:12]
+    return f"{node_id}@{place}"
 
 
 def boot_id() -> str:

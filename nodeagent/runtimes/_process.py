@@ -34,7 +34,7 @@ class ProcessEngineRuntime:
     def __init__(self, allow: AllowList, state_dir: Path, node_id: str) -> None:
         self._allow = allow
         self._logs = state_dir / "logs"
-        self._node_id = node_id
+        self._owner = _proc.owner_mark(node_id, state_dir)
         self._rotation: dict[Path, asyncio.Task[None]] = {}
         self._exit_codes: dict[int, int] = {}
 
@@ -47,7 +47,7 @@ class ProcessEngineRuntime:
         log_path = self._logs / plan.deployment_id / "engine.log"
         log_path.parent.mkdir(parents=True, exist_ok=True)
         arguments = [allowed.path, *allowed.arguments_prefix, *plan.arguments, *plan.runtime.arguments]
-        mark = f"{self._node_id}/{plan.deployment_id}/{plan.generation}"
+        mark = f"{self._owner}/{plan.deployment_id}/{plan.generation}"
         # An own file for each start: the one before is kept.
         if log_path.exists():
             log_path.replace(log_path.with_name("engine.log.previous"))
@@ -103,7 +103,7 @@ class ProcessEngineRuntime:
 
     async def stop(self, record: RunningEngine, grace_s: float) -> None:
         """End the process and all it started. See `EngineRuntime.stop`."""
-        mark = f"{self._node_id}/{record.deployment_id}/{record.generation}"
+        mark = f"{self._owner}/{record.deployment_id}/{record.generation}"
         if _is_running(record):
             with suppress(ProcessLookupError):
                 os.killpg(record.pid, signal.SIGTERM)
@@ -151,7 +151,7 @@ class ProcessEngineRuntime:
     async def strays(self, known: frozenset[str]) -> tuple[RunningEngine, ...]:
         """Marked processes whose deployment is not in `known`; one record for each deployment."""
         found: dict[str, RunningEngine] = {}
-        for pid in _proc.marked(f"{self._node_id}/"):
+        for pid in _proc.marked(f"{self._owner}/"):
             _, deployment_id, generation = _proc.mark_of(pid).rsplit("/", 2)
             if deployment_id in known or deployment_id in found or not generation.isdigit():
                 continue

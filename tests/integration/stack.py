@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -88,6 +89,14 @@ class Stack:
         """A client for the control plane that runs now."""
         await self.client.aclose()
         self.client = rung.AsyncClient(f"127.0.0.1:{self.plane.ready['grpc_port']}")
+
+    async def heard(self) -> None:
+        """Return once the control plane has heard its node after this call."""
+        now_s = time.time()
+        async with asyncio.timeout(30):
+            async for fleet in self.client.watch_fleet():
+                if all((node.last_seen_time_s or 0.0) > now_s for node in fleet.nodes):
+                    return
 
     async def deployment(self, deployment_id: str, *wanted: Residency) -> Deployment:
         """A deployment, once its residency is one of those wanted."""

@@ -228,7 +228,7 @@ class TestJobs:
     def test_event_lines(self) -> None:
         progress = PhaseProgress(Phase.ENGINE_START, "loading weights", percent=40.0, remaining_s=3.0)
         lines = [event_line(event).plain for event in log(progress, TokenDelta("Hi\n"))]
-        assert lines[0] == "    1     0.100 s  progress  engine start: loading weights, 40 %, 3.0 s left"
+        assert lines[0] == "    1     0.100 s  progress  engine start: loading weights, 40 %, 3 s left"
         assert lines[1] == "    2     0.200 s  token     'Hi\\n'"
 
 

@@ -43,10 +43,15 @@ _NARROW_CONSOLE = 90
 
 
 def plain_table(*columns: str, right: Sequence[str] = ()) -> Table:
-    """A table without lines; the columns in `right` hold figures."""
+    """A table without lines; the columns in `right` hold figures. The first, of ids, is never folded."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        table.add_column(
+            column,
+            justify="right" if column in right else "left",
+            overflow="fold",
+            no_wrap=column == columns[0],
+        )
     return table
 
 

@@ -8,7 +8,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from rung.cli.views._fleet import plain_table
-from rung.cli.views._words import format_age, format_bytes, format_duration, printable
+from rung.cli.views._words import format_age, format_bytes, format_duration, format_left, printable
 from rung.types import (
     ArtifactChunk,
     EmbeddingResult,
@@ -121,7 +121,7 @@ def phase_words(progress: PhaseProgress) -> str:
     if progress.percent is not None:
         words += f", {progress.percent:.0f} %"
     if progress.remaining_s is not None:
-        words += f", {format_duration(progress.remaining_s)} left"
+        words += f", {format_left(progress.remaining_s)}"
     return words
 
 

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.text import Text
 
 from rung._failure import error_of_failure
-from rung.cli.views._words import format_duration, printable, without_time
+from rung.cli.views._words import format_duration, format_left, printable, without_time
 from rung.errors import UnavailableError
 from rung.types import Deployment, LifecycleDone, LifecycleEvent, LifecycleFailed, LifecycleProgress
 
@@ -24,7 +24,7 @@ def progress_words(progress: LifecycleProgress) -> str:
     if progress.detail and progress.detail != words:
         words += f": {printable(progress.detail)}"
     if progress.remaining_s is not None:
-        words += f", {format_duration(progress.remaining_s)} left"
+        words += f", {format_left(progress.remaining_s)}"
     return words
 
 
@@ -91,7 +91,7 @@ class _BarDisplay:
             SpinnerColumn(),
             TextColumn("{task.fields[title]}", markup=False, style="bold"),
             BarColumn(bar_width=_BAR_WIDTH),
-            TextColumn("{task.percentage:>3.0f} %", justify="right"),
+            TextColumn("{task.fields[percent]:>5}"),
             TextColumn("{task.description}", markup=False),
             TimeElapsedColumn(),
             console=console,
@@ -100,7 +100,7 @@ class _BarDisplay:
 
     def __enter__(self) -> _BarDisplay:
         self._progress.start()
-        self._task = self._progress.add_task("", total=None, title=self._title)
+        self._task = self._progress.add_task("", total=None, title=self._title, percent="")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -110,12 +110,16 @@ class _BarDisplay:
         assert self._task is not None
         words = progress_words(progress)
         if progress.percent is None:
-            self._progress.update(self._task, description=words, total=None)
+            self._progress.update(self._task, description=words, total=None, percent="")
         else:
-            self._progress.update(self._task, description=words, total=100, completed=progress.percent)
+            self._progress.update(
+                self._task,
+                description=words,
+                total=100,
+                completed=progress.percent,
+                percent=f"{progress.percent:.0f} %",
+            )
 
     def done(self, words: str) -> None:
-        line = Text("✓ " if not self._console.options.ascii_only else "ok ", style="green")
-        line.append(self._title, style="bold")
-        line.append(f" {words}")
-        self._progress.console.print(line)
+        mark = "ok " if self._console.options.ascii_only else "✓ "
+        self._progress.console.print(Text.assemble((mark, "green"), (self._title, "bold"), f" {words}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 
@@ -47,6 +48,13 @@ def format_duration(duration_s: float | None) -> str:
     if whole < _DAY_S:
         return f"{whole // _HOUR_S} h {whole % _HOUR_S // _MINUTE_S:02d} min"
     return f"{whole // _DAY_S} d {whole % _DAY_S // _HOUR_S} h"
+
+
+def format_left(remaining_s: float) -> str:
+    """`3 s left`, `2 min 05 s left`: an estimate, so in whole seconds."""
+    if remaining_s < _MINUTE_S:
+        return f"{max(math.ceil(remaining_s), 1)} s left"
+    return f"{format_duration(remaining_s)} left"
 
 
 def format_age(time_s: float | None, now_s: float) -> str:

@@ -1,0 +1,104 @@
+"""The files of the demo can be used by the programs that read them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from controlplane.config import load_config
+from controlplane.demo._layout import (
+    ORCHESTRATOR,
+    SPARK,
+    THINKER,
+    WORKSTATION,
+    Layout,
+    LocalLlamaCpp,
+    find_llama_cpp,
+)
+from controlplane.demo._story import fold_tokens
+from controlplane.demo._sweeper import MARK
+from nodeagent.config import load_agent_config
+from rung.errors import FailedPreconditionError
+from rung.types import (
+    EventPayload,
+    JobDone,
+    JobEvent,
+    LlamaCppEngine,
+    LlamaCppServer,
+    ProcessRuntime,
+    ResidencyClass,
+    TokenDelta,
+)
+
+PORTS = {WORKSTATION: 41, SPARK: 42}
+
+
+def test_simulated(tmp_path: Path) -> None:
+    layout = Layout(folder=tmp_path, agent_ports=PORTS)
+    layout.write()
+    config = load_config(layout.config_path)
+    assert config.server.grpc_port == config.server.http_port == 0
+    assert [(node.id, node.address) for node in config.nodes] == [
+        (WORKSTATION, "127.0.0.1:41"),
+        (SPARK, "127.0.0.1:42"),
+    ]
+    specs = {spec.id: spec for spec in config.deployment_specs()}
+    assert set(specs) == {ORCHESTRATOR, THINKER}
+    assert specs[ORCHESTRATOR].residency_class is ResidencyClass.PINNED
+    for spec in specs.values():
+        runtime = spec.engine.runtime
+        assert isinstance(runtime, ProcessRuntime)
+        # What the sweeper knows an engine by, and what its agent lets it have.
+        assert runtime.environment[MARK] == str(tmp_path)
+        allowed = load_agent_config(layout.agent_config_path(spec.node_id)).allow_list().executables
+        assert allowed[runtime.executable].allow_environment
+        assert not allowed[runtime.executable].allow_arguments
+
+
+def test_a_real_llama_cpp(tmp_path: Path) -> None:
+    gguf = tmp_path / "smollm-135m.gguf"
+    found = LocalLlamaCpp(server=LlamaCppServer.LLAMA_SERVER, path="/usr/bin/llama-server")
+    layout = Layout(folder=tmp_path, agent_ports=PORTS, gguf=gguf, llama_cpp=found)
+    layout.write()
+    spec = load_config(layout.config_path).deployment_specs()[0]
+    assert spec.model == "smollm-135m"
+    assert isinstance(spec.engine.engine, LlamaCppEngine)
+    assert spec.engine.engine.model_path == str(gguf)
+    allowed = load_agent_config(layout.agent_config_path(WORKSTATION)).allow_list().executables
+    assert allowed["llama-server"].path == "/usr/bin/llama-server"
+
+
+class TestFindLlamaCpp:
+    def test_llama_server_comes_first(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        program = tmp_path / "llama-server"
+        program.write_text("#!/bin/sh\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert find_llama_cpp() == LocalLlamaCpp(server=LlamaCppServer.LLAMA_SERVER, path=str(program))
+
+    def test_none(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(FailedPreconditionError, match="put llama-server on PATH"):
+            find_llama_cpp()
+
+
+def test_runs_of_tokens_are_folded() -> None:
+    payloads: list[EventPayload] = [
+        TokenDelta("a"),
+        TokenDelta("b"),
+        TokenDelta("c"),
+        JobDone("stop"),
+        TokenDelta("d"),
+        JobDone(),
+    ]
+    log = [JobEvent("job", place, 0.0, 0.0, payload) for place, payload in enumerate(payloads, 1)]
+    lines = [line.plain.split("s  ")[-1].strip() for line in fold_tokens(log)]
+    assert lines == [
+        "token     'a'",
+        "2 more of these",
+        "done      stop",
+        "token     'd'",
+        "done      complete",
+    ]
