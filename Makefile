@@ -50,8 +50,9 @@ protos: $(VENV) ## Generate the stubs from protos/.
 	$(BIN)/python scripts/generate_protos.py
 
 bench: $(VENV) ## Measure the relay's cost beside the same engine without it.
-	@sh scripts/ensure_debian.sh gcc libc6-dev
-	$(BIN)/python -m tests.benchmarks.relay
+	@sh scripts/ensure_debian.sh gcc libc6-dev nginx-light
+	@sh scripts/make_venv.sh dev bench
+	$(BIN)/python -m tests.benchmarks.relay $(BENCH)
 
 clean: ## Remove what these targets made.
 	rm -rf .venv .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -227,7 +227,7 @@ async def test_a_graceful_stop_lets_jobs_end(running: Stack) -> None:
     result = asyncio.ensure_future(running.client.chat("count to 40", model="sim").result())
     async with asyncio.timeout(10):
         # Another process brings it about.
-        while (
+        while (  # noqa: ASYNC110 - another process brings it about
             not [
                 job async for job in running.client.list_jobs(states=[JobState.RUNNING])
             ]

@@ -1,0 +1,48 @@
+"""The least that an agent in Python can do: gRPC to the engine and back. `bare_agent PORT ENGINE_URL`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import grpc.aio
+import uvloop
+
+from rung import v1
+
+
+class BareAgent(v1.NodeAgentServiceServicer):
+    """Relays a Run, and nothing else."""
+
+    def __init__(self, session: aiohttp.ClientSession, engine: str) -> None:
+        self._session = session
+        self._url = engine + "/v1/chat/completions"
+
+    async def Run(  # type: ignore[override]  # the stubs know the synchronous side  # noqa: N802
+        self, request: v1.RunRequest, context: Any
+    ) -> AsyncIterator[v1.RunResponse]:
+        """One generation."""
+        headers = {"Content-Type": "application/json"}
+        async with self._session.post(self._url, data=request.body, headers=headers) as response:
+            content_type = response.headers["Content-Type"]
+            yield v1.RunResponse(head=v1.RunHead(status_code=response.status, content_type=content_type))
+            async for chunk in response.content.iter_any():
+                yield v1.RunResponse(data=chunk)
+
+
+async def main() -> None:
+    """Serve until killed."""
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, auto_decompress=False) as session:
+        server = grpc.aio.server()
+        v1.add_NodeAgentServiceServicer_to_server(BareAgent(session, sys.argv[2]), server)
+        server.add_insecure_port(f"127.0.0.1:{sys.argv[1]}")
+        await server.start()
+        await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    uvloop.run(main())
