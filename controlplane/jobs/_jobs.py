@@ -130,7 +130,7 @@ class Jobs:
         if failing is not None and time.monotonic() - failing > _STORE_PATIENCE_S:
             raise UnavailableError("jobs cannot be stored; see the server's log and its disk")
         job = LiveJob(
-            job_id=f"job-{secrets.token_hex(10)}",
+            job_id=_new_id(),
             kind=kind,
             model=model,
             policy=policy,
@@ -304,6 +304,11 @@ class Jobs:
 
     def _unfinished(self) -> Sequence[LiveJob]:
         return [job for job in self._live.values() if job.terminal is None]
+
+
+def _new_id() -> str:
+    """An id that sorts by time, so that the store appends to its tables instead of inserting into them."""
+    return f"job-{time.time_ns() // 1_000_000:012x}{secrets.token_hex(5)}"
 
 
 def _segment(events: list[JobEvent]) -> StoredSegment:

@@ -27,14 +27,26 @@ class PipelineMetrics:
         self._tokens = Counter(
             "rung_tokens", "Tokens by direction and target", ["direction", "target"], registry=registry
         )
+        self._children: dict[tuple[str, str, str], tuple[Counter, Histogram, Counter, Counter]] = {}
         running = Gauge("rung_jobs_running", "Jobs that have not ended", registry=registry)
         running.set_function(lambda: jobs.running)
 
     def ended(self, job: LiveJob) -> None:
         """Count a job that has its terminal event."""
         target = job.served.target if job.served else ""
-        self._jobs.labels(job.kind.value, job.state.value, target).inc()
-        self._seconds.labels(job.kind.value).observe(job.elapsed_s)
+        key = (job.kind.value, job.state.value, target)
+        children = self._children.get(key)
+        if children is None:
+            # Finding a labelled child costs more than counting it.
+            children = self._children[key] = (
+                self._jobs.labels(*key),
+                self._seconds.labels(job.kind.value),
+                self._tokens.labels("prompt", target),
+                self._tokens.labels("completion", target),
+            )
+        jobs, seconds, prompt, completion = children
+        jobs.inc()
+        seconds.observe(job.elapsed_s)
         if job.usage is not None:
-            self._tokens.labels("prompt", target).inc(job.usage.prompt_tokens)
-            self._tokens.labels("completion", target).inc(job.usage.completion_tokens)
+            prompt.inc(job.usage.prompt_tokens)
+            completion.inc(job.usage.completion_tokens)

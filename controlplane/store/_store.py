@@ -7,7 +7,7 @@ import fcntl
 import os
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -15,8 +15,7 @@ import alembic.command
 import alembic.config
 import msgspec
 from msgspec import Struct
-from sqlalchemy import Connection, Engine, Row, and_, create_engine, delete, event, or_, select
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy import Connection, Engine, Row, Table, and_, create_engine, delete, event, or_, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from controlplane.store._tables import job_segments, jobs
@@ -26,17 +25,14 @@ from rung.types import FailureReason, Job, JobKind, JobState, Policy, Served, Us
 T = TypeVar("T")
 
 _READERS = 4
-_UNENDED = (JobState.PENDING.value, JobState.RUNNING.value)
 _encode = msgspec.json.encode
-_DEFAULT_POLICY = _encode(Policy()).decode()
+_POLICY = Policy()
+_DEFAULT_POLICY = _encode(_POLICY).decode()
 
 # What may change after a job was first stored.
 _MUTABLE = ("state", "served", "end_time_s", "last_sequence", "failure_reason", "detail", "usage")
-_insert_jobs = insert(jobs)
-_upsert_jobs = _insert_jobs.on_conflict_do_update(
-    index_elements=[jobs.c.id], set_={name: _insert_jobs.excluded[name] for name in _MUTABLE}
-)
-_insert_segments = insert(job_segments).on_conflict_do_nothing()
+#: Rows of one statement; SQLite takes 32,766 values in one.
+_MAX_ROWS = 512
 
 
 class StoredSegment(Struct, frozen=True):
@@ -97,21 +93,8 @@ class JobStore:
 
     def _write(self, jobs: Sequence[Job], segments: Sequence[StoredSegment]) -> None:
         with self._engine.begin() as connection:
-            if jobs:
-                connection.execute(_upsert_jobs, [_job_row(job) for job in jobs])
-            if segments:
-                connection.execute(
-                    _insert_segments,
-                    [
-                        {
-                            "job_id": segment.job_id,
-                            "first_sequence": segment.first_sequence,
-                            "last_sequence": segment.last_sequence,
-                            "events": segment.events,
-                        }
-                        for segment in segments
-                    ],
-                )
+            _insert(connection, _upsert_jobs_sql, [_job_row(job) for job in jobs])
+            _insert(connection, _insert_segments_sql, [msgspec.structs.astuple(each) for each in segments])
 
     async def get(self, job_id: str) -> Job | None:
         """One job."""
@@ -120,7 +103,7 @@ class JobStore:
 
     async def by_request_id(self, request_id: str) -> Job | None:
         """The newest job with that request id."""
-        query = select(jobs).where(jobs.c.request_id == request_id)
+        query = select(jobs).where(jobs.c.request_id == request_id, jobs.c.request_id != "")
         found = await self._read(query.order_by(jobs.c.create_time_s.desc()).limit(1))
         return _job(found[0]) if found else None
 
@@ -153,14 +136,17 @@ class JobStore:
 
     async def unfinished(self) -> Sequence[Job]:
         """Jobs without a terminal event."""
-        return [_job(row) for row in await self._read(select(jobs).where(jobs.c.state.in_(_UNENDED)))]
+        return [_job(row) for row in await self._read(select(jobs).where(jobs.c.end_time_s.is_(None)))]
 
     async def delete_ended_before(self, time_s: float) -> int:
         """Delete jobs that ended before a Unix time, with their logs; returns how many."""
 
         def remove() -> int:
+            # What ended before a time was created before it: the index by time bounds the search.
+            old = select(jobs.c.id).where(jobs.c.create_time_s < time_s, jobs.c.end_time_s < time_s)
             with self._engine.begin() as connection:
-                return connection.execute(delete(jobs).where(jobs.c.end_time_s < time_s)).rowcount
+                connection.execute(delete(job_segments).where(job_segments.c.job_id.in_(old)))
+                return connection.execute(delete(jobs).where(jobs.c.id.in_(old))).rowcount
 
         return await self._run(self._writer, remove)
 
@@ -195,6 +181,34 @@ def migrate(connection: Connection) -> None:
     alembic.command.upgrade(config, "head")
 
 
+def _insert(connection: Connection, sql: Callable[[int], str], rows: Sequence[tuple[Any, ...]]) -> None:
+    """Many rows in few statements.
+
+    Not `executemany`: SQLite's driver lets go of the interpreter lock for each row, and takes it back
+    from a busy event loop only after the switch interval; a batch would take seconds.
+    """
+    for start in range(0, len(rows), _MAX_ROWS):
+        part = rows[start : start + _MAX_ROWS]
+        connection.exec_driver_sql(sql(len(part)), tuple(value for row in part for value in row))
+
+
+@lru_cache(maxsize=2 * _MAX_ROWS)
+def _upsert_jobs_sql(rows: int) -> str:
+    changes = ", ".join(f"{name} = excluded.{name}" for name in _MUTABLE)
+    return f"{_insert_sql(jobs, rows)} ON CONFLICT (id) DO UPDATE SET {changes}"
+
+
+@lru_cache(maxsize=2 * _MAX_ROWS)
+def _insert_segments_sql(rows: int) -> str:
+    return f"{_insert_sql(job_segments, rows)} ON CONFLICT DO NOTHING"
+
+
+def _insert_sql(table: Table, rows: int) -> str:
+    names = ", ".join(column.name for column in table.columns)
+    row = f"({', '.join('?' * len(table.columns))})"
+    return f"INSERT INTO {table.name} ({names}) VALUES {', '.join([row] * rows)}"  # noqa: S608 - our own names
+
+
 def _lock(path: Path) -> IO[str]:
     """Take the store for this process: SQLite would let two write, and neither would know of the other."""
     file = open(path, "a+", encoding="ascii")  # noqa: SIM115 - held until the store is closed
@@ -218,7 +232,7 @@ def _lock(path: Path) -> IO[str]:
 def _set_pragmas(connection: Any, _record: object) -> None:
     cursor = connection.cursor()
     # NORMAL: a commit survives the death of the process, though perhaps not of the power.
-    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=5000", "foreign_keys=ON"):
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=5000", "wal_autocheckpoint=4000"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 
@@ -231,22 +245,23 @@ def _json(value: object | None) -> str | None:
     return None if value is None else _encode(value).decode()
 
 
-def _job_row(job: Job) -> dict[str, Any]:
-    return {
-        "id": job.id,
-        "request_id": job.request_id,
-        "kind": job.kind.value,
-        "state": job.state.value,
-        "model": job.model,
-        "served": _json(job.served),
-        "create_time_s": job.create_time_s,
-        "end_time_s": job.end_time_s,
-        "last_sequence": job.last_sequence,
-        "failure_reason": job.failure_reason.value if job.failure_reason else None,
-        "detail": job.detail,
-        "usage": _json(job.usage),
-        "policy": _DEFAULT_POLICY if job.policy == Policy() else _encode(job.policy).decode(),
-    }
+def _job_row(job: Job) -> tuple[Any, ...]:
+    """In the order of the table's columns."""
+    return (
+        job.id,
+        job.request_id,
+        job.kind.value,
+        job.state.value,
+        job.model,
+        _json(job.served),
+        job.create_time_s,
+        job.end_time_s,
+        job.last_sequence,
+        job.failure_reason.value if job.failure_reason else None,
+        job.detail,
+        _json(job.usage),
+        _DEFAULT_POLICY if job.policy == _POLICY else _encode(job.policy).decode(),
+    )
 
 
 def _job(row: Row[Any]) -> Job:

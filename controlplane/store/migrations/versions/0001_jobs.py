@@ -28,13 +28,14 @@ def upgrade() -> None:
         sa.Column("detail", sa.Text, nullable=False),
         sa.Column("usage", sa.Text),
         sa.Column("policy", sa.Text, nullable=False),
+        sqlite_with_rowid=False,
     )
     op.create_index("jobs_by_time", "jobs", ["create_time_s", "id"])
-    op.create_index("jobs_by_request_id", "jobs", ["request_id"])
-    op.create_index("jobs_by_end", "jobs", ["end_time_s"])
+    op.create_index("jobs_by_request_id", "jobs", ["request_id"], sqlite_where=sa.text("request_id != ''"))
+    op.create_index("jobs_unfinished", "jobs", ["id"], sqlite_where=sa.text("end_time_s IS NULL"))
     op.create_table(
         "job_segments",
-        sa.Column("job_id", sa.String(64), sa.ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+        sa.Column("job_id", sa.String(64), primary_key=True),
         sa.Column("first_sequence", sa.BigInteger, primary_key=True),
         sa.Column("last_sequence", sa.BigInteger, nullable=False),
         sa.Column("events", sa.LargeBinary, nullable=False),
