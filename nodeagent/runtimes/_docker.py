@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import docker
 import docker.errors
 import requests.exceptions  # noqa: TID251 - what the Docker SDK raises when the daemon is away
 from docker.models.containers import Container
-from docker.types import DeviceRequest, LogConfig
+from docker.types import DeviceRequest, LogConfig, Mount
 
 from nodeagent.runtimes import _proc
 from nodeagent.runtimes._allow import AllowList
@@ -33,6 +34,8 @@ LABEL_SPEC_HASH = "rung.spec-hash"
 _CALL_TIMEOUT_S = 60
 _CALL_THREADS = 4
 _LAST_WORDS = 20
+#: Pieces of a stream that wait for their reader.
+_QUEUED_PIECES = 256
 _FAILURES = (docker.errors.DockerException, requests.exceptions.RequestException)
 
 
@@ -61,19 +64,21 @@ class DockerEngineRuntime:
             await self._call(lambda client: client.images.get(runtime.image))
         except docker.errors.ImageNotFound:
             await self._pull(runtime.image, on_progress)
+        except _FAILURES as error:
+            raise _away(error) from error
         on_progress(RuntimeProgress(f"starting a container of {runtime.image}"))
         name = f"rung-{self._node_id}-{plan.deployment_id}"
-        await self._call(lambda client: _remove_leftover(client, name, self._owner))
+        await self._mapped(lambda client: _remove_leftover(client, name, self._owner))
         starting = asyncio.ensure_future(self._call(lambda client: self._run(client, name, plan, runtime)))
         try:
             container = await asyncio.shield(starting)
         except asyncio.CancelledError:
             # The daemon may be at it: wait, then take it back.
             await asyncio.wait([starting])
-            await self._call(lambda client: _remove_leftover(client, name, self._owner))
+            await self._mapped(lambda client: _remove_leftover(client, name, self._owner))
             raise
         except _FAILURES as error:
-            await self._call(lambda client: _remove_leftover(client, name, self._owner))
+            await self._mapped(lambda client: _remove_leftover(client, name, self._owner))
             raise EngineStartFailedError(
                 f"the container of {plan.deployment_id} cannot be started: {_text(error)}",
                 deployment=plan.deployment_id,
@@ -109,10 +114,12 @@ class DockerEngineRuntime:
             },
             environment={**plan.environment, **runtime.environment},
             ports={f"{plan.listen_port}/tcp": ("127.0.0.1", plan.port)},
-            volumes={
-                mount.source: {"bind": mount.target, "mode": "rw" if mount.writable else "ro"}
+            mounts=[
+                Mount(target=mount.target, source=mount.source, type="bind", read_only=not mount.writable)
                 for mount in runtime.mounts
-            },
+            ],
+            # An init reaps what the engine leaves behind, and passes signals on.
+            init=True,
             # Docker's default, `no`, stays: it never restarts one by itself.
             log_config=LogConfig(type=LogConfig.types.JSON, config={"max-size": "16m", "max-file": "3"}),
             detach=True,
@@ -129,7 +136,7 @@ class DockerEngineRuntime:
         lines = self._lines(
             lambda client: client.api.pull(repository, tag=tag or "latest", stream=True, decode=True)
         )
-        async for line in lines:
+        async for line in self._pulled(image, lines):
             if "error" in line:
                 raise EngineStartFailedError(
                     f"the image {image} cannot be pulled: {line['error']}", image=image
@@ -164,7 +171,7 @@ class DockerEngineRuntime:
             try:
                 container = client.containers.get(record.container_id)
                 # The time is always given: without it the SDK gives up before a patient container does.
-                container.stop(timeout=int(grace_s))
+                container.stop(timeout=math.ceil(grace_s))
                 container.remove(force=True, v=True)
             except docker.errors.NotFound:
                 return
@@ -248,16 +255,20 @@ class DockerEngineRuntime:
     async def _lines(self, read: Callable[[docker.DockerClient], Iterator[T]]) -> AsyncIterator[T]:
         """What a blocking iterator gives, read in a thread of its own, which ends with the iterator."""
         loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[tuple[bool, Any]] = asyncio.Queue()
+        queue: asyncio.Queue[tuple[bool, Any]] = asyncio.Queue(_QUEUED_PIECES)
+        left = threading.Event()
 
         def put(item: tuple[bool, Any]) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(queue.put_nowait, item)
+            # Waits for room: a slow reader slows the thread, and nothing piles up.
+            if not left.is_set() and not loop.is_closed():
+                asyncio.run_coroutine_threadsafe(queue.put(item), loop).result()
 
         def work() -> None:
             try:
                 for item in read(self._connected()):
                     put((True, item))
+                    if left.is_set():
+                        return
                 put((False, None))
             except (*_FAILURES, RungError, OSError, RuntimeError) as error:
                 put((False, error))
@@ -265,14 +276,33 @@ class DockerEngineRuntime:
         # Not in the pool: it may have to wait for as long as an engine runs. A daemon thread, since
         # one that waits for an engine must not hold up the end of the agent.
         threading.Thread(target=work, name="docker-stream", daemon=True).start()
-        while True:
-            more, item = await queue.get()
-            if more:
-                yield item
-            elif item is None:
-                return
-            else:
-                raise item if isinstance(item, RungError) else _away(item) from item
+        try:
+            while True:
+                more, item = await queue.get()
+                if more:
+                    yield item
+                elif item is None:
+                    return
+                else:
+                    raise item if isinstance(item, RungError) else _away(item) from item
+        finally:
+            left.set()
+            # Room for a thread that waits for it: it sees then that nobody reads any more.
+            while not queue.empty():
+                queue.get_nowait()
+
+    @staticmethod
+    async def _pulled(image: str, lines: AsyncIterator[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
+        """The lines of a pull; an image that no registry has is a failed start, not an absent Docker."""
+        try:
+            async for line in lines:
+                yield line
+        except UnavailableError as error:
+            if isinstance(error.__cause__, docker.errors.APIError):
+                raise EngineStartFailedError(
+                    f"the image {image} cannot be pulled: {_text(error.__cause__)}", image=image
+                ) from error
+            raise
 
 
 def _wait_for_exit(client: docker.DockerClient, container_id: str) -> Iterator[int]:

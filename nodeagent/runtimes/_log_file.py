@@ -38,22 +38,22 @@ def rotate(path: Path, max_bytes: int = MAX_LOG_BYTES) -> None:
         return
 
 
-def tail(path: Path, lines: int) -> list[str]:
-    """The newest lines; none if there is no file."""
+def tail(path: Path, lines: int, end: int | None = None) -> list[str]:
+    """The newest lines, of what stands before the byte `end`; none if there is no file."""
     try:
         with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _TAIL_BYTES))
-            return list(deque(_decode(file.read()).splitlines(), lines)) if lines else []
+            size = file.seek(0, os.SEEK_END) if end is None else end
+            start = file.seek(max(0, size - _TAIL_BYTES))
+            return list(deque(_decode(file.read(size - start)).splitlines(), lines)) if lines else []
     except FileNotFoundError:
         return []
 
 
 async def follow(path: Path, lines: int, running: Callable[[], bool]) -> AsyncIterator[str]:
     """The newest lines, then each new one, until the engine has ended."""
-    for line in tail(path, lines):
-        yield line
     position = _size(path)
+    for line in tail(path, lines, position):
+        yield line
     partial = b""
     while True:
         alive = running()

@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -87,10 +87,33 @@ def descendants(pid: int) -> frozenset[int]:
     return frozenset(found)
 
 
+def session_members(leader: int, since_ticks: int) -> Iterator[int]:
+    """Processes in the session that `leader` began, if they started after it; they may have no mark."""
+    for pid in _all_pids():
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[0] not in "ZX" and int(fields[3]) == leader and int(fields[19]) >= since_ticks:
+            yield pid
+
+
+def reap_orphans(engines: Collection[int]) -> None:
+    """Reap children that have ended and are no engines: what an engine left behind came to us."""
+    own = str(os.getpid())
+    for pid in _all_pids():
+        if pid in engines:
+            continue
+        with suppress(OSError):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            if fields[0] == "Z" and fields[1] == own:
+                os.waitpid(pid, os.WNOHANG)
+
+
 def signal_each(pids: Iterable[int], number: signal.Signals) -> None:
     """Send a signal; a process that is gone meanwhile does not mind."""
     for pid in pids:
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError, PermissionError):
             os.kill(pid, number)
 
 

@@ -10,16 +10,21 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
 
+import structlog
+
 from nodeagent.runtimes import _log_file, _proc
 from nodeagent.runtimes._allow import AllowedExecutable, AllowList
 from nodeagent.runtimes._base import EngineExit, LaunchPlan, OnProgress, RunningEngine, RuntimeProgress
 from rung.errors import EngineStartFailedError, InvalidRequestError
 from rung.types import ProcessRuntime
 
+_log = structlog.get_logger("rung.agent")
+
 #: What an engine inherits of the agent's environment; all else stays with the agent.
 _INHERITED = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "SSL_CERT_FILE")
 _INHERITED_PREFIXES = ("LC_", "HF_", "CUDA_", "NVIDIA_", "VLLM_", "OLLAMA_")
 _ROTATE_INTERVAL_S = 10.0
+_REAP_INTERVAL_S = 5.0
 #: After SIGKILL a process is gone in no time, unless it hangs in the kernel.
 _KILL_PATIENCE_S = 10.0
 _LAST_WORDS = 20
@@ -37,6 +42,8 @@ class ProcessEngineRuntime:
         self._owner = _proc.owner_mark(node_id, state_dir)
         self._rotation: dict[Path, asyncio.Task[None]] = {}
         self._exit_codes: dict[int, int] = {}
+        self._started: set[int] = set()
+        self._reaping: asyncio.Task[None] | None = None
 
     async def start(self, plan: LaunchPlan, on_progress: OnProgress) -> RunningEngine:
         """Start the process. See `EngineRuntime.start`."""
@@ -71,6 +78,9 @@ class ProcessEngineRuntime:
         # The kernel's record is the identity from here on; Popen would warn of a child it still knows.
         process.returncode = 0
         ticks = _proc.start_time_ticks(process.pid)
+        self._started.add(process.pid)
+        if self._reaping is None:
+            self._reaping = asyncio.create_task(self._reap_for_ever(), name="reap-orphans")
         self._keep_rotated(log_path)
         return RunningEngine(
             deployment_id=plan.deployment_id,
@@ -103,36 +113,44 @@ class ProcessEngineRuntime:
 
     async def stop(self, record: RunningEngine, grace_s: float) -> None:
         """End the process and all it started. See `EngineRuntime.stop`."""
-        mark = f"{self._owner}/{record.deployment_id}/{record.generation}"
+        loop = asyncio.get_running_loop()
         if _is_running(record):
             with suppress(ProcessLookupError):
                 os.killpg(record.pid, signal.SIGTERM)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(grace_s):
-                    await _ended(record.pid)
-        if _is_running(record):
-            with suppress(ProcessLookupError):
-                os.killpg(record.pid, signal.SIGKILL)
-        # What left the group, or outlived its parent, still carries the mark.
-        loop = asyncio.get_running_loop()
+            await self._all_ended(record, loop.time() + grace_s)
         deadline_s = loop.time() + _KILL_PATIENCE_S
-        while left := [pid for pid in _proc.marked(mark) if pid != os.getpid()]:
+        while left := self._members(record):
             _proc.signal_each(left, signal.SIGKILL)
             if loop.time() > deadline_s:
                 raise EngineStartFailedError(
-                    f"processes {left} of {record.deployment_id} do not end; the machine may need a look",
+                    f"processes {sorted(left)} of {record.deployment_id} do not end; "
+                    "the machine may need a look",
                     deployment=record.deployment_id,
                 )
-            for pid in left:
-                with suppress(TimeoutError, ProcessLookupError):
-                    async with asyncio.timeout(1.0):
-                        await _ended(pid)
-                _proc.reap(pid)
+            await self._all_ended(record, min(deadline_s, loop.time() + 1.0))
         code = _proc.reap(record.pid)
         if code is not None:
             self._exit_codes[record.pid] = code
         if record.log_path and (task := self._rotation.pop(Path(record.log_path), None)):
             task.cancel()
+
+    def _members(self, record: RunningEngine) -> set[int]:
+        """Processes of an engine: its session, and whatever carries its mark wherever it went."""
+        mark = f"{self._owner}/{record.deployment_id}/{record.generation}"
+        found = {pid for pid in _proc.marked(mark) if pid != os.getpid()}
+        if record.boot_id == _proc.boot_id() and record.start_time_ticks:
+            found.update(_proc.session_members(record.pid, record.start_time_ticks))
+        return found
+
+    async def _all_ended(self, record: RunningEngine, deadline_s: float) -> None:
+        """Wait for all processes of an engine, until a time of the loop's clock."""
+        loop = asyncio.get_running_loop()
+        while (left := self._members(record)) and loop.time() < deadline_s:
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(deadline_s):
+                    await _ended(min(left))
+            for pid in left - {record.pid}:
+                _proc.reap(pid)
 
     async def log(self, record: RunningEngine, *, tail_lines: int, follow: bool) -> AsyncIterator[str]:
         """The newest lines of its output; with `follow` until it ends."""
@@ -170,10 +188,17 @@ class ProcessEngineRuntime:
     async def aclose(self) -> None:
         """Let go of the engines; they go on."""
         tasks = list(self._rotation.values())
+        if self._reaping is not None:
+            tasks.append(self._reaping)
         self._rotation.clear()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _reap_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(_REAP_INTERVAL_S)
+            _proc.reap_orphans(self._started)
 
     def _environment(self, plan: LaunchPlan, allowed: AllowedExecutable, mark: str) -> dict[str, str]:
         inherited = {
@@ -201,7 +226,10 @@ class ProcessEngineRuntime:
 async def _rotate_for_ever(path: Path) -> None:
     while True:
         await asyncio.sleep(_ROTATE_INTERVAL_S)
-        await asyncio.to_thread(_log_file.rotate, path)
+        try:
+            await asyncio.to_thread(_log_file.rotate, path)
+        except OSError as error:
+            _log.warning("log_not_rotated", path=str(path), error=str(error))
 
 
 def _is_running(record: RunningEngine) -> bool:
@@ -233,5 +261,6 @@ def _how_it_ended(code: int | None) -> str:
     if code is None:
         return "ended; its exit code is not known, since another agent started it"
     if code < 0:
-        return f"was ended by {signal.Signals(-code).name}"
+        named = -code in set(signal.Signals)
+        return f"was ended by {signal.Signals(-code).name if named else f'signal {-code}'}"
     return f"ended with exit code {code}"

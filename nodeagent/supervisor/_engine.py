@@ -12,7 +12,7 @@ import structlog
 from msgspec.structs import replace
 
 from nodeagent.engines import EngineAdapter, EngineHealth, LoadProgress
-from nodeagent.runtimes import EngineRuntime, LaunchPlan, RunningEngine, RuntimeProgress
+from nodeagent.runtimes import EngineExit, EngineRuntime, LaunchPlan, RunningEngine, RuntimeProgress
 from nodeagent.supervisor._operations import Emit
 from nodeagent.supervisor._records import KEPT_LOAD_TIMES, EngineRecord, Records, spec_hash
 from nodeagent.supervisor._residency import require_edge
@@ -22,6 +22,7 @@ from rung.errors import (
     NotAwakeError,
     NotOursError,
     PinnedDeploymentError,
+    UnavailableError,
 )
 from rung.types import (
     Deployment,
@@ -249,7 +250,7 @@ class EngineSupervisor:
         patience_s = _ADOPT_PATIENCE_S if self.external else spec.engine.start_timeout_s
         usual_s = _usual(self._record.load_times_s)
         loading = _Loading()
-        exit_task = asyncio.ensure_future(self.runtime.wait(running))
+        exit_task = asyncio.ensure_future(self._exit(running))
         log_task = asyncio.ensure_future(self._follow_loading(running, loading))
         said_s = 0.0
         said = ""
@@ -284,6 +285,15 @@ class EngineSupervisor:
             for task in (exit_task, log_task):
                 task.cancel()
             await asyncio.gather(exit_task, log_task, return_exceptions=True)
+
+    async def _exit(self, running: RunningEngine) -> EngineExit:
+        """How the engine ended, once it has; a runtime that is away meanwhile says nothing about it."""
+        while True:
+            try:
+                return await self.runtime.wait(running)
+            except UnavailableError as error:
+                _log.warning("runtime_away", deployment=self.id, error=error.message)
+                await asyncio.sleep(_RETURN_INTERVAL_S)
 
     async def _follow_loading(self, running: RunningEngine, loading: _Loading) -> None:
         async for line in self.runtime.log(running, tail_lines=0, follow=True):
@@ -358,9 +368,29 @@ class EngineSupervisor:
 
     async def resume(self) -> None:
         """After a restart of the agent: take back the engine that still runs, and disturb nothing."""
+        running = self._record.running
+        try:
+            found = running is not None and (self.external or await self.runtime.find(running))
+        except UnavailableError as error:
+            self._set(Residency.FAILED, f"it may still run: {error.message}")
+            self._tending = asyncio.create_task(self._resume_later(), name=f"resume-later-{self.id}")
+            return
+        self._resume(found=found)
+
+    async def _resume_later(self) -> None:
+        """Look again for an engine whose runtime is away; its record stays as it was."""
+        running = self._record.running
+        assert running is not None
+        while True:
+            await asyncio.sleep(_RETURN_INTERVAL_S)
+            with suppress(UnavailableError):
+                self._resume(found=await self.runtime.find(running))
+                return
+
+    def _resume(self, *, found: bool) -> None:
         record = self._record
         running = record.running
-        if running is None or not (self.external or await self.runtime.find(running)):
+        if not found:
             if record.residency in (Residency.STARTING, Residency.AWAKE):
                 self._record = replace(record, running=None)
                 self._fail(FailureReason.ENGINE_LOST, "it was no longer running when the agent came back")
@@ -429,7 +459,7 @@ class EngineSupervisor:
                 self._save(Residency.AWAKE)
 
     async def _until_gone(self, running: RunningEngine) -> None:
-        exit_task = asyncio.ensure_future(self.runtime.wait(running))
+        exit_task = asyncio.ensure_future(self._exit(running))
         missed = 0
         try:
             while not exit_task.done():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Mapping
 
 import structlog
@@ -18,6 +19,7 @@ from rung.errors import (
     InvalidRequestError,
     NotImplementedYetError,
     StaleEpochError,
+    UnavailableError,
     UnknownDeploymentError,
 )
 from rung.service import Signal
@@ -32,6 +34,9 @@ from rung.types import (
 )
 
 _log = structlog.get_logger("rung.agent")
+
+#: An id is part of file names, of container names and of the mark in an engine's environment.
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class Command(Struct, frozen=True):
@@ -68,7 +73,11 @@ class Supervisor:
         for record in self._records.load():
             self._engines[record.spec.id] = self._make(record)
         for runtime in dict.fromkeys(self._runtimes.values()):
-            await self._sort_out_strays(runtime)
+            try:
+                await self._sort_out_strays(runtime)
+            except UnavailableError as error:
+                # Docker is away, say: what it runs is looked for again, and nothing else waits for it.
+                _log.warning("strays_not_looked_for", error=error.message)
         for engine in self._engines.values():
             await engine.resume()
             _log.info("engine_resumed", deployment=engine.id, residency=engine.residency)
@@ -94,7 +103,7 @@ class Supervisor:
 
     def adopt(self, spec: DeploymentSpec) -> None:
         """Take up an engine that was found running; one that is known already is left as it is."""
-        if spec.id in self._engines:
+        if spec.id in self._engines or not _ID.fullmatch(spec.id):
             return
         engine = self._engines[spec.id] = self._make(_new_record(spec, adopted=True))
         self._operations.join_or_begin(f"adopt-{spec.id}", "adopt", lambda emit: engine.start(spec, emit))
@@ -127,7 +136,9 @@ class Supervisor:
     def start(self, command: Command, spec: DeploymentSpec) -> Operation:
         """Start an engine. Raises as `raise_epoch`, and InvalidRequestError for a spec of another node."""
         self.raise_epoch(command.epoch)
-        if not spec.id or spec.node_id not in ("", self.node_id):
+        if not _ID.fullmatch(spec.id):
+            raise InvalidRequestError(f"{spec.id!r} is not an id: letters, digits and . _ - are")
+        if spec.node_id not in ("", self.node_id):
             raise InvalidRequestError(
                 f"deployment {spec.id!r} is for the node {spec.node_id}, and this is {self.node_id}"
             )

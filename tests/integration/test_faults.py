@@ -228,9 +228,7 @@ async def test_a_graceful_stop_lets_jobs_end(running: Stack) -> None:
     async with asyncio.timeout(10):
         # Another process brings it about.
         while (  # noqa: ASYNC110 - another process brings it about
-            not [
-                job async for job in running.client.list_jobs(states=[JobState.RUNNING])
-            ]
+            not [job async for job in running.client.list_jobs(states=[JobState.RUNNING])]
         ):
             await asyncio.sleep(0.02)
 
