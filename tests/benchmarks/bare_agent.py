@@ -8,22 +8,21 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
+import grpc
 import grpc.aio
 import uvloop
 
 from rung import v1
 
 
-class BareAgent(v1.NodeAgentServiceServicer):
+class BareAgent:
     """Relays a Run, and nothing else."""
 
     def __init__(self, session: aiohttp.ClientSession, engine: str) -> None:
         self._session = session
         self._url = engine + "/v1/chat/completions"
 
-    async def Run(  # type: ignore[override]  # the stubs know the synchronous side  # noqa: N802
-        self, request: v1.RunRequest, context: Any
-    ) -> AsyncIterator[v1.RunResponse]:
+    async def run(self, request: v1.RunRequest, context: Any) -> AsyncIterator[v1.RunResponse]:
         """One generation."""
         headers = {"Content-Type": "application/json"}
         async with self._session.post(self._url, data=request.body, headers=headers) as response:
@@ -38,7 +37,14 @@ async def main() -> None:
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, auto_decompress=False) as session:
         server = grpc.aio.server()
-        v1.add_NodeAgentServiceServicer_to_server(BareAgent(session, sys.argv[2]), server)
+        handler: Any = grpc.unary_stream_rpc_method_handler(
+            BareAgent(session, sys.argv[2]).run,
+            v1.RunRequest.FromString,
+            v1.RunResponse.SerializeToString,
+        )
+        server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler("rung.v1.NodeAgentService", {"Run": handler}),)
+        )
         server.add_insecure_port(f"127.0.0.1:{sys.argv[1]}")
         await server.start()
         await asyncio.Event().wait()

@@ -53,7 +53,8 @@ async def _straight(body: bytes, send: Send) -> None:
 async def _through_agent(body: bytes, send: Send) -> None:
     if not _stub:
         _stub.append(v1.NodeAgentServiceStub(grpc.aio.insecure_channel(os.environ["AGENT"])))
-    async for message in _stub[0].Run(v1.RunRequest(body=body)):
+    answer: Any = _stub[0].Run(v1.RunRequest(body=body))
+    async for message in answer:
         if message.HasField("head"):
             await _head(send, message.head.status_code, message.head.content_type.encode())
         else:
