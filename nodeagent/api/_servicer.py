@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -29,6 +30,10 @@ _RUN_KINDS = {
 _DEFAULT_IDLE_TIMEOUT_S = 600.0
 _DEFAULT_TAIL_LINES = 100
 _STATUS_INTERVAL_S = 1.0
+#: Up to here each piece is a message of its own; beyond, a stream waits this long for each stream there is
+#: between its messages: 20 ms at 64 streams, which a reader does not see.
+_UNPACED_STREAMS = 8
+_PACE_S = 0.0003
 
 
 class NodeAgentServicer:
@@ -38,6 +43,7 @@ class NodeAgentServicer:
         self._supervisor = supervisor
         self._telemetry = telemetry
         self._agent_instance_id = agent_instance_id
+        self._streams = 0
 
     async def Watch(self, request: v1.WatchRequest, context: Context) -> AsyncIterator[v1.WatchResponse]:
         """A snapshot, then whatever differs from what was sent; a slow reader skips what is superseded."""
@@ -143,8 +149,9 @@ class NodeAgentServicer:
     async def Run(self, request: v1.RunRequest, context: Context) -> AsyncIterator[v1.RunResponse]:
         """One generation.
 
-        While a message is being sent, the engine's bytes queue up in its connection, and come joined
-        with the next look: pieces are coalesced exactly when the receiver is slower than the engine.
+        Between two messages the engine's bytes queue up in its connection, and come joined with the next
+        look. With many streams at once, each waits a little between its messages: gRPC takes a message
+        long before its receiver has dealt with it, so that nothing else would tell of the load.
         """
         kind = _RUN_KINDS.get(request.kind)
         if kind is None:
@@ -164,14 +171,19 @@ class NodeAgentServicer:
                     status_code=reply.status, content_type=reply.content_type, retry_after=reply.retry_after
                 )
                 yield v1.RunResponse(head=head)
+                self._streams += 1
                 try:
                     async for chunk in reply.chunks():
                         yield v1.RunResponse(data=chunk)
+                        if self._streams > _UNPACED_STREAMS:
+                            await asyncio.sleep(self._streams * _PACE_S)
                 except RungError as error:
                     failed = v1.RunFailed(
                         reason=codec.FAILURE_REASONS.to_proto[reason_of_error(error)], detail=error.message
                     )
                     yield v1.RunResponse(failed=failed)
+                finally:
+                    self._streams -= 1
 
     async def ReadEngineLog(
         self, request: v1.ReadEngineLogRequest, context: Context

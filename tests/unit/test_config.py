@@ -1,0 +1,139 @@
+"""Configuration files: what they mean, and what is said of those that are wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from controlplane.config import config_schema, default_config, load_config
+from rung.errors import ConfigError
+from rung.service._config_file import parse_duration, parse_size
+from rung.types import DockerRuntime, ExternalRuntime, LlamaCppEngine, ProcessRuntime, ResidencyClass
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [("12.5GiB", 13_421_772_800), ("20GB", 20 * 10**9), ("500MB", 500 * 10**6), ("1k", 1000), ("42", 42)],
+)
+def test_sizes(text: str, size_bytes: int) -> None:
+    assert parse_size(text) == size_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("15m", 900.0), ("1h30m", 5400.0), ("250ms", 0.25), ("7d", 604_800.0), ("2s", 2.0)]
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["much", "12XB", "-1GB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a size"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["15", "m", "1h 3x"])
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a duration"):
+        parse_duration(text)
+
+
+BASE = """\
+nodes:
+  - {id: box, address: "127.0.0.1:8152"}
+deployments:
+  - id: chat
+    node: box
+    model: m
+    engine: {kind: llamacpp, model_path: /m.gguf}
+    runtime: {kind: process, executable: llama-server}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "server: {grpc_prt: 1}\n",
+            "rung.yaml:1: server.grpc_prt: there is no such field; did you mean grpc_port?",
+        ),
+        ("server:\n  http_port: many\n", "rung.yaml:2: server.http_port: "),
+        ("server: {host: 0.0.0.0}\n", "listens on loopback only"),
+        ("server:\n  drain: soon\n", "rung.yaml:2: server.drain: 'soon' is not a duration"),
+        ("a: 1\na: 2\n", "rung.yaml:2: a: is here twice; first on line 1"),
+        ("nodes: [\n", "rung.yaml:2: not valid YAML"),
+        ("server: {state_dir: '${env:RUNG_NO_SUCH_VARIABLE}'}\n", "no variable RUNG_NO_SUCH_VARIABLE"),
+        (BASE.replace("node: box", "node: bxo"), "rung.yaml:5: deployments[0].node: there is no node bxo"),
+        (BASE.replace("model_path", "model"), "rung.yaml:7: deployments[0].engine.model_path: is missing"),
+        (
+            BASE + "    residency_class: pinned\n    idle_timeout: 5m\n",
+            "rung.yaml:10: deployments[0].idle_timeout: ",
+        ),
+        (BASE + BASE.split("deployments:\n")[1], "rung.yaml:9: deployments[1].id: chat is used twice"),
+        (
+            BASE.replace(
+                "{kind: process, executable: llama-server}", "{kind: external, base_url: http://10.0.0.1}"
+            ),
+            "engines are reached over loopback only",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "rung.yaml"
+    path.write_text(text)
+
+    with pytest.raises(ConfigError) as raised:
+        load_config(path)
+
+    assert said in raised.value.message
+
+
+def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "rung.yaml"
+    path.write_text("server: {grpc_port: x, http_port: y}\nnodes: 3\n")
+
+    with pytest.raises(ConfigError) as raised:
+        load_config(path)
+
+    assert len(raised.value.message.splitlines()) == 3
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_variables_are_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUNG_TEST_FOLDER", str(tmp_path))
+    path = tmp_path / "rung.yaml"
+    path.write_text("server: {state_dir: '${env:RUNG_TEST_FOLDER}/state'}\n")
+
+    assert load_config(path).server.state_dir == tmp_path / "state"
+
+
+def test_the_example_says_what_it_means() -> None:
+    orchestrator, reasoner, embedder = load_config(ROOT / "deploy" / "rung.example.yaml").deployment_specs()
+
+    assert orchestrator.residency_class is ResidencyClass.PINNED
+    assert orchestrator.vram_bytes == int(12.8 * 1024**3)
+    assert isinstance(orchestrator.engine.engine, LlamaCppEngine)
+    assert isinstance(orchestrator.engine.runtime, ProcessRuntime)
+    assert isinstance(reasoner.engine.runtime, DockerRuntime)
+    assert reasoner.engine.runtime.mounts[0].source == "/models"
+    assert embedder.engine.runtime == ExternalRuntime(base_url="http://127.0.0.1:8209")
+
+
+def test_without_a_file_everything_has_a_default() -> None:
+    assert (default_config().server.grpc_port, default_config().server.http_port) == (8151, 8150)
+
+
+def test_the_published_schema_is_up_to_date() -> None:
+    published = json.loads((ROOT / "controlplane" / "config" / "rung.schema.json").read_text())
+
+    assert published == json.loads(json.dumps(config_schema(), default=str)), (
+        "run python -m controlplane.config"
+    )
