@@ -154,6 +154,7 @@ class EngineSupervisor:
             EngineStartFailedError: it did not become ready; nothing is left running.
         """
         async with self._lock:
+            await self._require_gone()
             if self.residency in _RUNNING and not await self._renew(spec):
                 raise FailedPreconditionError(
                     f"{self.id} runs with another configuration; stop it first", deployment=self.id
@@ -165,6 +166,28 @@ class EngineSupervisor:
                 finally:
                     self._starting = None
             return LifecycleDone(self.deployment)
+
+    async def _require_gone(self) -> None:
+        """Refuse to start beside an engine that a failed stop, or a runtime that was away, may have left.
+
+        Raises:
+            UnavailableError: its runtime cannot tell.
+            FailedPreconditionError: it still runs.
+        """
+        running = self._record.running
+        if self.residency in _RUNNING or self.external or running is None:
+            return
+        if not (running.pid or running.container_id):
+            return
+        if await self.runtime.find(running):
+            raise FailedPreconditionError(
+                f"{self.id} is {self.residency}, and its engine still runs; stop it first",
+                deployment=self.id,
+            )
+        await self._stop_tending()
+        self._record = replace(self._record, running=None)
+        if self.residency is Residency.STOPPING:
+            self._set(Residency.STOPPED, "it ended by itself")
 
     async def _renew(self, spec: DeploymentSpec) -> bool:
         """Take over what may change of a spec while the engine runs; False if it would have to restart.
@@ -399,11 +422,22 @@ class EngineSupervisor:
                 self._save(Residency.STOPPED)
             return
         self.deployment = replace(self.deployment, residency=Residency.STARTING)
+        if record.residency is Residency.STOPPING and running is not None:
+            self._set(Residency.STOPPING, "finishing a stop that a restart of the agent broke off")
+            self._tending = asyncio.create_task(self._finish_stop(running), name=f"stop-{self.id}")
+            return
         if record.residency is Residency.STARTING or self.external:
             self._set(Residency.STARTING, "taking it back after a restart of the agent")
             self._starting = asyncio.create_task(self._resume_loading(), name=f"resume-{self.id}")
         else:
             self._awake()
+
+    async def _finish_stop(self, running: RunningEngine) -> None:
+        async with self._lock:
+            await self.runtime.stop(running, self._record.spec.engine.stop_grace_s)
+            self._record = replace(self._record, running=None)
+            self._set(Residency.STOPPED, "stopped")
+            self._save(Residency.STOPPED)
 
     async def _resume_loading(self) -> None:
         async with self._lock:
@@ -479,8 +513,9 @@ class EngineSupervisor:
         detail = f"{self.id} {ended.detail}{_last_line(ended.log_tail)}"
         _log.warning("engine_lost", deployment=self.id, detail=detail)
         if not self.external:
-            # What it started goes with it.
-            await self.runtime.stop(running, 0.0)
+            # What it started goes with it, if its runtime is there to see to it.
+            with suppress(UnavailableError):
+                await self.runtime.stop(running, 0.0)
             self._record = replace(self._record, running=None)
         self._fail(FailureReason.ENGINE_LOST, detail)
 

@@ -55,6 +55,6 @@ def reason_of_error(error: RungError) -> FailureReason:
     if isinstance(error, DeadlineExceededError):
         return FailureReason.TIMEOUT
     for reason, error_class in _ERRORS.items():
-        if type(error) is error_class:
+        if type(error) is error_class and error_class is not UnavailableError:
             return reason
     return FailureReason.ENGINE_LOST if isinstance(error, UnavailableError) else FailureReason.INTERNAL
