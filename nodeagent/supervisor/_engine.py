@@ -280,7 +280,8 @@ class EngineSupervisor:
         try:
             while True:
                 probe = await self.adapter.probe(running.base_url, spec)
-                if probe.health is EngineHealth.READY:
+                # First: another server on the same port would answer for an engine that has ended.
+                if probe.health is EngineHealth.READY and not exit_task.done():
                     return
                 if exit_task.done():
                     ended = exit_task.result()

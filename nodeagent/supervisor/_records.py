@@ -47,6 +47,8 @@ class Records:
 
     def __init__(self, state_dir: Path) -> None:
         self._engines = state_dir / "engines"
+        #: A record could not be read: what carries our mark may be its engine, and pinned.
+        self.unreadable = False
         self._epoch = state_dir / "epoch"
         self._engines.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = _lock(state_dir)
@@ -58,6 +60,7 @@ class Records:
             try:
                 found.append(msgspec.json.decode(path.read_bytes(), type=EngineRecord))
             except (OSError, msgspec.DecodeError) as error:
+                self.unreadable = True
                 _log.error("record_unreadable", path=str(path), error=str(error))
                 path.replace(path.with_suffix(".unreadable"))
         return found

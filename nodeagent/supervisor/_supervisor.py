@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import uuid
 from collections.abc import Callable, Mapping
 
 import structlog
@@ -90,6 +91,9 @@ class Supervisor:
                 known.add(engine.id)
         for stray in await runtime.strays(frozenset(known)):
             engine_of_stray = self._engines.get(stray.deployment_id)
+            if engine_of_stray is None and self._records.unreadable:
+                _log.warning("stray_left", deployment=stray.deployment_id, pid=stray.pid)
+                continue
             if engine_of_stray is not None:
                 engine_of_stray.adopt_stray(stray)
                 running = engine_of_stray.running
@@ -106,7 +110,8 @@ class Supervisor:
         if spec.id in self._engines or not _ID.fullmatch(spec.id):
             return
         engine = self._engines[spec.id] = self._make(_new_record(spec, adopted=True))
-        self._operations.join_or_begin(f"adopt-{spec.id}", "adopt", lambda emit: engine.start(spec, emit))
+        operation_id = f"adopt-{spec.id}-{uuid.uuid4().hex}"
+        self._operations.join_or_begin(operation_id, "adopt", lambda emit: engine.start(spec, emit))
 
     @property
     def deployments(self) -> tuple[Deployment, ...]:
