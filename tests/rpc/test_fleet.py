@@ -459,20 +459,26 @@ async def test_a_sleeper_is_woken_and_not_started(agent: ScriptedAgent) -> None:
 
 
 async def test_a_start_that_fails_is_an_error(agent: ScriptedAgent) -> None:
+    external = a_deployment(a_spec("external", external=True), Residency.STOPPED)
+
     async def fails(agent: ScriptedAgent, call: Call) -> AsyncIterator[LifecyclePayload]:
-        yield LifecycleFailed(FailureReason.ENGINE_START_FAILED, "no such file: /m.gguf")
+        if call.deployment_id == external.spec.id:
+            yield LifecycleDone(external)
+        else:
+            yield LifecycleFailed(FailureReason.ENGINE_START_FAILED, "no such file: /m.gguf")
 
     agent.script = fails
-    async with a_fleet([agent], [a_spec(), a_spec("external", external=True)]) as fleet:
+    async with a_fleet([agent], [a_spec(), external.spec]) as fleet:
         await until(fleet, node_is(NodeState.READY))
+        await agent.until(lambda: any(call.deployment_id == external.spec.id for call in agent.calls))
         with pytest.raises(EngineStartFailedError, match=r"no such file"):
             async for _ in fleet.ensure_awake("chat-1"):
                 pass
-        agent.report(a_deployment(a_spec("external", external=True), Residency.STARTING))
+        agent.report(a_deployment(external.spec, Residency.STARTING))
         await until(fleet, residency_is(Residency.STARTING, "external"))
         waiting = fleet.ensure_awake("external")
         assert (await anext(waiting)).residency is Residency.STARTING
-        agent.report(a_deployment(a_spec("external", external=True), Residency.STOPPED))
+        agent.report(external)
         with pytest.raises(EngineStartFailedError, match="somebody else"):
             await anext(waiting)
         with pytest.raises(EngineStartFailedError, match="somebody else"):
