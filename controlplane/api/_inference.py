@@ -63,11 +63,11 @@ class InferenceServicer:
     async def ListJobs(self, request: v1.ListJobsRequest, context: Context) -> v1.ListJobsResponse:
         """Jobs, newest first."""
         size = page_size(request.page_size, _JOBS_ON_A_PAGE)
-        before = decode_token(request.page_token, tuple[float, str]) if request.page_token else None
+        before = decode_token(request.page_token, str) if request.page_token else None
         states = _states(request.states)
         found = await self._jobs.list(page_size=size + 1, before=before, states=states)
         page = found[:size]
-        token = encode_token((page[-1].create_time_s, page[-1].id)) if len(found) > size else ""
+        token = encode_token(page[-1].id) if len(found) > size else ""
         return v1.ListJobsResponse(jobs=[codec.job_to_proto(job) for job in page], next_page_token=token)
 
     async def WatchJob(

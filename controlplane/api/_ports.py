@@ -30,9 +30,9 @@ class JobsPort(Protocol):
         ...
 
     async def list(
-        self, *, page_size: int, before: tuple[float, str] | None = None, states: Collection[JobState] = ()
+        self, *, page_size: int, before: str | None = None, states: Collection[JobState] = ()
     ) -> Sequence[Job]:
-        """Jobs, newest first, before the place `(create_time_s, id)`."""
+        """Jobs, newest first, before the id of one."""
         ...
 
     async def cancel(self, job_id: str, by: str) -> Job:

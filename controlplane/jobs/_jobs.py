@@ -57,7 +57,7 @@ class Store(Protocol):
         ...
 
     async def list(
-        self, *, page_size: int, before: tuple[float, str] | None, states: Collection[JobState]
+        self, *, page_size: int, before: str | None, states: Collection[JobState]
     ) -> Sequence[Job]:
         """Jobs, newest first."""
         ...
@@ -169,9 +169,9 @@ class Jobs:
         return job
 
     async def list(
-        self, *, page_size: int, before: tuple[float, str] | None = None, states: Collection[JobState] = ()
+        self, *, page_size: int, before: str | None = None, states: Collection[JobState] = ()
     ) -> Sequence[Job]:
-        """Jobs, newest first, before the place `(create_time_s, id)`."""
+        """Jobs, newest first, before the id of one."""
         await self.store_now()
         return await self._store.list(page_size=page_size, before=before, states=states)
 
@@ -212,6 +212,8 @@ class Jobs:
                 continue
             if sequence > live.last_sequence:
                 raise OutOfRangeError(f"job {job_id} has no event {sequence} yet", job=job_id)
+            if live.terminal is not None and sequence == live.last_sequence:
+                return
             if not await _arrives(live, heartbeat_s):
                 yield live.heartbeat()
 

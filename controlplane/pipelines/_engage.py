@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Protocol
 
@@ -17,7 +16,7 @@ from controlplane.pipelines._slots import Slots
 from controlplane.pipelines._wish import Wish
 from rung.errors import EngineStartFailedError, NoTargetError, UnavailableError, UnknownModelError
 from rung.service import EngineClient
-from rung.types import JobKind, Phase, Residency, Served
+from rung.types import DeploymentSpec, JobKind, Phase, Residency, Served
 
 _log = structlog.get_logger("rung.pipelines")
 
@@ -52,6 +51,31 @@ class Reply(Protocol):
     ) -> None:
         """Let go; before the end of the body this cancels the generation in the engine."""
         ...
+
+
+class Engaged:
+    """An engine that answers, on a slot of ours; leaving the context lets go of both.
+
+    A class and not a generator: this is on the path of every request.
+    """
+
+    __slots__ = ("_slots", "deployment_id", "reply")
+
+    def __init__(self, deployment_id: str, reply: Reply, slots: Slots) -> None:
+        self.deployment_id = deployment_id
+        self.reply = reply
+        self._slots = slots
+
+    async def __aenter__(self) -> Engaged:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await self.reply.__aexit__(None, None, None)
+        finally:
+            self._slots.release(self.deployment_id)
 
 
 class Engager:
@@ -105,7 +129,6 @@ class Engager:
             )
         return targets
 
-    @asynccontextmanager
     async def engage(
         self,
         job: LiveJob,
@@ -113,8 +136,8 @@ class Engager:
         targets: Sequence[DeploymentView],
         make_body: Callable[[str], bytes],
         on_wait: OnWait | None = None,
-    ) -> AsyncIterator[tuple[str, Reply]]:
-        """Open the answer of the first target that gives one; yields its name and the reply.
+    ) -> Engaged:
+        """Open the answer of the first target that gives one.
 
         A target that is away, does not start or answers with a server error is followed by the next.
         Nothing was delivered by then, so nothing is sent twice to the caller.
@@ -124,26 +147,15 @@ class Engager:
             UnavailableError, DeadlineExceededError: as the last target failed.
             QueueFullError: too many wait for it.
         """
-        for place, target in enumerate(targets):
+        for target, following in zip(targets, targets[1:], strict=False):
             try:
-                reply, deployment_id = await self._try(job, wish, target, make_body, on_wait)
+                return await self._try(job, wish, target, make_body, on_wait)
             except UnavailableError as error:
-                if place + 1 == len(targets):
-                    raise
-                following = targets[place + 1].deployment.spec.id
                 _log.warning(
                     "target_failed", job=job.id, target=target.deployment.spec.id, error=error.message
                 )
-                job.progress(Phase.ROUTE, f"{error.message}; trying {following}")
-                continue
-            try:
-                yield deployment_id, reply
-            finally:
-                try:
-                    await reply.__aexit__(None, None, None)
-                finally:
-                    self._slots.release(deployment_id)
-            return
+                job.progress(Phase.ROUTE, f"{error.message}; trying {following.deployment.spec.id}")
+        return await self._try(job, wish, targets[-1], make_body, on_wait)
 
     async def _try(
         self,
@@ -152,23 +164,23 @@ class Engager:
         target: DeploymentView,
         make_body: Callable[[str], bytes],
         on_wait: OnWait | None,
-    ) -> tuple[Reply, str]:
-        deployment_id = target.deployment.spec.id
+    ) -> Engaged:
+        spec = target.deployment.spec
         if target.deployment.residency is not Residency.AWAKE:
             target = await self._awake(job, target, on_wait)
-        await self._slot(job, target, on_wait)
+        if not self._slots.try_acquire(spec.id, spec.slots):
+            await self._slot(job, spec, on_wait)
         try:
             reply = await self._open(job, wish, target, make_body)
-            try:
-                if reply.status >= 400:
-                    check_status(reply.status, await reply.read(), reply.retry_after, deployment_id)
-            except BaseException:
-                await reply.__aexit__(None, None, None)
-                raise
+            if reply.status >= 400:
+                try:
+                    check_status(reply.status, await reply.read(), reply.retry_after, spec.id)
+                finally:
+                    await reply.__aexit__(None, None, None)
         except BaseException:
-            self._slots.release(deployment_id)
+            self._slots.release(spec.id)
             raise
-        return reply, deployment_id
+        return Engaged(spec.id, reply, self._slots)
 
     async def _awake(self, job: LiveJob, target: DeploymentView, on_wait: OnWait | None) -> DeploymentView:
         deployment_id = target.deployment.spec.id
@@ -184,10 +196,7 @@ class Engager:
             raise EngineStartFailedError(f"{deployment_id} is no longer deployed", deployment=deployment_id)
         return found
 
-    async def _slot(self, job: LiveJob, target: DeploymentView, on_wait: OnWait | None) -> None:
-        spec = target.deployment.spec
-        if self._slots.try_acquire(spec.id, spec.slots):
-            return
+    async def _slot(self, job: LiveJob, spec: DeploymentSpec, on_wait: OnWait | None) -> None:
         async for place in self._slots.acquire(spec.id):
             detail = f"waiting for one of {spec.slots} slots of {spec.id}; place {place} in the queue"
             job.progress(Phase.QUEUED, detail)

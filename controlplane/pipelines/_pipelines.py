@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
+from types import TracebackType
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -170,7 +170,10 @@ class Pipelines:
         def make_body(model: str) -> bytes:
             return engine_body(body, model=model, stream=True)
 
-        async with self._engager.engage(job, begun.wish, begun.targets, make_body, on_wait) as (what, reply):
+        async with await self._engager.engage(
+            job, begun.wish, begun.targets, make_body, on_wait
+        ) as engaged:
+            what, reply = engaged.deployment_id, engaged.reply
             if not reply.content_type.startswith("text/event-stream"):
                 raise EngineProtocolError(
                     f"{what} answered a stream with {reply.content_type or 'no content type'}", engine=what
@@ -194,10 +197,10 @@ class Pipelines:
         def make_body(model: str) -> bytes:
             return engine_body(wish.body, model=model, stream=False if chat else None)
 
-        async with self._engager.engage(job, wish, begun.targets, make_body) as (what, reply):
-            body = await reply.read()
+        async with await self._engager.engage(job, wish, begun.targets, make_body) as engaged:
+            body = await engaged.reply.read()
             if chat:
-                reader = AnswerReader(job, what, keep_usage=True)
+                reader = AnswerReader(job, engaged.deployment_id, keep_usage=True)
                 reader.whole(body)
                 reader.finish()
                 finish_reason = reader.finish_reason
@@ -209,29 +212,46 @@ class Pipelines:
         job.done(finish_reason)
         return body
 
-    @asynccontextmanager
-    async def _ends(self, begun: Begun) -> AsyncIterator[None]:
-        """See to it that the job has its terminal event, however the work in this context ends."""
-        job = begun.job
+    def _ends(self, begun: Begun) -> _Ending:
+        return _Ending(begun.job, self._metrics)
+
+
+class _Ending:
+    """Sees to it that the job has its terminal event, however the work in this context ends."""
+
+    __slots__ = ("_job", "_metrics")
+
+    def __init__(self, job: LiveJob, metrics: PipelineMetrics) -> None:
+        self._job = job
+        self._metrics = metrics
+
+    async def __aenter__(self) -> None:
+        return None
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
-            yield
-        except asyncio.CancelledError:
+            if error is not None:
+                self._end(error)
+        finally:
+            self._metrics.ended(self._job)
+
+    def _end(self, error: BaseException) -> None:
+        job = self._job
+        if isinstance(error, asyncio.CancelledError):
             by = job.cancel_requested_by
             job.cancelled(by or "caller_disconnected")
             task = asyncio.current_task()
             if by and task is not None and task.uncancel() == 0:
                 # Somebody asked for the job to end, not for this task: it still has to answer its caller.
                 raise JobCancelledError(f"the job was cancelled by {by}", job=job.id) from None
-            raise
-        except RungError as error:
+        elif isinstance(error, RungError):
             job.failed(reason_of_error(error), error.message)
-            raise
-        except Exception as error:
+        elif isinstance(error, Exception):
             _log.error("pipeline_defect", job=job.id, exc_info=error)
             job.failed(FailureReason.INTERNAL, "internal error; the server's log has the details")
             raise RungError("internal error; the server's log has the details") from error
-        finally:
-            self._metrics.ended(job)
 
 
 def parse_kind(kind: str) -> JobKind:

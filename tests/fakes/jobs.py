@@ -73,11 +73,11 @@ class FakeJobs:
         return self._job(job_id).record()
 
     async def list(
-        self, *, page_size: int, before: tuple[float, str] | None = None, states: Collection[JobState] = ()
+        self, *, page_size: int, before: str | None = None, states: Collection[JobState] = ()
     ) -> Sequence[Job]:
         self.asked_states.append(frozenset(states))
-        ordered = sorted(self.records, key=lambda job: (job.create_time_s, job.id), reverse=True)
-        return [job for job in ordered if before is None or (job.create_time_s, job.id) < before][:page_size]
+        ordered = sorted(self.records, key=lambda job: job.id, reverse=True)
+        return [job for job in ordered if before is None or job.id < before][:page_size]
 
     async def cancel(self, job_id: str, by: str) -> Job:
         job = self._job(job_id)

@@ -34,15 +34,15 @@ class MemoryStore:
 
     async def by_request_id(self, request_id: str) -> Job | None:
         found = [job for job in self.jobs.values() if job.request_id == request_id]
-        return max(found, key=lambda job: job.create_time_s, default=None)
+        return max(found, key=lambda job: job.id, default=None)
 
     async def list(
-        self, *, page_size: int, before: tuple[float, str] | None, states: Collection[JobState]
+        self, *, page_size: int, before: str | None, states: Collection[JobState]
     ) -> Sequence[Job]:
         found = [job for job in self.jobs.values() if not states or job.state in states]
-        found.sort(key=lambda job: (job.create_time_s, job.id), reverse=True)
+        found.sort(key=lambda job: job.id, reverse=True)
         if before is not None:
-            found = [job for job in found if (job.create_time_s, job.id) < before]
+            found = [job for job in found if job.id < before]
         return found[:page_size]
 
     async def segments(self, job_id: str, after_sequence: int, limit: int = 100) -> Sequence[StoredSegment]:

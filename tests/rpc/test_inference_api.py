@@ -243,8 +243,7 @@ async def test_getting_and_cancelling(plane: ApiServer) -> None:
 
 async def test_jobs_are_paged_newest_first(plane: ApiServer) -> None:
     plane.jobs.records = [
-        # Two of the same time: the id orders them.
-        Job(id=f"job-{n}", kind=JobKind.CHAT, state=JobState.DONE, model="m", create_time_s=float(n // 2))
+        Job(id=f"job-{n}", kind=JobKind.CHAT, state=JobState.DONE, model="m", create_time_s=float(n))
         for n in range(5)
     ]
     pages: list[list[str]] = []

@@ -30,7 +30,6 @@ def upgrade() -> None:
         sa.Column("policy", sa.Text, nullable=False),
         sqlite_with_rowid=False,
     )
-    op.create_index("jobs_by_time", "jobs", ["create_time_s", "id"])
     op.create_index("jobs_by_request_id", "jobs", ["request_id"], sqlite_where=sa.text("request_id != ''"))
     op.create_index("jobs_unfinished", "jobs", ["id"], sqlite_where=sa.text("end_time_s IS NULL"))
     op.create_table(
