@@ -8,9 +8,11 @@ import os
 import signal
 import sys
 import uuid
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack
 from functools import partial
 from importlib.metadata import version
+from types import TracebackType
 from urllib.parse import urlsplit
 
 import structlog
@@ -40,7 +42,7 @@ from rung.service import (
     add_service,
     configure_logging,
 )
-from rung.types import DockerRuntime, ExternalRuntime, ProcessRuntime, Runtime
+from rung.types import DeploymentSpec, DockerRuntime, ExternalRuntime, ProcessRuntime, Runtime
 
 _log = structlog.get_logger("rung.agent")
 
@@ -101,7 +103,10 @@ async def serve(config: AgentConfig) -> None:
         tasks = [asyncio.create_task(_keep_measuring(supervisor, telemetry), name="measure")]
         if config.discover:
             tasks.append(
-                asyncio.create_task(_keep_discovering(config, supervisor, server.port), name="discover")
+                asyncio.create_task(
+                    _keep_discovering(supervisor, partial(discover, config.node_id), server.port),
+                    name="discover",
+                )
             )
         for task in tasks:
             stack.callback(task.cancel)
@@ -141,21 +146,59 @@ def _server(config: AgentConfig, supervisor: Supervisor, telemetry: Telemetry) -
 
 async def _keep_measuring(supervisor: Supervisor, telemetry: Telemetry) -> None:
     """Bring together who owns which process and how much memory each process has."""
+    owners, memory = _Round("owners_not_known"), _Round("memory_not_attributed")
     async for status in telemetry.changes():
-        telemetry.set_owners(await supervisor.owners())
-        supervisor.measured(status)
+        with owners:
+            telemetry.set_owners(await supervisor.owners())
+        with memory:
+            supervisor.measured(status)
 
 
-async def _keep_discovering(config: AgentConfig, supervisor: Supervisor, own_port: int) -> None:
+async def _keep_discovering(
+    supervisor: Supervisor,
+    find: Callable[[], Awaitable[Iterable[DeploymentSpec]]],
+    own_port: int,
+    interval_s: float = _DISCOVERY_INTERVAL_S,
+) -> None:
     """Adopt engines that somebody else runs, now and when they come later."""
+    finding = _Round("engines_not_discovered")
     while True:
-        own = {own_port}
-        for deployment in supervisor.deployments:
-            if deployment.endpoint is not None:
-                own.add(urlsplit(deployment.endpoint.base_url).port or 0)
-        for spec in await discover(config.node_id):
-            runtime = spec.engine.runtime
-            if isinstance(runtime, ExternalRuntime) and urlsplit(runtime.base_url).port not in own:
-                _log.info("engine_adopted", deployment=spec.id, url=runtime.base_url)
-                supervisor.adopt(spec)
-        await asyncio.sleep(_DISCOVERY_INTERVAL_S)
+        with finding:
+            own = {own_port}
+            for deployment in supervisor.deployments:
+                if deployment.endpoint is not None:
+                    own.add(urlsplit(deployment.endpoint.base_url).port or 0)
+            for spec in await find():
+                runtime = spec.engine.runtime
+                if isinstance(runtime, ExternalRuntime) and urlsplit(runtime.base_url).port not in own:
+                    _log.info("engine_adopted", deployment=spec.id, url=runtime.base_url)
+                    supervisor.adopt(spec)
+        await asyncio.sleep(interval_s)
+
+
+class _Round:
+    """One round of something that goes on for ever: what fails is logged, and the next round comes.
+
+    Each kind of error is logged once, and again after a round that went well.
+    """
+
+    def __init__(self, event: str) -> None:
+        self._event = event
+        self._logged: set[type[BaseException]] = set()
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if kind is None:
+            self._logged.clear()
+        if not isinstance(error, Exception):
+            return False
+        if type(error) not in self._logged:
+            self._logged.add(type(error))
+            # One of ours says all that there is to say; any other is a defect, and where it is matters.
+            ours = isinstance(error, RungError)
+            _log.warning(self._event, error=str(error), exc_info=None if ours else error)
+        return True

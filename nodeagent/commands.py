@@ -52,10 +52,11 @@ def run_agent(
         "state_dir": state_dir,
         "discover": discover,
         "simulated_gpus": simulated_gpus,
-        "log": {"level": log_level} if log_level else None,
     }
     try:
         loaded = load_agent_config(config) if config is not None else AgentConfig()
+        if log_level is not None:
+            given["log"] = loaded.log.model_dump(exclude_unset=True) | {"level": log_level}
         overridden = {name: value for name, value in given.items() if value is not None}
         settings = AgentConfig.model_validate(loaded.model_dump(exclude_unset=True) | overridden)
     except ConfigError as error:

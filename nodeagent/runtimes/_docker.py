@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import docker
 import docker.errors
 import requests.exceptions  # noqa: TID251 - what the Docker SDK raises when the daemon is away
+import structlog
 from docker.models.containers import Container
 from docker.types import DeviceRequest, LogConfig, Mount
 
 from nodeagent.runtimes import _proc
 from nodeagent.runtimes._allow import AllowList
 from nodeagent.runtimes._base import EngineExit, LaunchPlan, OnProgress, RunningEngine, RuntimeProgress
+from nodeagent.runtimes._docker_stream import read_stream
 from rung.errors import EngineStartFailedError, InvalidRequestError, RungError, UnavailableError
 from rung.types import DockerRuntime
 
 T = TypeVar("T")
+
+_log = structlog.get_logger("rung.agent")
 
 #: Labels by which an agent knows its containers.
 LABEL_NODE = "rung.node"
@@ -34,8 +40,9 @@ LABEL_SPEC_HASH = "rung.spec-hash"
 _CALL_TIMEOUT_S = 60
 _CALL_THREADS = 4
 _LAST_WORDS = 20
-#: Pieces of a stream that wait for their reader.
-_QUEUED_PIECES = 256
+#: After SIGKILL a container is gone in no time, unless a process of it hangs in the kernel.
+_KILL_PATIENCE_S = 10
+_LIVE = frozenset({"running", "restarting", "paused"})
 _FAILURES = (docker.errors.DockerException, requests.exceptions.RequestException)
 
 
@@ -52,14 +59,20 @@ class DockerEngineRuntime:
         self._owner = _proc.owner_mark(node_id, state_dir)
         self._gpus_available = gpus_available
         self._client: docker.DockerClient | None = None
+        self._connecting = threading.Lock()
         self._pool = ThreadPoolExecutor(_CALL_THREADS, thread_name_prefix="docker")
+
+    def check(self, plan: LaunchPlan) -> None:
+        """Refuse what the allow-list has not. See `EngineRuntime.check`."""
+        if not isinstance(plan.runtime, DockerRuntime):
+            raise InvalidRequestError(f"{plan.deployment_id} is not to be run in a container")
+        self._allow.check_docker(plan.runtime)
 
     async def start(self, plan: LaunchPlan, on_progress: OnProgress) -> RunningEngine:
         """Start a container, its image pulled if it is not there. See `EngineRuntime.start`."""
+        self.check(plan)
         runtime = plan.runtime
-        if not isinstance(runtime, DockerRuntime):
-            raise InvalidRequestError(f"{plan.deployment_id} is not to be run in a container")
-        self._allow.check_docker(runtime)
+        assert isinstance(runtime, DockerRuntime)
         try:
             await self._call(lambda client: client.images.get(runtime.image))
         except docker.errors.ImageNotFound:
@@ -72,13 +85,10 @@ class DockerEngineRuntime:
         starting = asyncio.ensure_future(self._call(lambda client: self._run(client, name, plan, runtime)))
         try:
             container = await asyncio.shield(starting)
-        except asyncio.CancelledError:
-            # The daemon may be at it: wait, then take it back.
-            await asyncio.wait([starting])
-            await self._mapped(lambda client: _remove_leftover(client, name, self._owner))
-            raise
-        except _FAILURES as error:
-            await self._mapped(lambda client: _remove_leftover(client, name, self._owner))
+        except BaseException as error:
+            await _to_its_end(self._take_back(starting, name))
+            if not isinstance(error, _FAILURES):
+                raise
             raise EngineStartFailedError(
                 f"the container of {plan.deployment_id} cannot be started: {_text(error)}",
                 deployment=plan.deployment_id,
@@ -127,33 +137,51 @@ class DockerEngineRuntime:
         )
         container.start()
         container.reload()
+        published = container.attrs["NetworkSettings"]["Ports"].get(f"{plan.listen_port}/tcp")
+        if container.status in _LIVE and not published:
+            raise EngineStartFailedError(
+                f"the port of {plan.deployment_id} cannot be published: "
+                "this Docker Engine has no bridge network (dockerd --bridge=none)",
+                deployment=plan.deployment_id,
+            )
         return container
 
+    async def _take_back(self, starting: asyncio.Future[Container], name: str) -> None:
+        """Remove what a start has made, once the daemon is no longer at it."""
+        await asyncio.wait([starting])
+        # Seen: whoever waited for it knows how it went.
+        starting.exception()
+        await self._mapped(lambda client: _remove_leftover(client, name, self._owner))
+
     async def _pull(self, image: str, on_progress: OnProgress) -> None:
-        """Pull an image; what is wrong comes inside a stream that began well."""
+        """Pull an image; a pull that is left goes no further. What is wrong may come in its stream."""
         repository, _, tag = image.partition("@") if "@" in image else _split_tag(image)
-        done: dict[str, tuple[int, int]] = {}
+        sizes: dict[str, tuple[int, int]] = {}
         lines = self._lines(
             lambda client: client.api.pull(repository, tag=tag or "latest", stream=True, decode=True)
         )
-        async for line in self._pulled(image, lines):
-            if "error" in line:
+        try:
+            async with aclosing(lines):
+                async for line in lines:
+                    if "error" in line:
+                        raise EngineStartFailedError(
+                            f"the image {image} cannot be pulled: {line['error']}", image=image
+                        )
+                    status = line.get("status", "")
+                    on_progress(RuntimeProgress(f"pulling {image}: {status}", _percent(sizes, line)))
+        except UnavailableError as error:
+            if isinstance(error.__cause__, docker.errors.APIError):
                 raise EngineStartFailedError(
-                    f"the image {image} cannot be pulled: {line['error']}", image=image
-                )
-            sizes = line.get("progressDetail") or {}
-            if line.get("id") and sizes.get("total") and line.get("status") == "Downloading":
-                done[line["id"]] = (int(sizes.get("current", 0)), int(sizes["total"]))
-            total = sum(size for _, size in done.values())
-            percent = 100 * sum(now for now, _ in done.values()) / total if total else None
-            on_progress(RuntimeProgress(f"pulling {image}: {line.get('status', '')}", percent))
+                    f"the image {image} cannot be pulled: {_text(error.__cause__)}", image=image
+                ) from error
+            raise
 
     async def find(self, record: RunningEngine) -> bool:
         """Whether exactly this container runs."""
         if not record.container_id:
             return False
         container = await self._container(record)
-        return container is not None and container.status in ("running", "restarting", "paused")
+        return container is not None and container.status in _LIVE
 
     async def wait(self, record: RunningEngine) -> EngineExit:
         """Return when the container has ended or was removed."""
@@ -165,16 +193,15 @@ class DockerEngineRuntime:
         return EngineExit(exit_code=code, detail=detail, log_tail=last_words)
 
     async def stop(self, record: RunningEngine, grace_s: float) -> None:
-        """Stop the container politely, then by force, and remove it."""
+        """Stop the container politely, then by force, and remove it.
+
+        Raises:
+            UnavailableError: it still runs, or Docker is away.
+        """
 
         def stop(client: docker.DockerClient) -> None:
-            try:
-                container = client.containers.get(record.container_id)
-                # The time is always given: without it the SDK gives up before a patient container does.
-                container.stop(timeout=math.ceil(grace_s))
-                container.remove(force=True, v=True)
-            except docker.errors.NotFound:
-                return
+            with suppress(docker.errors.NotFound):
+                _end(client.containers.get(record.container_id), record.deployment_id, grace_s)
 
         if record.container_id:
             await self._mapped(stop)
@@ -184,13 +211,13 @@ class DockerEngineRuntime:
         if not record.container_id:
             return
         partial = b""
-        async for data in self._lines(
-            lambda client: _read_log(client, record.container_id, tail_lines, follow=follow)
-        ):
-            *whole, partial = (partial + data).replace(b"\r", b"\n").split(b"\n")
-            for line in whole:
-                if line:
-                    yield line.decode("utf-8", "replace")
+        pieces = self._lines(lambda client: _read_log(client, record.container_id, tail_lines, follow=follow))
+        async with aclosing(pieces):
+            async for data in pieces:
+                *whole, partial = (partial + data).replace(b"\r", b"\n").split(b"\n")
+                for line in whole:
+                    if line:
+                        yield line.decode("utf-8", "replace")
         if partial:
             yield partial.decode("utf-8", "replace")
 
@@ -245,64 +272,66 @@ class DockerEngineRuntime:
         return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: work(self._connected()))
 
     def _connected(self) -> docker.DockerClient:
-        if self._client is None:
+        with self._connecting:
+            if self._client is None:
+                self._client = _connect(None)
+            return self._client
+
+    async def _lines(self, read: Callable[[docker.DockerClient], Iterator[T]]) -> AsyncGenerator[T, None]:
+        """What a blocking iterator gives; see `read_stream`. Raises UnavailableError."""
+        stream = read_stream(lambda: _connect(self._connected().api.api_version), read)
+        async with aclosing(stream):
             try:
-                self._client = docker.from_env(timeout=_CALL_TIMEOUT_S)
-            except _FAILURES as error:
+                async for piece in stream:
+                    yield piece
+            except RungError:
+                raise
+            except Exception as error:
                 raise _away(error) from error
-        return self._client
 
-    async def _lines(self, read: Callable[[docker.DockerClient], Iterator[T]]) -> AsyncIterator[T]:
-        """What a blocking iterator gives, read in a thread of its own, which ends with the iterator."""
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[tuple[bool, Any]] = asyncio.Queue(_QUEUED_PIECES)
-        left = threading.Event()
 
-        def put(item: tuple[bool, Any]) -> None:
-            # Waits for room: a slow reader slows the thread, and nothing piles up.
-            if not left.is_set() and not loop.is_closed():
-                asyncio.run_coroutine_threadsafe(queue.put(item), loop).result()
+def _connect(api_version: str | None) -> docker.DockerClient:
+    """A client; without a version of the API, after asking for it. Raises UnavailableError."""
+    try:
+        return docker.from_env(timeout=_CALL_TIMEOUT_S, version=api_version)
+    except _FAILURES as error:
+        raise _away(error) from error
 
-        def work() -> None:
-            try:
-                for item in read(self._connected()):
-                    put((True, item))
-                    if left.is_set():
-                        return
-                put((False, None))
-            except (*_FAILURES, RungError, OSError, RuntimeError) as error:
-                put((False, error))
 
-        # Not in the pool: it may have to wait for as long as an engine runs. A daemon thread, since
-        # one that waits for an engine must not hold up the end of the agent.
-        threading.Thread(target=work, name="docker-stream", daemon=True).start()
-        try:
-            while True:
-                more, item = await queue.get()
-                if more:
-                    yield item
-                elif item is None:
-                    return
-                else:
-                    raise item if isinstance(item, RungError) else _away(item) from item
-        finally:
-            left.set()
-            # Room for a thread that waits for it: it sees then that nobody reads any more.
-            while not queue.empty():
-                queue.get_nowait()
+def _end(container: Container, deployment_id: str, grace_s: float) -> None:
+    """End a container, politely first, and remove it.
 
-    @staticmethod
-    async def _pulled(image: str, lines: AsyncIterator[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
-        """The lines of a pull; an image that no registry has is a failed start, not an absent Docker."""
-        try:
-            async for line in lines:
-                yield line
-        except UnavailableError as error:
-            if isinstance(error.__cause__, docker.errors.APIError):
-                raise EngineStartFailedError(
-                    f"the image {image} cannot be pulled: {_text(error.__cause__)}", image=image
-                ) from error
-            raise
+    Raises:
+        UnavailableError: it still runs.
+        docker.errors.NotFound: it is gone already.
+    """
+    refusal = ""
+    try:
+        # Docker kills it when the time is over. It is always given: without it the SDK gives up before
+        # a patient container does.
+        container.stop(timeout=math.ceil(grace_s))
+        container.reload()
+        if container.status in _LIVE:
+            container.kill()
+            container.wait(timeout=_KILL_PATIENCE_S)
+    except docker.errors.NotFound:
+        raise
+    except _FAILURES as error:
+        refusal = f" ({_text(error)})"
+    container.reload()
+    if container.status in _LIVE:
+        raise UnavailableError(
+            f"the container {container.short_id} of {deployment_id} does not end{refusal}; "
+            "the machine may need a look",
+            deployment=deployment_id,
+        )
+    try:
+        container.remove(force=True, v=True)
+    except docker.errors.NotFound:
+        raise
+    except docker.errors.APIError as error:
+        # It holds no memory any more; the next start of its deployment removes it.
+        _log.warning("container_not_removed", container=container.short_id, error=_text(error))
 
 
 def _wait_for_exit(client: docker.DockerClient, container_id: str) -> Iterator[int]:
@@ -339,6 +368,15 @@ def _remove_leftover(client: docker.DockerClient, name: str, owner: str) -> None
     container.remove(force=True, v=True)
 
 
+def _percent(sizes: dict[str, tuple[int, int]], line: dict[str, Any]) -> float | None:
+    """How much of the layers seen so far is here, given a line of a pull; notes the line in `sizes`."""
+    detail = line.get("progressDetail") or {}
+    if line.get("id") and detail.get("total") and line.get("status") == "Downloading":
+        sizes[line["id"]] = (int(detail.get("current", 0)), int(detail["total"]))
+    total = sum(size for _, size in sizes.values())
+    return 100 * sum(now for now, _ in sizes.values()) / total if total else None
+
+
 def _split_tag(image: str) -> tuple[str, str, str]:
     """Repository and tag; a colon before the last slash belongs to a registry's port."""
     head, colon, tag = image.rpartition(":")
@@ -350,4 +388,24 @@ def _text(error: BaseException) -> str:
 
 
 def _away(error: BaseException) -> UnavailableError:
-    return UnavailableError(f"Docker cannot be used: {_text(error)}; is its daemon running?")
+    """What to tell of a failure: the daemon's own words if it has answered, else what may be done."""
+    if isinstance(error, docker.errors.APIError):
+        return UnavailableError(f"Docker refuses: {_text(error)}")
+    cause = error
+    while (deeper := cause.__cause__ or cause.__context__) is not None:
+        cause = deeper
+    why = (isinstance(cause, OSError) and cause.strerror) or _text(cause)
+    advice = "start it (systemctl start docker), or set DOCKER_HOST for the agent"
+    if isinstance(cause, PermissionError):
+        advice = "add the agent's user to the group docker"
+    place = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
+    return UnavailableError(f"no Docker Engine answers at {place} ({why}); {advice}")
+
+
+async def _to_its_end(work: Awaitable[None]) -> None:
+    """Wait for work that must be done, however often its caller is cancelled meanwhile."""
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait([task])
+    task.result()
