@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
+import random
 import time
 from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Protocol
@@ -16,6 +16,7 @@ from controlplane.store import StoredSegment
 from rung.errors import DrainingError, OutOfRangeError, RungError, UnavailableError, UnknownJobError
 from rung.types import (
     TERMINAL_EVENTS,
+    EventPayload,
     FailureReason,
     Job,
     JobEvent,
@@ -37,8 +38,18 @@ _STORE_PATIENCE_S = 5.0
 #: Ended jobs older than the retention are deleted this often.
 _RETENTION_INTERVAL_S = 3600.0
 
+
+class _StoredEvents(msgspec.Struct, array_like=True):
+    """Events of one job, without what is the same in all of them."""
+
+    create_time_s: float
+    events: list[tuple[int, float, EventPayload]]
+
+
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(list[JobEvent])
+_decoder = msgspec.msgpack.Decoder(_StoredEvents)
+#: Not secrets: an id tells apart, and guards nothing.
+_random = random.Random()  # noqa: S311
 
 
 class Store(Protocol):
@@ -110,7 +121,7 @@ class Jobs:
                 failure_reason=failed.reason,
                 detail=detail,
             )
-            await self._store.write([ended], [_segment([event])])
+            await self._store.write([ended], [_segment(job.id, job.create_time_s, [event])])
             _log.warning("job_ended_by_restart", job=job.id)
         self._tasks = [
             asyncio.create_task(self._keep_storing(), name="jobs-store"),
@@ -220,7 +231,12 @@ class Jobs:
     async def _stored_after(self, job_id: str, sequence: int) -> Sequence[JobEvent]:
         events: list[JobEvent] = []
         for segment in await self._store.segments(job_id, sequence):
-            events.extend(event for event in _decoder.decode(segment.events) if event.sequence > sequence)
+            stored = _decoder.decode(segment.events)
+            events.extend(
+                JobEvent(job_id, each, stored.create_time_s + elapsed_s, elapsed_s, payload)
+                for each, elapsed_s, payload in stored.events
+                if each > sequence
+            )
         return events
 
     async def _refuse_beyond_end(self, job_id: str, after_sequence: int) -> None:
@@ -245,7 +261,7 @@ class Jobs:
                 events = job.unstored()
                 records.append(job.record())
                 if events:
-                    segments.append(_segment(events))
+                    segments.append(_segment(job.id, job.create_time_s, events))
                 reached.append((job, job.last_sequence))
             try:
                 await self._store.write(records, segments)
@@ -310,15 +326,16 @@ class Jobs:
 
 def _new_id() -> str:
     """An id that sorts by time, so that the store appends to its tables instead of inserting into them."""
-    return f"job-{time.time_ns() // 1_000_000:012x}{secrets.token_hex(5)}"
+    return f"job-{time.time_ns() // 1_000_000:012x}{_random.getrandbits(40):010x}"
 
 
-def _segment(events: list[JobEvent]) -> StoredSegment:
+def _segment(job_id: str, create_time_s: float, events: Sequence[JobEvent]) -> StoredSegment:
+    stored = [(event.sequence, event.elapsed_s, event.payload) for event in events]
     return StoredSegment(
-        job_id=events[0].job_id,
+        job_id=job_id,
         first_sequence=events[0].sequence,
         last_sequence=events[-1].sequence,
-        events=_encoder.encode(events),
+        events=_encoder.encode(_StoredEvents(create_time_s, stored)),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from itertools import pairwise
 from types import TracebackType
 from typing import Protocol
 
@@ -147,7 +148,7 @@ class Engager:
             UnavailableError, DeadlineExceededError: as the last target failed.
             QueueFullError: too many wait for it.
         """
-        for target, following in zip(targets, targets[1:], strict=False):
+        for target, following in pairwise(targets):
             try:
                 return await self._try(job, wish, target, make_body, on_wait)
             except UnavailableError as error:

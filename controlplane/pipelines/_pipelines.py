@@ -170,9 +170,7 @@ class Pipelines:
         def make_body(model: str) -> bytes:
             return engine_body(body, model=model, stream=True)
 
-        async with await self._engager.engage(
-            job, begun.wish, begun.targets, make_body, on_wait
-        ) as engaged:
+        async with await self._engager.engage(job, begun.wish, begun.targets, make_body, on_wait) as engaged:
             what, reply = engaged.deployment_id, engaged.reply
             if not reply.content_type.startswith("text/event-stream"):
                 raise EngineProtocolError(

@@ -7,7 +7,8 @@ import fcntl
 import os
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -15,24 +16,21 @@ import alembic.command
 import alembic.config
 import msgspec
 from msgspec import Struct
-from sqlalchemy import Connection, Engine, Row, Table, create_engine, delete, event, select
+from sqlalchemy import Connection, Engine, Row, Table, create_engine, delete, event, literal, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from controlplane.store._tables import job_segments, jobs
 from rung.errors import FailedPreconditionError, UnavailableError
-from rung.types import FailureReason, Job, JobKind, JobState, Policy, Served, Usage
+from rung.types import Job, JobState
 
 T = TypeVar("T")
 
 _READERS = 4
-_encode = msgspec.json.encode
-_POLICY = Policy()
-_DEFAULT_POLICY = _encode(_POLICY).decode()
-
-# What may change after a job was first stored.
-_MUTABLE = ("state", "served", "end_time_s", "last_sequence", "failure_reason", "detail", "usage")
-#: Rows of one statement; SQLite takes 32,766 values in one.
+#: Rows of one statement at most; SQLite takes 32,766 values in one.
 _MAX_ROWS = 512
+
+_job_encoder = msgspec.msgpack.Encoder()
+_job_decoder = msgspec.msgpack.Decoder(Job)
 
 
 class StoredSegment(Struct, frozen=True):
@@ -82,7 +80,7 @@ class JobStore:
         return cls(engine, lock)
 
     async def write(self, jobs: Sequence[Job], segments: Sequence[StoredSegment]) -> None:
-        """Upsert jobs and add segments, in one transaction.
+        """Upsert jobs and add segments, each of one of these jobs, in one transaction.
 
         A segment that is there already is left as it is, so that a write may be repeated.
 
@@ -91,10 +89,13 @@ class JobStore:
         """
         await self._run(self._writer, partial(self._write, jobs, segments))
 
-    def _write(self, jobs: Sequence[Job], segments: Sequence[StoredSegment]) -> None:
+    def _write(self, written: Sequence[Job], segments: Sequence[StoredSegment]) -> None:
+        first = {each.job_id: each for each in segments if each.first_sequence == 1}
+        rows = [_job_row(job, first.get(job.id)) for job in written]
+        later = [msgspec.structs.astuple(each) for each in segments if each.first_sequence != 1]
         with self._engine.begin() as connection:
-            _insert(connection, _upsert_jobs_sql, [_job_row(job) for job in jobs])
-            _insert(connection, _insert_segments_sql, [msgspec.structs.astuple(each) for each in segments])
+            _insert(connection, _upsert_jobs_sql, rows)
+            _insert(connection, _insert_segments_sql, later)
 
     async def get(self, job_id: str) -> Job | None:
         """One job."""
@@ -120,12 +121,16 @@ class JobStore:
 
     async def segments(self, job_id: str, after_sequence: int, limit: int = 100) -> Sequence[StoredSegment]:
         """Segments that hold events after a sequence, in order."""
-        query = (
-            select(job_segments)
-            .where(job_segments.c.job_id == job_id, job_segments.c.last_sequence > after_sequence)
-            .order_by(job_segments.c.first_sequence)
-            .limit(limit)
+        in_job = select(
+            jobs.c.id.label("job_id"),
+            literal(1).label("first_sequence"),
+            jobs.c.first_segment_end.label("last_sequence"),
+            jobs.c.first_segment.label("events"),
+        ).where(jobs.c.id == job_id, jobs.c.first_segment_end > after_sequence)
+        later = select(job_segments).where(
+            job_segments.c.job_id == job_id, job_segments.c.last_sequence > after_sequence
         )
+        query = in_job.union_all(later).order_by("first_sequence").limit(limit)
         return [StoredSegment(**row._mapping) for row in await self._read(query)]
 
     async def unfinished(self) -> Sequence[Job]:
@@ -176,23 +181,27 @@ def migrate(connection: Connection) -> None:
 
 
 def _insert(connection: Connection, sql: Callable[[int], str], rows: Sequence[tuple[Any, ...]]) -> None:
-    """Many rows in few statements.
+    """Many rows in few statements, each of a power of two of rows: SQLite has to parse each text once only.
 
     Not `executemany`: SQLite's driver lets go of the interpreter lock for each row, and takes it back
     from a busy event loop only after the switch interval; a batch would take seconds.
     """
-    for start in range(0, len(rows), _MAX_ROWS):
-        part = rows[start : start + _MAX_ROWS]
-        connection.exec_driver_sql(sql(len(part)), tuple(value for row in part for value in row))
+    start = 0
+    while start < len(rows):
+        count = min(_MAX_ROWS, 1 << ((len(rows) - start).bit_length() - 1))
+        part = rows[start : start + count]
+        connection.exec_driver_sql(sql(count), tuple(chain.from_iterable(part)))
+        start += count
 
 
-@lru_cache(maxsize=2 * _MAX_ROWS)
+@cache
 def _upsert_jobs_sql(rows: int) -> str:
-    changes = ", ".join(f"{name} = excluded.{name}" for name in _MUTABLE)
+    # A first segment stays as it was first stored.
+    changes = ", ".join(f"{name} = excluded.{name}" for name in ("state", "end_time_s", "record"))
     return f"{_insert_sql(jobs, rows)} ON CONFLICT (id) DO UPDATE SET {changes}"
 
 
-@lru_cache(maxsize=2 * _MAX_ROWS)
+@cache
 def _insert_segments_sql(rows: int) -> str:
     return f"{_insert_sql(job_segments, rows)} ON CONFLICT DO NOTHING"
 
@@ -235,42 +244,18 @@ def _cause(error: SQLAlchemyError) -> str:
     return str(getattr(error, "orig", None) or error)
 
 
-def _json(value: object | None) -> str | None:
-    return None if value is None else _encode(value).decode()
-
-
-def _job_row(job: Job) -> tuple[Any, ...]:
+def _job_row(job: Job, first: StoredSegment | None) -> tuple[Any, ...]:
     """In the order of the table's columns."""
     return (
         job.id,
         job.request_id,
-        job.kind.value,
         job.state.value,
-        job.model,
-        _json(job.served),
-        job.create_time_s,
         job.end_time_s,
-        job.last_sequence,
-        job.failure_reason.value if job.failure_reason else None,
-        job.detail,
-        _json(job.usage),
-        _DEFAULT_POLICY if job.policy == _POLICY else _encode(job.policy).decode(),
+        _job_encoder.encode(job),
+        first.last_sequence if first else 0,
+        first.events if first else b"",
     )
 
 
 def _job(row: Row[Any]) -> Job:
-    return Job(
-        id=row.id,
-        request_id=row.request_id,
-        kind=JobKind(row.kind),
-        state=JobState(row.state),
-        model=row.model,
-        served=msgspec.json.decode(row.served, type=Served) if row.served else None,
-        create_time_s=row.create_time_s,
-        end_time_s=row.end_time_s,
-        last_sequence=row.last_sequence,
-        failure_reason=FailureReason(row.failure_reason) if row.failure_reason else None,
-        detail=row.detail,
-        usage=msgspec.json.decode(row.usage, type=Usage) if row.usage else None,
-        policy=msgspec.json.decode(row.policy, type=Policy),
-    )
+    return _job_decoder.decode(row.record)

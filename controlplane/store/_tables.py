@@ -1,12 +1,13 @@
 """The tables. A change here needs a migration; a test compares the two.
 
+A job is one row, with the first segment of its log in it: most jobs are short, and end with one write.
 Ids of jobs sort by time, so that the primary key serves paging: an index of all jobs would be a second
 write for each. The two that there are hold few rows.
 """
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Column, Double, Index, LargeBinary, MetaData, String, Table, Text, text
+from sqlalchemy import BigInteger, Column, Double, Index, LargeBinary, MetaData, String, Table, text
 
 metadata = MetaData()
 
@@ -15,17 +16,12 @@ jobs = Table(
     metadata,
     Column("id", String(64), primary_key=True),
     Column("request_id", String(128), nullable=False),
-    Column("kind", String(32), nullable=False),
     Column("state", String(32), nullable=False),
-    Column("model", Text, nullable=False),
-    Column("served", Text),
-    Column("create_time_s", Double, nullable=False),
     Column("end_time_s", Double),
-    Column("last_sequence", BigInteger, nullable=False),
-    Column("failure_reason", String(64)),
-    Column("detail", Text, nullable=False),
-    Column("usage", Text),
-    Column("policy", Text, nullable=False),
+    # The whole `Job`, as MessagePack; the columns above are those of its fields that are searched.
+    Column("record", LargeBinary, nullable=False),
+    Column("first_segment_end", BigInteger, nullable=False),
+    Column("first_segment", LargeBinary, nullable=False),
     Index("jobs_by_request_id", "request_id", sqlite_where=text("request_id != ''")),
     Index("jobs_unfinished", "id", sqlite_where=text("end_time_s IS NULL")),
     sqlite_with_rowid=False,

@@ -107,6 +107,16 @@ async def test_a_batch_of_any_size_is_stored(store: JobStore) -> None:
     assert await store.segments("job-01499", 0) == segments[-1:]
 
 
+async def test_a_log_is_read_from_the_job_and_from_what_follows(store: JobStore) -> None:
+    await store.write([_job("a")], [StoredSegment("a", 1, 4, b"first")])
+    await store.write([_job("a")], [StoredSegment("a", 5, 6, b"second")])
+    await store.write([_job("a")], [StoredSegment("a", 1, 9, b"again")])
+
+    assert [each.events for each in await store.segments("a", 0)] == [b"first", b"second"]
+    assert [each.events for each in await store.segments("a", 3)] == [b"first", b"second"]
+    assert [each.events for each in await store.segments("a", 4)] == [b"second"]
+
+
 async def test_old_jobs_go_with_their_logs(store: JobStore) -> None:
     old = replace(_job("old", 1.0, JobState.DONE), end_time_s=2.0)
     new = replace(_job("new", 1.0, JobState.DONE), end_time_s=20.0)
