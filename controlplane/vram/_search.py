@@ -15,7 +15,9 @@ Most often host RAM is plentiful, so the search first ignores it; a plan that th
 it does not, host RAM becomes part of the states, and they are kept few by a bound: with a price on
 a missing byte and one on a byte of host RAM (both found on the linear relaxation), every item has a
 reduced cost, and whatever has gathered more of it than lies between the relaxation's optimum and a plan that
-is known to work cannot lead to a better plan.
+is known to work cannot lead to a better plan. That leaves one kind of pool which takes tens of milliseconds:
+16 sleepers, host RAM for a part of them, and harm in exact proportion to size, so that no set of them
+is clearly better than another.
 
 In the inner loops a state is one integer with its fields side by side,
 

@@ -8,6 +8,7 @@ Every ledger is planned once, cold, and its demand needs a search. The families:
 - subset-sum: harm in proportion to size, so that only the sum's last bytes decide;
 - full: FULL is needed, with two or three ways to free each deployment;
 - tight-host: all can sleep at both levels, and there is host RAM for half of it;
+- worst: the same with harm in proportion to size, where neither merging nor the bound helps;
 - infeasible: the demand is greater than what can be freed.
 
     python -m tests.benchmarks.planning [--count N] [--seed N]
@@ -165,6 +166,18 @@ def tight_host(rng: random.Random) -> Case:
     return pool(entries, share, host=round(host * share / 2))
 
 
+def worst(rng: random.Random) -> Case:
+    """Little host RAM, and nothing to tell one set of sleepers from another but its last bytes."""
+    entries = []
+    for index in range(COUNT):
+        size = rng.randrange(2 * GIB, 16 * GIB)
+        times = Timings(wake_s=size / (2 << 30), reload_s=size / (500 << 20))
+        entries.append(entry(index, ResidencyClass.SLEEPABLE, size, timings=times, reuse_chance=1.0))
+    share = rng.uniform(0.2, 0.7)
+    host = sum(each.host_asleep_bytes for each in entries)
+    return pool(entries, share, host=round(host * share / 2))
+
+
 def infeasible(rng: random.Random) -> Case:
     """More than there is."""
     case, _ = mixed(rng)
@@ -178,6 +191,7 @@ FAMILIES: tuple[Callable[[random.Random], Case], ...] = (
     subset_sum,
     full,
     tight_host,
+    worst,
     infeasible,
 )
 
