@@ -1,4 +1,7 @@
-"""A registry with one image, whose only layer comes half at once, and whole when a test wants it."""
+"""A registry with one image, whose only layer comes half at once, and whole when a test wants it.
+
+Until then it drips: Docker leaves a download that was called off with the next byte of it.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import json
 import os
 import platform
 import tarfile
+from contextlib import suppress
 
 from aiohttp import web
 
@@ -18,6 +22,7 @@ _CONFIG = "application/vnd.docker.container.image.v1+json"
 _LAYER = "application/vnd.docker.image.rootfs.diff.tar.gzip"
 #: Docker tells of a download every half a megabyte.
 _FILE_BYTES = 4 * 1024 * 1024
+_DRIP_INTERVAL_S = 0.02
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
@@ -79,15 +84,23 @@ class ImageRegistry:
         response = web.StreamResponse(headers={"Content-Length": str(len(self._layer))})
         await response.prepare(request)
         if request.method == "GET":
-            half = len(self._layer) // 2
+            sent = len(self._layer) // 2
             try:
-                await response.write(self._layer[:half])
-                await self.release.wait()
-                await response.write(self._layer[half:])
+                await response.write(self._layer[:sent])
+                while not await self._released():
+                    await response.write(self._layer[sent : sent + 1])
+                    sent += 1
+                await response.write(self._layer[sent:])
             except asyncio.CancelledError:
                 self.broken_off.set()
                 raise
         return response
+
+    async def _released(self) -> bool:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_DRIP_INTERVAL_S):
+                return await self.release.wait()
+        return False
 
 
 def _layer() -> bytes:

@@ -292,7 +292,7 @@ async def test_a_pull_that_is_called_off_goes_no_further(
     with pytest.raises(asyncio.CancelledError):
         await starting
 
-    # The registry, which is in the middle of the layer and would go on for ever, sees Docker leave.
+    # The registry, which is in the middle of the layer and would go on for long, sees Docker leave.
     await asyncio.wait_for(registry.broken_off.wait(), 30)
     for thread in threading.enumerate():
         if thread.name == "docker-stream":
