@@ -73,6 +73,13 @@ class Layout(Struct, frozen=True, kw_only=True):
         return _THINKER_MODEL
 
     @property
+    def orchestrator_server(self) -> str:
+        """What answers from the workstation's model, in words."""
+        if self.llama_cpp is None:
+            return f"a simulated {self._orchestrator_executable}"
+        return self._orchestrator_executable
+
+    @property
     def environment(self) -> dict[str, str]:
         """What marks every process of this demo."""
         return {MARK: str(self.folder)}
@@ -122,7 +129,7 @@ class Layout(Struct, frozen=True, kw_only=True):
             "residency_class": "pinned",
             "slots": 1 if self.llama_cpp is not None else 4,
             "engine": engine,
-            "runtime": self._runtime("llama-server", WORKSTATION),
+            "runtime": self._runtime(self._orchestrator_executable, WORKSTATION),
         }
 
     def _thinker(self) -> dict[str, Any]:
@@ -144,12 +151,18 @@ class Layout(Struct, frozen=True, kw_only=True):
         }
         return {"kind": "process", "executable": executable, "environment": environment}
 
+    @property
+    def _orchestrator_executable(self) -> str:
+        """By which name the agent runs it, and says that it starts it."""
+        server = LlamaCppServer.LLAMA_SERVER if self.llama_cpp is None else self.llama_cpp.server
+        return server.value
+
     def _workstation_executables(self) -> dict[str, Any]:
         found = self.llama_cpp
         if found is None:
-            return {"llama-server": _simulator("llama_server", ())}
+            return {self._orchestrator_executable: _simulator("llama_server", ())}
         return {
-            "llama-server": {
+            self._orchestrator_executable: {
                 "path": found.path,
                 "arguments_prefix": list(found.arguments_prefix),
                 "allow_environment": True,

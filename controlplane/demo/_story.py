@@ -57,7 +57,7 @@ async def tell(screen: Screen, stage: Stage, client: AsyncClient) -> None:
     with screen.act("The fleet comes up"):
         await _meet_the_fleet(screen, stage, client)
     with screen.act("An engine starts on the workstation"):
-        await _start_orchestrator(screen, client)
+        await _start_orchestrator(screen, stage, client)
     with screen.act("A chat, token by token"):
         await _chat(screen, client, stage.layout.orchestrator_model, "What in this demo is real?", "chat")
     for found in _answering_engines(await client.list_deployments()):
@@ -92,7 +92,8 @@ async def _meet_the_fleet(screen: Screen, stage: Stage, client: AsyncClient) -> 
     _show_snapshot(screen, snapshot)
 
 
-async def _start_orchestrator(screen: Screen, client: AsyncClient) -> None:
+async def _start_orchestrator(screen: Screen, stage: Stage, client: AsyncClient) -> None:
+    screen.say(f"What starts is {stage.layout.orchestrator_server}, with {stage.layout.orchestrator_model}.")
     screen.command(f"rung start {ORCHESTRATOR}")
     started_s = time.monotonic()
     async with aclosing(client.start_deployment(ORCHESTRATOR)) as events:

@@ -67,6 +67,23 @@ def test_a_real_llama_cpp(tmp_path: Path) -> None:
     assert spec.engine.engine.model_path == str(gguf)
     allowed = load_agent_config(layout.agent_config_path(WORKSTATION)).allow_list().executables
     assert allowed["llama-server"].path == "/usr/bin/llama-server"
+    assert layout.orchestrator_server == "llama-server"
+
+
+def test_the_server_of_the_python_package_is_called_by_its_own_name(tmp_path: Path) -> None:
+    found = LocalLlamaCpp(
+        server=LlamaCppServer.LLAMA_CPP_PYTHON,
+        path="/usr/bin/python3",
+        arguments_prefix=("-m", "llama_cpp.server"),
+    )
+    layout = Layout(folder=tmp_path, agent_ports=PORTS, gguf=tmp_path / "tiny.gguf", llama_cpp=found)
+    layout.write()
+    runtime = load_config(layout.config_path).deployment_specs()[0].engine.runtime
+    assert isinstance(runtime, ProcessRuntime)
+    assert runtime.executable == "llama-cpp-python"
+    allowed = load_agent_config(layout.agent_config_path(WORKSTATION)).allow_list().executables
+    assert allowed["llama-cpp-python"].arguments_prefix == ("-m", "llama_cpp.server")
+    assert layout.orchestrator_server == "llama-cpp-python"
 
 
 class TestFindLlamaCpp:

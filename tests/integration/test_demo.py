@@ -1,0 +1,119 @@
+"""`rung demo` that stays, and that answers from a real model."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import aiohttp
+import psutil
+import pytest
+
+from controlplane.demo._sweeper import MARK
+from tests.integration.tiny_gguf import write_tiny_gguf
+
+_PATIENCE_S = 60.0
+
+
+class Demo:
+    """A running demo, its folder within `folder`."""
+
+    def __init__(self, process: asyncio.subprocess.Process, folder: Path) -> None:
+        self.process = process
+        self.said = ""
+        self._folder = folder
+
+    async def until(self, words: str) -> None:
+        """Read what it says until it has said something."""
+        assert self.process.stdout is not None
+        async with asyncio.timeout(_PATIENCE_S):
+            while words not in self.said:
+                line = await self.process.stdout.readline()
+                assert line, f"it ended, and said:\n{self.said}"
+                self.said += line.decode()
+
+    async def end(self) -> int:
+        """Read what is left, and wait for its end."""
+        assert self.process.stdout is not None
+        async with asyncio.timeout(_PATIENCE_S):
+            self.said += (await self.process.stdout.read()).decode()
+            return await self.process.wait()
+
+    def processes(self) -> list[str]:
+        """Whatever carries the mark of this demo."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get(MARK, "").startswith(str(self._folder)):
+                    found.append(" ".join(process.cmdline()))
+        return found
+
+
+@asynccontextmanager
+async def running(folder: Path, *options: str) -> AsyncIterator[Demo]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "rung.cli", "demo", *options),
+        env={**os.environ, "TMPDIR": str(folder), "COLUMNS": "200"},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    demo = Demo(process, folder)
+    try:
+        yield demo
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            await demo.end()
+
+
+@pytest.mark.slow
+async def test_one_that_stays_answers_until_ctrl_c_and_leaves_nothing(tmp_path: Path) -> None:
+    async with running(tmp_path, "--serve") as demo:
+        await demo.until("Ctrl-C ends it")
+        assert "What starts is a simulated llama-server, with nemotron-8b." in demo.said
+        found = re.search(r"OpenAI base URL: (http://127\.0\.0\.1:\d+/v1)", demo.said)
+        assert found is not None, demo.said
+        wish = {"model": "nemotron-8b", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}
+        async with (
+            aiohttp.ClientSession() as http,
+            http.post(f"{found[1]}/chat/completions", json=wish) as response,
+        ):
+            assert response.status == 200
+            assert (await response.json())["choices"][0]["message"]["content"]
+        # A control plane, two agents, and an engine at least.
+        assert len(demo.processes()) >= 4
+
+        demo.process.send_signal(signal.SIGINT)
+
+        assert await demo.end() == 0
+        assert "All of it is gone again" in demo.said
+        assert demo.processes() == []
+        assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.llamacpp
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+async def test_one_with_a_model_says_which_server_it_starts_and_answers_from_it(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without llama-server: the one of the package is taken.
+    monkeypatch.setenv("PATH", "/nowhere")
+    model = write_tiny_gguf(tmp_path_factory.mktemp("models") / "tiny.gguf")
+    async with running(tmp_path, "--gguf", str(model)) as demo:
+        assert await demo.end() == 0, demo.said
+        assert "a real llama.cpp with tiny.gguf" in demo.said
+        assert "What starts is llama-cpp-python, with tiny." in demo.said
+        assert "starting llama-server" not in demo.said
+        assert "rung chat --model tiny" in demo.said
+        assert "This is a simulated llama-server" not in demo.said
+        assert "All of it is gone again" in demo.said
+        assert demo.processes() == []
+        assert os.listdir(tmp_path) == []

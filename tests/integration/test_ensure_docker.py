@@ -1,0 +1,91 @@
+"""`scripts/ensure_docker.sh` on machines that do not let a daemon start as it is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+#: A daemon that starts only with the options that $STARTS_WITH has, and a client that knows it.
+_DOCKERD = """#!/bin/sh
+echo "dockerd $*" >>"$RECORD"
+case "$*" in
+$STARTS_WITH) touch "$RECORD.up" ;;
+*) echo "level=fatal msg=\\"not permitted: $*\\""; exit 1 ;;
+esac
+"""
+_DOCKER = """#!/bin/sh
+test -e "$RECORD.up"
+"""
+
+
+def _run(folder: Path, starts_with: str, **environment: str) -> tuple[int, str, list[str]]:
+    """Exit code, what it said, and which options were tried."""
+    programs = {
+        "docker": _DOCKER,
+        "dockerd": _DOCKERD.replace("$STARTS_WITH", starts_with),
+        "id": "#!/bin/sh\necho 0\n",
+        # Nothing to wait for: these programs are done at once.
+        "sleep": "#!/bin/sh\n",
+    }
+    for name, text in programs.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    record = folder / "record"
+    ran = subprocess.run(
+        ["sh", str(ROOT / "scripts" / "ensure_docker.sh")],
+        env={
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "TMPDIR": str(folder),
+            "RECORD": str(record),
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return ran.returncode, ran.stderr, record.read_text().splitlines()
+
+
+def test_a_daemon_that_starts_is_enough(tmp_path: Path) -> None:
+    assert _run(tmp_path, "*") == (0, "", ["dockerd "])
+
+
+def test_without_bridges_it_runs_without_a_network_and_says_so(tmp_path: Path) -> None:
+    code, said, tried = _run(tmp_path, "--bridge=none*")
+
+    assert code == 0
+    assert tried == [
+        "dockerd ",
+        "dockerd --storage-driver=vfs",
+        "dockerd --bridge=none --iptables=false --ip6tables=false",
+    ]
+    assert 'dockerd does not start as it is: level=fatal msg="not permitted: "' in said
+    assert "a container's port cannot be published" in said
+
+
+@pytest.mark.parametrize(
+    ("environment", "code", "said_last"),
+    [
+        ({}, 0, "warning: dockerd does not start; the tests of the Docker runtime will not run"),
+        (
+            {"RUNG_REQUIRE_DOCKER": "1"},
+            1,
+            "error: dockerd does not start, and RUNG_REQUIRE_DOCKER is set",
+        ),
+    ],
+)
+def test_where_none_starts_it_says_why(
+    tmp_path: Path, environment: dict[str, str], code: int, said_last: str
+) -> None:
+    found, said, tried = _run(tmp_path, "never", **environment)
+
+    assert found == code
+    assert len(tried) == 4
+    assert "not permitted: --storage-driver=vfs --bridge=none" in said
+    assert said.splitlines()[-1] == said_last
