@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import grpc.aio
@@ -34,6 +34,10 @@ _STATUS_INTERVAL_S = 1.0
 #: between its messages: 20 ms at 64 streams, which a reader does not see.
 _UNPACED_STREAMS = 8
 _PACE_S = 0.0003
+#: Most bytes in one message; what an engine sends in a larger piece is split.
+_MAX_DATA_BYTES = 256 * 1024
+#: How a stream of OpenAI's routes ends, whichever line ends the engine uses.
+_LAST_CHUNK = (b"[DONE]\n\n", b"[DONE]\r\n\r\n")
 
 
 class NodeAgentServicer:
@@ -171,11 +175,13 @@ class NodeAgentServicer:
                     status_code=reply.status, content_type=reply.content_type, retry_after=reply.retry_after
                 )
                 yield v1.RunResponse(head=head)
+                is_stream = reply.content_type.startswith("text/event-stream")
                 self._streams += 1
                 try:
                     async for chunk in reply.chunks():
-                        yield v1.RunResponse(data=chunk)
-                        if self._streams > _UNPACED_STREAMS:
+                        for data in _split(chunk):
+                            yield v1.RunResponse(data=data)
+                        if self._streams > _UNPACED_STREAMS and is_stream and not chunk.endswith(_LAST_CHUNK):
                             await asyncio.sleep(self._streams * _PACE_S)
                 except RungError as error:
                     failed = v1.RunFailed(
@@ -188,14 +194,18 @@ class NodeAgentServicer:
     async def ReadEngineLog(
         self, request: v1.ReadEngineLogRequest, context: Context
     ) -> AsyncIterator[v1.ReadEngineLogResponse]:
-        """An engine's output."""
+        """The output of the engine that runs, or of the one that ran last."""
         engine = self._supervisor.engine(request.deployment_id)
-        running = engine.running
-        if running is None:
-            return
         tail_lines = request.tail_lines or _DEFAULT_TAIL_LINES
-        async for line in engine.runtime.log(running, tail_lines=tail_lines, follow=request.follow):
+        async for line in engine.log(tail_lines=tail_lines, follow=request.follow):
             yield v1.ReadEngineLogResponse(lines=[line])
+
+
+def _split(chunk: bytes) -> Sequence[bytes]:
+    """A chunk in pieces that fit into messages."""
+    if len(chunk) <= _MAX_DATA_BYTES:
+        return (chunk,)
+    return [chunk[start : start + _MAX_DATA_BYTES] for start in range(0, len(chunk), _MAX_DATA_BYTES)]
 
 
 def _command(command: v1.Command) -> Command:

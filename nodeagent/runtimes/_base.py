@@ -72,13 +72,22 @@ OnProgress: TypeAlias = Callable[[RuntimeProgress], None]
 class EngineRuntime(Protocol):
     """Runs engines one way: as processes, in containers, or not at all (external)."""
 
+    def check(self, plan: LaunchPlan) -> None:
+        """Refuse what `start` would refuse, before anything is done.
+
+        Raises:
+            NotAllowedError: executable, image or mount is not on the allow-list.
+            InvalidRequestError: the plan is for another runtime.
+        """
+        ...
+
     async def start(self, plan: LaunchPlan, on_progress: OnProgress) -> RunningEngine:
         """Start the engine and return as soon as its process exists.
 
         If starting fails, or the call is cancelled, nothing is left running.
 
         Raises:
-            NotAllowedError: executable, image or mount is not on the allow-list.
+            NotAllowedError, InvalidRequestError: as `check`.
             EngineStartFailedError: it could not be started.
         """
         ...

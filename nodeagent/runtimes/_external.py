@@ -18,10 +18,15 @@ _LOOK_INTERVAL_S = 1.0
 class ExternalEngineRuntime:
     """Adopts engines by their URL."""
 
-    async def start(self, plan: LaunchPlan, on_progress: OnProgress) -> RunningEngine:
-        """Adopt the engine: nothing is started. See `EngineRuntime.start`."""
+    def check(self, plan: LaunchPlan) -> None:
+        """Refuse a plan for another runtime. See `EngineRuntime.check`."""
         if not isinstance(plan.runtime, ExternalRuntime):
             raise InvalidRequestError(f"{plan.deployment_id} is not run by somebody else")
+
+    async def start(self, plan: LaunchPlan, on_progress: OnProgress) -> RunningEngine:
+        """Adopt the engine: nothing is started. See `EngineRuntime.start`."""
+        self.check(plan)
+        assert isinstance(plan.runtime, ExternalRuntime)
         on_progress(RuntimeProgress(f"looking for an engine at {plan.runtime.base_url}"))
         return RunningEngine(
             deployment_id=plan.deployment_id,

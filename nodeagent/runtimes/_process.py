@@ -45,11 +45,14 @@ class ProcessEngineRuntime:
         self._started: set[int] = set()
         self._reaping: asyncio.Task[None] | None = None
 
+    def check(self, plan: LaunchPlan) -> None:
+        """Refuse what the allow-list has not. See `EngineRuntime.check`."""
+        self._allowed(plan)
+
     async def start(self, plan: LaunchPlan, on_progress: OnProgress) -> RunningEngine:
         """Start the process. See `EngineRuntime.start`."""
-        if not isinstance(plan.runtime, ProcessRuntime):
-            raise InvalidRequestError(f"{plan.deployment_id} is not to be run as a process")
-        allowed = self._allow.executable(plan.runtime)
+        allowed = self._allowed(plan)
+        assert isinstance(plan.runtime, ProcessRuntime)
         on_progress(RuntimeProgress(f"starting {plan.runtime.executable}"))
         log_path = self._logs / plan.deployment_id / "engine.log"
         log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,6 +136,11 @@ class ProcessEngineRuntime:
             self._exit_codes[record.pid] = code
         if record.log_path and (task := self._rotation.pop(Path(record.log_path), None)):
             task.cancel()
+
+    def _allowed(self, plan: LaunchPlan) -> AllowedExecutable:
+        if not isinstance(plan.runtime, ProcessRuntime):
+            raise InvalidRequestError(f"{plan.deployment_id} is not to be run as a process")
+        return self._allow.executable(plan.runtime)
 
     def _members(self, record: RunningEngine) -> set[int]:
         """Processes of an engine: its session, and whatever carries its mark wherever it went."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import structlog
 
+from nodeagent.supervisor._progress import Emit
 from rung import reason_of_error
 from rung.errors import AlreadyExistsError, InvalidRequestError, RungError, UnavailableError
 from rung.service import Signal
@@ -18,7 +18,6 @@ from rung.types import (
     LifecycleEvent,
     LifecycleFailed,
     LifecyclePayload,
-    LifecycleProgress,
 )
 
 _log = structlog.get_logger("rung.agent")
@@ -26,7 +25,6 @@ _log = structlog.get_logger("rung.agent")
 #: Operations that are remembered, so that a repeated id repeats the outcome.
 REMEMBERED = 1000
 
-Emit = Callable[[LifecycleProgress], None]
 Work = Callable[[Emit], Awaitable[LifecycleDone]]
 
 
@@ -37,7 +35,7 @@ class Operation:
         self.id = operation_id
         self.what = what
         self.task: asyncio.Task[None] | None = None
-        self._started_s = time.monotonic()
+        self._began_s = asyncio.get_running_loop().time()
         self._events: list[LifecycleEvent] = []
         self._refusal: RungError | None = None
         self._ended = False
@@ -86,7 +84,7 @@ class Operation:
             self._changed.fire()
 
     def _append(self, payload: LifecyclePayload) -> None:
-        elapsed_s = time.monotonic() - self._started_s
+        elapsed_s = asyncio.get_running_loop().time() - self._began_s
         self._events.append(LifecycleEvent(self.id, len(self._events) + 1, elapsed_s, payload))
         self._changed.fire()
 

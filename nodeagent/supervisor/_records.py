@@ -26,7 +26,8 @@ class EngineRecord(Struct, frozen=True, kw_only=True):
     """One deployment as the agent last left it.
 
     `residency_class` is what holds for the engine that runs: a later spec does not unpin it. With
-    residency STARTING and no PID in `running`, the agent was about to start it.
+    residency STARTING and no PID in `running`, the agent was about to start it. `last_run` is the
+    engine that ran before, whose output can still be read.
     """
 
     spec: DeploymentSpec
@@ -34,6 +35,7 @@ class EngineRecord(Struct, frozen=True, kw_only=True):
     residency_class: ResidencyClass
     generation: int
     running: RunningEngine | None = None
+    last_run: RunningEngine | None = None
     load_times_s: tuple[float, ...] = ()
     adopted: bool = False
 
@@ -70,8 +72,10 @@ class Records:
         _replace(self._path(record.spec.id), msgspec.json.encode(record))
 
     def delete(self, deployment_id: str) -> None:
-        """Forget a deployment."""
-        self._path(deployment_id).unlink(missing_ok=True)
+        """Forget a deployment; it is off the disk when this returns."""
+        path = self._path(deployment_id)
+        path.unlink(missing_ok=True)
+        _sync_folder(path.parent)
 
     def load_epoch(self) -> int:
         """The highest epoch that was seen; 0 before the first."""
@@ -108,6 +112,16 @@ def _replace(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a folder's names to disk: without this a crash of the machine may undo a rename."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _lock(state_dir: Path) -> IO[str]:

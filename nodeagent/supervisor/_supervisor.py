@@ -14,11 +14,13 @@ from nodeagent.engines import EngineAdapter
 from nodeagent.runtimes import EngineRuntime
 from nodeagent.supervisor._engine import EngineSupervisor
 from nodeagent.supervisor._operations import Operation, Operations
+from nodeagent.supervisor._progress import Emit
 from nodeagent.supervisor._records import EngineRecord, Records
+from rung import error_of_failure
 from rung.errors import (
-    FailedPreconditionError,
     InvalidRequestError,
     NotImplementedYetError,
+    RungError,
     StaleEpochError,
     UnavailableError,
     UnknownDeploymentError,
@@ -29,6 +31,8 @@ from rung.types import (
     DeploymentSpec,
     EndpointScope,
     Engine,
+    LifecycleDone,
+    LifecycleFailed,
     NodeStatus,
     Residency,
     Runtime,
@@ -68,6 +72,8 @@ class Supervisor:
         self._scope = scope
         self._engines: dict[str, EngineSupervisor] = {}
         self._operations = Operations()
+        #: Engines whose processes their runtime could not tell at the last look: logged once.
+        self._not_attributed: set[str] = set()
 
     async def resume(self) -> None:
         """Take back what still runs, and end what carries our mark but nobody remembers."""
@@ -109,9 +115,9 @@ class Supervisor:
         """Take up an engine that was found running; one that is known already is left as it is."""
         if spec.id in self._engines or not _ID.fullmatch(spec.id):
             return
-        engine = self._engines[spec.id] = self._make(_new_record(spec, adopted=True))
+        self._engines[spec.id] = self._make(_new_record(spec, adopted=True))
         operation_id = f"adopt-{spec.id}-{uuid.uuid4().hex}"
-        self._operations.join_or_begin(operation_id, "adopt", lambda emit: engine.start(spec, emit))
+        self._operations.join_or_begin(operation_id, "adopt", lambda emit: self._start(spec, emit))
 
     @property
     def deployments(self) -> tuple[Deployment, ...]:
@@ -147,27 +153,32 @@ class Supervisor:
             raise InvalidRequestError(
                 f"deployment {spec.id!r} is for the node {spec.node_id}, and this is {self.node_id}"
             )
-        engine = self._engines.get(spec.id)
-        if engine is None or engine.residency in (Residency.STOPPED, Residency.FAILED):
-            engine = self._prepared(engine, spec)
         return self._operations.join_or_begin(
-            command.operation_id, f"start {spec.id}", lambda emit: engine.start(spec, emit)
+            command.operation_id, f"start {spec.id}", lambda emit: self._start(spec, emit)
         )
 
-    def _prepared(self, engine: EngineSupervisor | None, spec: DeploymentSpec) -> EngineSupervisor:
-        """A supervisor with the runtime and the adapter that a spec needs."""
+    async def _start(self, spec: DeploymentSpec, emit: Emit) -> LifecycleDone:
+        """Start with the runtime and the adapter that the spec needs. Raises as `EngineSupervisor.start`."""
         runtime, adapter = self._runtime(spec), self._adapter_for(spec.engine.engine)
+        engine = self._engines.get(spec.id)
         if engine is None:
             engine = self._engines[spec.id] = self._make(_new_record(spec, adopted=False))
-        engine.runtime, engine.adapter = runtime, adapter
-        return engine
+        try:
+            return await engine.start(spec, emit, runtime=runtime, adapter=adapter)
+        except RungError:
+            # Refused: what was not known before is not known now.
+            if engine.untouched and self._engines.get(spec.id) is engine:
+                del self._engines[spec.id]
+                self.changed.fire()
+            raise
 
     def stop(self, command: Command, deployment_id: str, *, force: bool) -> Operation:
-        """Stop an engine. Raises as `raise_epoch`, and UnknownDeploymentError."""
+        """Stop an engine. Raises as `raise_epoch`; an operation on an unknown deployment is refused."""
         self.raise_epoch(command.epoch)
-        engine = self.engine(deployment_id)
         return self._operations.join_or_begin(
-            command.operation_id, f"stop {deployment_id}", lambda emit: engine.stop(emit, force=force)
+            command.operation_id,
+            f"stop {deployment_id}",
+            lambda emit: self.engine(deployment_id).stop(emit, force=force),
         )
 
     def refuse_residency_change(self, command: Command, deployment_id: str, verb: str) -> Operation:
@@ -181,17 +192,29 @@ class Supervisor:
         )
 
     async def forget(self, command: Command, deployment_id: str) -> None:
-        """Remove a deployment whose engine does not run. Raises FailedPreconditionError if it does."""
+        """Remove a deployment whose engine does not run.
+
+        Raises:
+            StaleEpochError, InvalidRequestError, AlreadyExistsError: the command.
+            UnknownDeploymentError: there is none of that id.
+            FailedPreconditionError: its engine runs, or may run.
+            UnavailableError: its runtime cannot tell.
+        """
         self.raise_epoch(command.epoch)
+        operation = self._operations.join_or_begin(
+            command.operation_id, f"forget {deployment_id}", lambda _: self._forget(deployment_id)
+        )
+        async for event in operation.events():
+            if isinstance(event.payload, LifecycleFailed):
+                raise error_of_failure(event.payload)
+
+    async def _forget(self, deployment_id: str) -> LifecycleDone:
         engine = self.engine(deployment_id)
-        if not engine.external and engine.residency not in (Residency.STOPPED, Residency.FAILED):
-            raise FailedPreconditionError(
-                f"{deployment_id} is {engine.residency}; stop it first", deployment=deployment_id
-            )
-        await engine.aclose()
+        await engine.forget()
+        # Nothing is awaited in between: whoever comes next makes a new one.
         del self._engines[deployment_id]
-        self._records.delete(deployment_id)
         self.changed.fire()
+        return LifecycleDone(engine.deployment)
 
     def measured(self, status: NodeStatus) -> None:
         """Take the memory of the engines from a sample of the GPUs."""
@@ -204,13 +227,20 @@ class Supervisor:
             engine.measured(used.get(engine.id))
 
     async def owners(self) -> dict[int, str]:
-        """Process ids of engines, for the attribution of GPU memory."""
+        """Process ids of engines, for the attribution of GPU memory; none of a runtime that is away."""
         found: dict[int, str] = {}
-        for engine in self._engines.values():
+        for engine in tuple(self._engines.values()):
             running = engine.running
             if running is None or engine.external:
                 continue
-            pids = (running.pid,) if running.pid else await engine.runtime.pids(running)
+            try:
+                pids = (running.pid,) if running.pid else await engine.runtime.pids(running)
+            except UnavailableError as error:
+                if engine.id not in self._not_attributed:
+                    self._not_attributed.add(engine.id)
+                    _log.warning("processes_not_known", deployment=engine.id, error=error.message)
+                continue
+            self._not_attributed.discard(engine.id)
             found.update(dict.fromkeys(pids, engine.id))
         return found
 

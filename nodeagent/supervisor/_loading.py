@@ -1,0 +1,115 @@
+"""Waiting for an engine that loads, and saying how far it is."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+import structlog
+
+from nodeagent.engines import EngineAdapter, EngineHealth, LoadProgress, Probe
+from nodeagent.runtimes import EngineExit, EngineRuntime, RunningEngine
+from nodeagent.supervisor._planning import last_words
+from nodeagent.supervisor._progress import Progress
+from rung.errors import EngineStartFailedError, RungError, UnavailableError
+from rung.types import DeploymentSpec, ExternalRuntime
+
+_log = structlog.get_logger("rung.agent")
+
+#: How often an engine that loads is asked whether it is ready.
+_READY_POLL_S = 0.25
+#: An engine of somebody else that is adopted is given this long to answer.
+_ADOPT_PATIENCE_S = 3.0
+#: What is away, a runtime or an engine of somebody else, is looked for this often.
+RETURN_INTERVAL_S = 2.0
+#: Lines of output that are looked at for its last words.
+_TAIL_LINES = 20
+
+
+async def until_ready(
+    running: RunningEngine,
+    spec: DeploymentSpec,
+    *,
+    runtime: EngineRuntime,
+    adapter: EngineAdapter,
+    progress: Progress,
+) -> None:
+    """Return once the engine answers requests.
+
+    Raises:
+        EngineStartFailedError: it has ended, or its time is over. It may still run.
+    """
+    external = isinstance(spec.engine.runtime, ExternalRuntime)
+    patience_s = _ADOPT_PATIENCE_S if external else spec.engine.start_timeout_s
+    loading = _Loading()
+    exit_task = asyncio.ensure_future(exit_of(running, runtime))
+    log_task = asyncio.ensure_future(_follow(running, loading, runtime=runtime, adapter=adapter))
+    try:
+        while True:
+            probe = await adapter.probe(running.base_url, spec)
+            # First: another server on the same port would answer for an engine that has ended.
+            if probe.health is EngineHealth.READY and not exit_task.done():
+                return
+            if exit_task.done():
+                ended = exit_task.result()
+                how = f": {ended.detail}" if external else f" {ended.detail} while it was loading"
+                raise EngineStartFailedError(
+                    f"{spec.id}{how}{last_words(ended.log_tail)}", deployment=spec.id
+                )
+            if progress.elapsed_s > patience_s:
+                why = f": {probe.detail}" if probe.detail else ""
+                words = last_words(await _tail(running, runtime))
+                raise EngineStartFailedError(
+                    f"{spec.id} was not ready within {patience_s:g} s{why}{words}", deployment=spec.id
+                )
+            found = loading.progress
+            progress.say(found.detail or _waiting_for(probe), percent=found.percent)
+            await asyncio.wait([exit_task], timeout=_READY_POLL_S)
+    finally:
+        for task in (exit_task, log_task):
+            task.cancel()
+        await asyncio.gather(exit_task, log_task, return_exceptions=True)
+
+
+async def exit_of(running: RunningEngine, runtime: EngineRuntime) -> EngineExit:
+    """How an engine ended, once it has; a runtime that is away meanwhile says nothing about it."""
+    while True:
+        try:
+            return await runtime.wait(running)
+        except UnavailableError as error:
+            _log.warning("runtime_away", deployment=running.deployment_id, error=error.message)
+            await asyncio.sleep(RETURN_INTERVAL_S)
+
+
+class _Loading:
+    """The newest that the engine's output said about loading."""
+
+    def __init__(self) -> None:
+        self.progress = LoadProgress("")
+
+
+async def _follow(
+    running: RunningEngine, loading: _Loading, *, runtime: EngineRuntime, adapter: EngineAdapter
+) -> None:
+    async for line in runtime.log(running, tail_lines=0, follow=True):
+        found = adapter.load_progress(line)
+        if found is not None:
+            loading.progress = found
+
+
+async def _tail(running: RunningEngine, runtime: EngineRuntime) -> list[str]:
+    """The end of an engine's output; what there is of it if its runtime goes away."""
+    lines: deque[str] = deque(maxlen=_TAIL_LINES)
+    try:
+        async for line in runtime.log(running, tail_lines=_TAIL_LINES, follow=False):
+            lines.append(line)
+    except RungError as error:
+        _log.warning("log_not_read", deployment=running.deployment_id, error=error.message)
+    return list(lines)
+
+
+def _waiting_for(probe: Probe) -> str:
+    """What a probe of an engine that is not ready says to a person who waits."""
+    if probe.health is EngineHealth.ABSENT:
+        return "waiting for its port"
+    return probe.detail or "waiting for the engine"

@@ -1,0 +1,133 @@
+"""What the agent says of a deployment, and what it stores of it, so that both change together."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from msgspec.structs import replace
+
+from nodeagent.runtimes import RunningEngine
+from nodeagent.supervisor._records import EngineRecord, Records
+from nodeagent.supervisor._residency import require_edge
+from rung.types import Deployment, Endpoint, EndpointScope, FailureReason, Residency
+
+
+class DeploymentState:
+    """One deployment: its record, which survives the agent, and the deployment as everybody sees it."""
+
+    def __init__(
+        self,
+        record: EngineRecord,
+        *,
+        records: Records,
+        scope: EndpointScope,
+        on_change: Callable[[], None],
+    ) -> None:
+        self.record = record
+        self.deployment = Deployment(
+            spec=record.spec,
+            residency=Residency.STOPPED,
+            generation=record.generation,
+            adopted=record.adopted,
+            residency_time_s=time.time(),
+        )
+        #: Set while no request runs.
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self._records = records
+        self._scope = scope
+        self._on_change = on_change
+
+    @property
+    def id(self) -> str:
+        """The deployment's id."""
+        return self.record.spec.id
+
+    @property
+    def residency(self) -> Residency:
+        """Where the weights are."""
+        return self.deployment.residency
+
+    def show(
+        self,
+        residency: Residency,
+        detail: str,
+        *,
+        load_percent: float | None = None,
+        failure_reason: FailureReason | None = None,
+    ) -> None:
+        """Say how the deployment is; nothing is stored. Raises as `require_edge`."""
+        current = self.deployment
+        require_edge(current.residency, residency)
+        running = self.record.running
+        has_endpoint = running is not None and residency is not Residency.STOPPED
+        self.deployment = replace(
+            current,
+            spec=replace(self.record.spec, residency_class=self.record.residency_class),
+            residency=residency,
+            detail=detail,
+            endpoint=Endpoint(running.base_url, self._scope) if running and has_endpoint else None,
+            load_percent=load_percent,
+            failure_reason=failure_reason,
+            generation=self.record.generation,
+            adopted=self.record.adopted,
+            pid=running.pid if running else 0,
+            container_id=running.container_id if running else "",
+            residency_time_s=current.residency_time_s if residency is current.residency else time.time(),
+        )
+        self._on_change()
+
+    def save(self, residency: Residency) -> None:
+        """Store the record with this residency."""
+        self.record = replace(self.record, residency=residency)
+        self._records.save(self.record)
+
+    def delete(self) -> None:
+        """Remove the record from the disk."""
+        self._records.delete(self.id)
+
+    def awake(self) -> None:
+        """It answers requests."""
+        self.show(Residency.AWAKE, "ready")
+        self.save(Residency.AWAKE)
+
+    def stopped(self, detail: str) -> None:
+        """Its engine does not run."""
+        self.show(Residency.STOPPED, detail)
+        self.save(Residency.STOPPED)
+
+    def failed(self, reason: FailureReason, detail: str) -> None:
+        """Its engine does not run, and should."""
+        self.show(Residency.FAILED, detail, failure_reason=reason)
+        self.save(Residency.FAILED)
+
+    def ended(self) -> None:
+        """Note that the engine is gone. What it printed can still be read."""
+        running = self.record.running
+        last_run = running if has_process(running) else self.record.last_run
+        self.record = replace(self.record, running=None, last_run=last_run)
+
+    def count(self, change: int) -> None:
+        """Add to the running requests.
+
+        Not told to anybody: the control plane keeps its own count, and this is the path of every request.
+        """
+        active = self.deployment.active_requests + change
+        self.deployment = replace(self.deployment, active_requests=active)
+        if active:
+            self.idle.clear()
+        else:
+            self.idle.set()
+
+    def measured(self, vram_bytes: int | None) -> None:
+        """Note the memory that telemetry found for its engine."""
+        if vram_bytes != self.deployment.vram_bytes:
+            self.deployment = replace(self.deployment, vram_bytes=vram_bytes)
+            self._on_change()
+
+
+def has_process(running: RunningEngine | None) -> bool:
+    """Whether it has come to a process or a container of ours: not if it is only about to be started."""
+    return running is not None and bool(running.pid or running.container_id)

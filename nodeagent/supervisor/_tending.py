@@ -1,0 +1,74 @@
+"""Looking after an engine that runs: noticing that it ends, is not well, or is back."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+import structlog
+
+from nodeagent.engines import EngineAdapter, EngineHealth
+from nodeagent.runtimes import EngineRuntime, RunningEngine
+from nodeagent.supervisor._loading import RETURN_INTERVAL_S, exit_of
+from nodeagent.supervisor._planning import last_words
+from nodeagent.supervisor._state import DeploymentState
+from rung.errors import UnavailableError
+from rung.types import ExternalRuntime, FailureReason, Residency
+
+_log = structlog.get_logger("rung.agent")
+
+#: How often an engine that is awake is asked how it is, and how often it may fail to answer.
+_HEALTH_INTERVAL_S = 5.0
+_HEALTH_TOLERANCE = 3
+
+
+async def tend(state: DeploymentState, *, runtime: EngineRuntime, adapter: EngineAdapter) -> None:
+    """Keep `state` true until the engine ends; for an engine of somebody else, which may return, for ever."""
+    running = state.record.running
+    if running is None:
+        return
+    external = isinstance(state.record.spec.engine.runtime, ExternalRuntime)
+    while True:
+        if state.residency is Residency.AWAKE:
+            await _until_gone(running, state, runtime=runtime, adapter=adapter, external=external)
+            if not external:
+                return
+        await asyncio.sleep(RETURN_INTERVAL_S)
+        probe = await adapter.probe(running.base_url, state.record.spec)
+        if probe.health is EngineHealth.READY:
+            state.awake()
+
+
+async def _until_gone(
+    running: RunningEngine,
+    state: DeploymentState,
+    *,
+    runtime: EngineRuntime,
+    adapter: EngineAdapter,
+    external: bool,
+) -> None:
+    exit_task = asyncio.ensure_future(exit_of(running, runtime))
+    missed = 0
+    try:
+        while not exit_task.done():
+            await asyncio.wait([exit_task], timeout=_HEALTH_INTERVAL_S)
+            if exit_task.done():
+                break
+            probe = await adapter.probe(running.base_url, state.record.spec)
+            missed = 0 if probe.health is EngineHealth.READY else missed + 1
+            if missed == 0 and state.deployment.detail != "ready":
+                state.show(Residency.AWAKE, "ready")
+            elif missed >= _HEALTH_TOLERANCE:
+                state.show(Residency.AWAKE, f"not well: {probe.detail or probe.health}")
+    finally:
+        exit_task.cancel()
+        await asyncio.gather(exit_task, return_exceptions=True)
+    ended = exit_task.result()
+    detail = f"{state.id} {ended.detail}{last_words(ended.log_tail)}"
+    _log.warning("engine_lost", deployment=state.id, detail=detail)
+    if not external:
+        # What it started goes with it, if its runtime is there to see to it.
+        with suppress(UnavailableError):
+            await runtime.stop(running, 0.0)
+        state.ended()
+    state.failed(FailureReason.ENGINE_LOST, detail)
