@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 
-import aiohttp
 import msgspec
 from msgspec import Struct
 
@@ -93,7 +92,7 @@ async def guarded(probe: Awaitable[Probe]) -> Probe:
         async with asyncio.timeout(PROBE_TIMEOUT_S):
             return await probe
     except EngineUnreachableError as error:
-        if isinstance(error.__cause__, aiohttp.ClientConnectorError):
+        if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, TimeoutError):
             return Probe(health=EngineHealth.ABSENT, detail="nothing listens")
         return Probe(health=EngineHealth.UNWELL, detail=error.message)
     except (EngineTimeoutError, TimeoutError):

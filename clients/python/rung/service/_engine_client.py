@@ -1,26 +1,26 @@
 """HTTP to an engine on the data path, for the gateway and for the agent alike.
 
-aiohttp and not httpx: a relay through httpx carries a third of the requests at one connection, and
-a twelfth at sixteen. Bytes pass through as they come.
+Bytes pass through as they come.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from types import TracebackType
+from urllib.parse import urlsplit
 
-import aiohttp
+from msgspec import Struct
 
-from rung.errors import EngineProtocolError, EngineTimeoutError, EngineUnreachableError
+from rung.errors import EngineUnreachableError
+from rung.service._http_connection import HttpConnection
 
 #: Time to connect to an engine; it is on this machine or on the LAN.
 CONNECT_TIMEOUT_S = 5.0
 #: Idle connections are dropped before the engines' usual 5 s (uvicorn) can race a new request.
 _KEEPALIVE_S = 4.0
-#: Most connections to all engines together; slots bound the use of each.
-_MAX_CONNECTIONS = 4096
-#: Pieces of a stream are passed on at this size at most.
-_READ_BUFFER_BYTES = 256 * 1024
+#: Engine URLs and keys are few, and configured; what is remembered of them is bounded all the same.
+_REMEMBERED_ROUTES = 1024
 
 
 class EngineReply:
@@ -30,42 +30,39 @@ class EngineReply:
     that nobody listens any more.
     """
 
-    __slots__ = ("_response", "_what", "content_type", "retry_after", "status")
+    __slots__ = ("_connection", "_idle", "content_type", "retry_after", "status")
 
-    def __init__(self, response: aiohttp.ClientResponse, what: str) -> None:
-        self._response = response
-        self._what = what
-        self.status = response.status
-        headers = response.headers
-        self.content_type = headers.get("Content-Type", "application/json")
-        self.retry_after = headers.get("Retry-After", "")
+    def __init__(self, connection: HttpConnection, idle: list[HttpConnection]) -> None:
+        self._connection = connection
+        self._idle = idle
+        self.status = connection.status
+        self.content_type = connection.content_type
+        self.retry_after = connection.retry_after
 
     async def read(self) -> bytes:
         """The whole body. Raises as `chunks`."""
-        try:
-            return await self._response.read()
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise _broken(error, self._what) from error
+        take = self._connection.take
+        pieces = []
+        while (data := await take()) is not None:
+            pieces.append(data)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The body, piece by piece, as the engine sends it.
+        """The body, as the engine sends it; what queues up while it is not read comes in one piece.
 
         Raises:
             EngineTimeoutError: nothing came for the idle timeout.
             EngineProtocolError: the connection broke in mid-body.
         """
-        try:
-            async for chunk in self._response.content.iter_any():
-                yield chunk
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise _broken(error, self._what) from error
+        take = self._connection.take
+        while (data := await take()) is not None:
+            yield data
 
     async def aclose(self) -> None:
         """Give the connection back if the body was read to its end, else abort it."""
-        if self._response.content.at_eof():
-            self._response.release()
-        else:
-            self._response.close()
+        connection = self._connection
+        if connection.finish():
+            self._idle.append(connection)
 
     async def __aenter__(self) -> EngineReply:
         return self
@@ -76,22 +73,26 @@ class EngineReply:
         await self.aclose()
 
 
+class _Route(Struct, frozen=True):
+    """Where a URL leads, and how a request to it begins."""
+
+    host: str
+    port: int
+    tls: bool
+    request_head: bytes
+    idle: list[HttpConnection]
+
+
 class EngineClient:
-    """A pool of keep-alive connections to engines. Make it inside the running event loop."""
+    """A pool of keep-alive connections to engines. Make it inside the running event loop.
+
+    It follows no redirect and knows no proxy: an engine never sends a generation elsewhere.
+    """
 
     def __init__(self) -> None:
-        connector = aiohttp.TCPConnector(
-            limit=_MAX_CONNECTIONS, limit_per_host=0, keepalive_timeout=_KEEPALIVE_S, use_dns_cache=True
-        )
-        self._session = aiohttp.ClientSession(
-            connector=connector,
-            auto_decompress=False,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            read_bufsize=_READ_BUFFER_BYTES,
-            headers={"User-Agent": "rung", "Accept-Encoding": "identity"},
-            # An engine never sends a generation elsewhere, and a proxy has no business here.
-            trust_env=False,
-        )
+        self._loop = asyncio.get_running_loop()
+        self._idle: dict[tuple[str, int, bool], list[HttpConnection]] = {}
+        self._routes: dict[tuple[str, str, str], _Route] = {}
 
     async def post(
         self, url: str, body: bytes, *, what: str, idle_timeout_s: float, api_key: str = ""
@@ -108,50 +109,102 @@ class EngineClient:
         Raises:
             EngineUnreachableError: no connection, or it broke before an answer.
             EngineTimeoutError: no head within the idle timeout.
+            EngineProtocolError: the answer is not HTTP.
         """
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=idle_timeout_s)
-        return await self._send("POST", url, body, what=what, timeout=timeout, api_key=api_key)
+        route = self._routes.get(("POST", url, api_key)) or self._route("POST", url, api_key)
+        request = b"%bContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (
+            route.request_head,
+            len(body),
+            body,
+        )
+        kept = self._kept(route)
+        if kept is not None:
+            try:
+                return await self._exchange(kept, route, request, what, idle_timeout_s)
+            except EngineUnreachableError:
+                # Engines close what is idle; one that did so while this request was on its way has not
+                # begun to answer it.
+                if kept.heard:
+                    raise
+        fresh = await self._connect(route, what, url, CONNECT_TIMEOUT_S)
+        return await self._exchange(fresh, route, request, what, idle_timeout_s)
 
     async def get(self, url: str, *, what: str, timeout_s: float, api_key: str = "") -> EngineReply:
         """Ask the engine something small; `timeout_s` bounds all of it, the body too. Raises as `post`."""
-        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=timeout_s, sock_read=timeout_s)
-        return await self._send("GET", url, None, what=what, timeout=timeout, api_key=api_key)
+        route = self._routes.get(("GET", url, api_key)) or self._route("GET", url, api_key)
+        # Always a new connection: a probe is to find out whether there is somebody who accepts one.
+        connection = await self._connect(route, what, url, timeout_s)
+        request = route.request_head + b"\r\n"
+        return await self._exchange(connection, route, request, what, timeout_s, bounds_all=True)
 
-    async def _send(
+    async def _exchange(
         self,
-        method: str,
-        url: str,
-        body: bytes | None,
-        *,
+        connection: HttpConnection,
+        route: _Route,
+        request: bytes,
         what: str,
-        timeout: aiohttp.ClientTimeout,
-        api_key: str,
+        timeout_s: float,
+        *,
+        bounds_all: bool = False,
     ) -> EngineReply:
-        headers = {} if body is None else {"Content-Type": "application/json"}
-        if api_key:
-            headers["Authorization"] = f"Bearer {api_key}"
         try:
-            response = await self._session.request(
-                method, url, data=body, headers=headers, timeout=timeout, allow_redirects=False
-            )
+            connection.send(request, what=what, timeout_s=timeout_s, bounds_all=bounds_all)
+            await connection.head()
+        except BaseException:
+            connection.finish()
+            raise
+        return EngineReply(connection, route.idle)
+
+    def _kept(self, route: _Route) -> HttpConnection | None:
+        """The connection that was used last, if there is one that is not too old."""
+        idle = route.idle
+        while idle:
+            connection = idle.pop()
+            if connection.reusable and self._loop.time() - connection.idle_since_s < _KEEPALIVE_S:
+                return connection
+            connection.abort()
+        return None
+
+    async def _connect(self, route: _Route, what: str, url: str, timeout_s: float) -> HttpConnection:
+        try:
+            async with asyncio.timeout(timeout_s):
+                _, connection = await self._loop.create_connection(
+                    lambda: HttpConnection(self._loop), route.host, route.port, ssl=route.tls or None
+                )
         except TimeoutError as error:
-            if isinstance(error, aiohttp.ConnectionTimeoutError):
-                raise EngineUnreachableError(
-                    f"{what} does not accept connections at {url}", engine=what
-                ) from error
-            raise EngineTimeoutError(
-                f"{what} did not answer for {timeout.sock_read:g} s", engine=what
+            raise EngineUnreachableError(
+                f"{what} does not accept connections at {url}", engine=what
             ) from error
-        except (aiohttp.ClientError, OSError) as error:
+        except OSError as error:
             raise EngineUnreachableError(f"{what} cannot be reached: {error}", engine=what) from error
-        return EngineReply(response, what)
+        return connection
+
+    def _route(self, method: str, url: str, api_key: str) -> _Route:
+        parts = urlsplit(url)
+        host, tls = parts.hostname or "", parts.scheme == "https"
+        port = parts.port or (443 if tls else 80)
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        lines = [
+            f"{method} {path} HTTP/1.1",
+            f"Host: {parts.netloc.rpartition('@')[2]}",
+            "User-Agent: rung",
+            "Accept: */*",
+            "Accept-Encoding: identity",
+        ]
+        if api_key:
+            lines.append(f"Authorization: Bearer {api_key}")
+        text = "\r\n".join(lines)
+        if not host or len(text.splitlines()) != len(lines):
+            raise EngineUnreachableError(f"{url!r} is not the URL of an engine", url=url)
+        idle = self._idle.setdefault((host, port, tls), [])
+        route = _Route(host, port, tls, f"{text}\r\n".encode("latin-1"), idle)
+        if len(self._routes) >= _REMEMBERED_ROUTES:
+            self._routes.clear()
+        self._routes[method, url, api_key] = route
+        return route
 
     async def aclose(self) -> None:
-        """Drop all connections."""
-        await self._session.close()
-
-
-def _broken(error: Exception, what: str) -> EngineTimeoutError | EngineProtocolError:
-    if isinstance(error, TimeoutError):
-        return EngineTimeoutError(f"{what} stopped sending in mid-answer", engine=what)
-    return EngineProtocolError(f"the connection to {what} broke in mid-answer: {error}", engine=what)
+        """Drop all idle connections."""
+        for idle in self._idle.values():
+            while idle:
+                idle.pop().abort()
