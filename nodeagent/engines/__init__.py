@@ -5,9 +5,11 @@ from nodeagent.engines._base import (
     EngineAdapter,
     EngineHealth,
     EngineStream,
+    FreeControl,
     LoadProgress,
     Probe,
     RunKind,
+    SleepControl,
 )
 from nodeagent.engines._choose import adapter_for
 from nodeagent.engines._llamacpp import LlamaCppAdapter
@@ -19,11 +21,13 @@ __all__ = [
     "EngineAdapter",
     "EngineHealth",
     "EngineStream",
+    "FreeControl",
     "LlamaCppAdapter",
     "LoadProgress",
     "OpenAiCompatibleAdapter",
     "Probe",
     "ProbeOnlyAdapter",
     "RunKind",
+    "SleepControl",
     "adapter_for",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from msgspec import Struct
 
@@ -32,6 +32,8 @@ class EngineHealth(StrEnum):
     LOADING = "loading"
     #: It answers requests.
     READY = "ready"
+    #: It listens, and some of its memory was put to sleep: a request to it would hang until it is woken.
+    ASLEEP = "asleep"
     #: It listens and is not well.
     UNWELL = "unwell"
 
@@ -98,5 +100,49 @@ class EngineAdapter(Protocol):
         Raises:
             EngineUnreachableError, EngineTimeoutError: as the engine client does.
             InvalidRequestError: this kind of engine has no such route.
+        """
+        ...
+
+
+@runtime_checkable
+class SleepControl(Protocol):
+    """What an adapter has whose engine can leave the GPU and come back without being started anew.
+
+    Each transition is one sequence of calls, with no policy: that no request runs meanwhile, that there
+    is room on the GPU, and that the bytes have really moved is for the caller to see to. A call that is
+    cancelled may go on in the engine; `EngineAdapter.probe` then tells how it is.
+    """
+
+    def sleep_levels(self, spec: DeploymentSpec) -> tuple[int, ...]:
+        """The levels at which the engine of this spec can sleep; none if it was not started for it."""
+        ...
+
+    async def sleep(self, base_url: str, spec: DeploymentSpec, level: int) -> None:
+        """Put the engine to sleep, and return once it says that it sleeps.
+
+        Raises:
+            EngineUnreachableError, EngineTimeoutError, EngineProtocolError: as the engine client does.
+            EngineProtocolError: it refused, or says that it is not asleep.
+        """
+        ...
+
+    async def wake(self, base_url: str, spec: DeploymentSpec, level: int) -> None:
+        """Wake an engine that sleeps at `level`, and return once it says that it is awake.
+
+        The same again finishes what a caller that is gone had begun. Raises as `sleep`.
+        """
+        ...
+
+
+@runtime_checkable
+class FreeControl(Protocol):
+    """What an adapter has whose engine keeps models as a cache, and gives their memory back when asked."""
+
+    async def free(self, base_url: str, spec: DeploymentSpec) -> None:
+        """Ask for it, and return once the engine has taken note: it may get round to it later.
+
+        Raises:
+            EngineUnreachableError, EngineTimeoutError, EngineProtocolError: as the engine client does.
+            EngineProtocolError: it refused.
         """
         ...
