@@ -1,4 +1,4 @@
-"""What the control plane adds to the `rung` command: serve, up, config, demo.
+"""What the control plane adds to the `rung` command: serve, up, config, demo, fit.
 
 Everything heavy is imported inside the functions: `rung --help` imports this module.
 """
@@ -117,6 +117,60 @@ def demo(
     from controlplane.demo import DemoOptions, run_demo
 
     raise typer.Exit(run_demo(DemoOptions(serve=serve_on, gguf=gguf), make_console()))
+
+
+def fit(
+    model: Annotated[
+        str, typer.Argument(help="A known model, as in llama-3.1-8b, or any name with --parameters.")
+    ],
+    gpu: Annotated[
+        str, typer.Option(help="Memory of the GPU, as in 32GB, or one of rtx-5090, rtx-4090, h100, h200.")
+    ] = "rtx-5090",
+    weights: Annotated[
+        str, typer.Option(help="Format: bf16, fp8, nvfp4, awq, gptq, q4_k_m, q8_0, …")
+    ] = "bf16",
+    kv_dtype: Annotated[
+        str, typer.Option(help="KV cache: auto (16 bits), fp8, q8_0, q4_0, int4, …")
+    ] = "auto",
+    context_tokens: Annotated[
+        int, typer.Option("--context", min=0, help="Tokens of a sequence; 0: the model's own longest.")
+    ] = 0,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences at once, each to its end.")] = 1,
+    reserve: Annotated[str, typer.Option(help="Memory that is kept free.")] = "2GiB",
+    parameters: Annotated[str, typer.Option(help="Of a model that is not known, as in 8B.")] = "",
+    layers: Annotated[int, typer.Option(min=0, help="Its layers.")] = 0,
+    key_value_heads: Annotated[int, typer.Option("--kv-heads", min=0, help="Its key-value heads.")] = 0,
+    head_size: Annotated[int, typer.Option(min=0, help="The size of a head.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say whether a model fits on a GPU, before anything is downloaded or started; exit code 1 if not.
+
+    Example: `rung fit llama-3.1-8b --gpu 32GB --weights awq --context 32768 --kv-dtype fp8`
+    """
+    from controlplane.fit import FitQuestion, answer_fit, print_fit
+
+    question = FitQuestion(
+        model=model,
+        gpu=gpu,
+        weights=weights,
+        kv_dtype=kv_dtype,
+        context_tokens=context_tokens,
+        sequences=sequences,
+        reserve=reserve,
+        parameters=parameters,
+        layers=layers,
+        key_value_heads=key_value_heads,
+        head_size=head_size,
+    )
+    architecture, found = answer_fit(question)
+    if as_json:
+        import msgspec
+
+        typer.echo(msgspec.json.encode({"model": architecture.name, "fits": found.fits, "fit": found}))
+    else:
+        print_fit(make_console(), question, architecture, found)
+    if not found.fits:
+        raise typer.Exit(ExitCode.FAILED)
 
 
 @config.command("check")

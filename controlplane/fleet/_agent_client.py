@@ -231,6 +231,7 @@ class AgentRun:
         "_call",
         "_client",
         "_deployment_id",
+        "_early",
         "_gave_up",
         "_idle_s",
         "_last_s",
@@ -272,6 +273,7 @@ class AgentRun:
         self.status = head.status_code
         self.content_type = head.content_type or "application/json"
         self.retry_after = head.retry_after
+        self._early = head.data
         return self
 
     async def __aexit__(
@@ -307,6 +309,8 @@ class AgentRun:
             NodeUnreachableError: the agent is gone.
         """
         now = self._loop.time
+        if self._early:
+            yield self._early
         try:
             async for message in self._messages:
                 self._last_s = now()

@@ -4,6 +4,7 @@ Pure: values in, values out. Whoever carries a plan out measures what it freed.
 """
 
 from controlplane.vram._catalogue import ARCHITECTURES, find_architecture
+from controlplane.vram._fit import Fit, check_fit
 from controlplane.vram._footprint import (
     KV_FORMATS,
     OVERHEAD_BYTES,
@@ -44,6 +45,7 @@ __all__ = [
     "Architecture",
     "Demand",
     "Facts",
+    "Fit",
     "Footprint",
     "Infeasible",
     "KvFormat",
@@ -60,6 +62,7 @@ __all__ = [
     "apply",
     "build_entry",
     "build_ledger",
+    "check_fit",
     "check_profile",
     "estimate_footprint",
     "find_architecture",

@@ -68,6 +68,10 @@ class EngineStream(Protocol):
     content_type: str
     retry_after: str
 
+    def ready(self) -> bytes:
+        """What of the body is there already, without waiting; `chunks` goes on after it."""
+        ...
+
     def chunks(self) -> AsyncIterator[bytes]:
         """The body. Raises EngineTimeoutError and EngineProtocolError."""
         ...

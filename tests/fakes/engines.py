@@ -144,6 +144,10 @@ class ScriptedReply:
     content_type: str = "text/event-stream"
     retry_after: str = ""
     gate: asyncio.Event = field(default_factory=open_gate)
+    early: bytes = b""
+
+    def ready(self) -> bytes:
+        return self.early
 
     async def chunks(self) -> AsyncIterator[bytes]:
         for piece in self.pieces:

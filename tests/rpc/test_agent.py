@@ -421,6 +421,17 @@ async def test_a_large_piece_comes_in_messages_of_a_bounded_size(plane: Plane) -
     assert b"".join(response.data for response in responses[1:]) == body + b"end"
 
 
+async def test_what_is_there_with_the_head_comes_with_it(plane: Plane) -> None:
+    await all_of(plane.start(a_spec()))
+    plane.agent.adapter.reply.early = b"a" * 262_144 + b"b"
+    plane.agent.adapter.reply.pieces = (b"c",)
+
+    responses = await plane.run()
+
+    assert responses[0].head.data == b"a" * 262_144
+    assert [response.data for response in responses[1:]] == [b"b", b"c"]
+
+
 async def test_a_stream_that_breaks_ends_with_what_failed(plane: Plane) -> None:
     await all_of(plane.start(a_spec()))
     plane.agent.adapter.reply.breaks = EngineProtocolError("the connection broke")

@@ -548,8 +548,11 @@ async def test_draining_starts_nothing_and_ends_when_the_requests_have(agent: Sc
 # Running through the agent
 
 
-def head(status: int = 200, **more: str) -> v1.RunResponse:
-    return v1.RunResponse(head=v1.RunHead(status_code=status, **more))
+def head(
+    status: int = 200, *, content_type: str = "", retry_after: str = "", early: bytes = b""
+) -> v1.RunResponse:
+    found = v1.RunHead(status_code=status, content_type=content_type, retry_after=retry_after, data=early)
+    return v1.RunResponse(head=found)
 
 
 def data(text: bytes) -> v1.RunResponse:
@@ -571,8 +574,8 @@ async def running(agent: ScriptedAgent) -> AsyncIterator[Fleet]:
 
 async def test_an_answer_comes_through_the_agent_as_it_is(agent: ScriptedAgent) -> None:
     async def answers(request: v1.RunRequest) -> AsyncIterator[v1.RunResponse]:
-        yield head(429, content_type="text/event-stream", retry_after="3")
-        for number in range(50):
+        yield head(429, content_type="text/event-stream", retry_after="3", early=b"0;")
+        for number in range(1, 50):
             yield data(b"%d;" % number)
 
     agent.run_script = answers

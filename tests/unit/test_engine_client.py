@@ -118,6 +118,25 @@ async def test_a_request_is_whole_and_its_answer_too(client: EngineClient, engin
     assert body == b'{"a": 1}'
 
 
+async def test_what_came_with_the_head_can_be_taken_at_once(
+    client: EngineClient, engine: ScriptedEngine
+) -> None:
+    more = asyncio.Event()
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await engine.request(reader)
+        writer.write(OK + b"Content-Length: 9\r\n\r\nhead")
+        await more.wait()
+        writer.write(b" rest")
+
+    engine.script = script
+    async with await client.post(engine.url, b"", what="chat-1", idle_timeout_s=5) as reply:
+        assert reply.ready() == b"head"
+        assert reply.ready() == b""
+        more.set()
+        assert await reply.read() == b" rest"
+
+
 async def test_a_get_has_its_query_and_no_body(client: EngineClient, engine: ScriptedEngine) -> None:
     answers(engine, OK + b"Content-Length: 2\r\n\r\nok")
 

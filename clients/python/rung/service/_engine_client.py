@@ -39,8 +39,12 @@ class EngineReply:
         self.content_type = connection.content_type
         self.retry_after = connection.retry_after
 
+    def ready(self) -> bytes:
+        """Take what has come of the body already, which is often all of it; `chunks` goes on after it."""
+        return self._connection.take_ready()
+
     async def read(self) -> bytes:
-        """The whole body. Raises as `chunks`."""
+        """The whole body, or what `ready` has left of it. Raises as `chunks`."""
         take = self._connection.take
         pieces = []
         while (data := await take()) is not None:

@@ -134,7 +134,13 @@ class HttpConnection(asyncio.Protocol):
             if self._complete:
                 return None
             await self._heard()
+        return self.take_ready()
+
+    def take_ready(self) -> bytes:
+        """What has come of the body since the last call, without waiting; may be empty."""
         body = self._body
+        if not body:
+            return b""
         data = body[0] if len(body) == 1 else b"".join(body)
         body.clear()
         self._held_bytes = 0

@@ -5,6 +5,7 @@ One interceptor does all three, since each layer of grpc.aio costs a coroutine a
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
@@ -18,6 +19,8 @@ from rung.errors import RungError, Status
 from rung.transport import grpc_code, status_trailer
 
 _log = structlog.get_logger("rung.grpc")
+#: Asked first: a line that is not shown should cost nothing on the path of every call.
+_level = logging.getLogger("rung.grpc")
 
 if TYPE_CHECKING:
     # Generic in the stubs only.
@@ -39,6 +42,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._seconds = Histogram(
             "rung_grpc_call_seconds", "Duration of gRPC calls", ["method"], registry=registry
         )
+        # Methods and codes are few; finding a labelled child, or wrapping a handler, costs more than a call.
+        self._children: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
+        self._wrapped: dict[str, Handler] = {}
 
     async def intercept_service(
         self,
@@ -46,8 +52,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
         """Wrap the handler of a call. Raising here would reach the caller as UNKNOWN, so it never does."""
-        handler = await continuation(handler_call_details)
         method = handler_call_details.method
+        known = self._wrapped.get(method)
+        if known is not None:
+            return known
+        handler = await continuation(handler_call_details)
         if handler is None or method.startswith("/grpc."):
             return handler
         # Our services take one request a call; the stubs of grpc know only its synchronous side.
@@ -89,13 +98,22 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             else grpc.unary_unary_rpc_method_handler
         )
         wrapped: Handler = make(behaviour, handler.request_deserializer, handler.response_serializer)
+        self._wrapped[method] = wrapped
         return wrapped
 
     def _record(self, method: str, code: str, started: float) -> None:
         seconds = time.monotonic() - started
-        self._calls.labels(method, code).inc()
-        self._seconds.labels(method).observe(seconds)
-        _log.debug("call", method=method, code=code, seconds=round(seconds, 4))
+        children = self._children.get((method, code))
+        if children is None:
+            children = self._children[method, code] = (
+                self._calls.labels(method, code),
+                self._seconds.labels(method),
+            )
+        calls, histogram = children
+        calls.inc()
+        histogram.observe(seconds)
+        if _level.isEnabledFor(logging.DEBUG):
+            _log.debug("call", method=method, code=code, seconds=round(seconds, 4))
 
 
 def _refusal(error: Exception, method: str) -> RungError:

@@ -559,10 +559,10 @@ class RunResponse(_message.Message):
     DATA_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
-    """Bytes of the body. Pieces that queue up are joined."""
+    """Bytes of the body, 256 KiB at most. Pieces that queue up are joined."""
     @_builtins.property
     def head(self) -> Global___RunHead:
-        """Status and type of the engine's answer."""
+        """Status and type of the engine's answer; the first message."""
 
     @_builtins.property
     def failed(self) -> Global___RunFailed:
@@ -594,22 +594,26 @@ class RunHead(_message.Message):
     STATUS_CODE_FIELD_NUMBER: _builtins.int
     CONTENT_TYPE_FIELD_NUMBER: _builtins.int
     RETRY_AFTER_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
     status_code: _builtins.int
     """HTTP status of the engine."""
     content_type: _builtins.str
     """Media type of the body."""
     retry_after: _builtins.str
     """Seconds after which to try again, if the engine said so."""
+    data: _builtins.bytes
+    """Bytes of the body that came together with the head, 256 KiB at most."""
     def __init__(
         self,
         *,
         status_code: _builtins.int = ...,
         content_type: _builtins.str = ...,
         retry_after: _builtins.str = ...,
+        data: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_type", b"content_type", "retry_after", b"retry_after", "status_code", b"status_code"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_type", b"content_type", "data", b"data", "retry_after", b"retry_after", "status_code", b"status_code"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
