@@ -327,7 +327,8 @@ class Operations:
                 operation.append(payload)
             return False
         if isinstance(payload, LifecycleDone):
-            payload = LifecycleDone(await self._settled(operation.deployment_id, payload.deployment))
+            settled = await self._settled(operation.deployment_id, payload.deployment)
+            payload = replace(payload, deployment=settled)
         operation.append(payload)
         return True
 

@@ -320,6 +320,7 @@ def deployment_to_proto(value: Deployment) -> v1.Deployment:
         adopted=value.adopted,
         pid=value.pid,
         container_id=value.container_id,
+        asleep_level=value.asleep_level,
     )
 
 
@@ -341,6 +342,7 @@ def deployment_from_proto(message: v1.Deployment) -> Deployment:
         adopted=message.adopted,
         pid=message.pid,
         container_id=message.container_id,
+        asleep_level=message.asleep_level,
     )
 
 
@@ -355,7 +357,11 @@ def lifecycle_event_to_proto(value: LifecycleEvent) -> v1.LifecycleEvent:
         case LifecycleProgress() as progress:
             message.progress.CopyFrom(_lifecycle_progress_to_proto(progress))
         case LifecycleDone() as done:
-            message.done.deployment.CopyFrom(deployment_to_proto(done.deployment))
+            message.done.CopyFrom(
+                v1.LifecycleDone(
+                    deployment=deployment_to_proto(done.deployment), freed_bytes=done.freed_bytes
+                )
+            )
         case LifecycleFailed() as failed:
             message.failed.reason = failure_reason_to_proto(failed.reason)
             message.failed.detail = failed.detail
@@ -372,7 +378,10 @@ def lifecycle_event_from_proto(message: v1.LifecycleEvent) -> LifecycleEvent:
         case "progress":
             payload = _lifecycle_progress_from_proto(message.progress)
         case "done":
-            payload = LifecycleDone(deployment_from_proto(message.done.deployment))
+            payload = LifecycleDone(
+                deployment_from_proto(message.done.deployment),
+                message.done.freed_bytes if message.done.HasField("freed_bytes") else None,
+            )
         case "failed":
             reason = failure_reason_from_proto(message.failed.reason) or FailureReason.INTERNAL
             payload = LifecycleFailed(reason, message.failed.detail)

@@ -288,7 +288,10 @@ class DeploymentSpec(Struct, frozen=True, kw_only=True):
 
 
 class Deployment(Struct, frozen=True, kw_only=True):
-    """A deployment as it is. `generation` grows with every start of its engine."""
+    """A deployment as it is. `generation` grows with every start of its engine.
+
+    `asleep_level` is that at which it sleeps, falls asleep or from which it wakes; else 0.
+    """
 
     spec: DeploymentSpec
     residency: Residency
@@ -304,6 +307,7 @@ class Deployment(Struct, frozen=True, kw_only=True):
     adopted: bool = False
     pid: int = 0
     container_id: str = ""
+    asleep_level: int = 0
 
 
 class FleetSnapshot(Struct, frozen=True):
@@ -324,9 +328,14 @@ class LifecycleProgress(Struct, frozen=True, tag="progress", tag_field="event", 
 
 
 class LifecycleDone(Struct, frozen=True, tag="done", tag_field="event"):
-    """The operation ended well; the deployment as it is now."""
+    """The operation ended well; the deployment as it is now.
+
+    `freed_bytes` of GPU memory were given back, as measured; None if that was not measured, or nothing
+    was to be given back.
+    """
 
     deployment: Deployment
+    freed_bytes: int | None = None
 
 
 class LifecycleFailed(Struct, frozen=True, tag="failed", tag_field="event"):

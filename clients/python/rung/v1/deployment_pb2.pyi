@@ -747,6 +747,7 @@ class Deployment(_message.Message):
     ADOPTED_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
     CONTAINER_ID_FIELD_NUMBER: _builtins.int
+    ASLEEP_LEVEL_FIELD_NUMBER: _builtins.int
     residency: Global___Residency.ValueType
     """Where its weights are. Output only."""
     detail: _builtins.str
@@ -769,6 +770,8 @@ class Deployment(_message.Message):
     """Process id of the engine on its node; 0 if not known."""
     container_id: _builtins.str
     """Container id of the engine; empty without one."""
+    asleep_level: _builtins.int
+    """Level at which it sleeps, or falls asleep, or from which it wakes; 0 if it does none of these."""
     @_builtins.property
     def spec(self) -> Global___DeploymentSpec:
         """As configured, or as the agent found it."""
@@ -798,10 +801,11 @@ class Deployment(_message.Message):
         adopted: _builtins.bool = ...,
         pid: _builtins.int = ...,
         container_id: _builtins.str = ...,
+        asleep_level: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_load_percent", b"_load_percent", "_vram_bytes", b"_vram_bytes", "endpoint", b"endpoint", "load_percent", b"load_percent", "residency_time", b"residency_time", "spec", b"spec", "vram_bytes", b"vram_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_load_percent", b"_load_percent", "_vram_bytes", b"_vram_bytes", "active_requests", b"active_requests", "adopted", b"adopted", "container_id", b"container_id", "detail", b"detail", "endpoint", b"endpoint", "failure_reason", b"failure_reason", "generation", b"generation", "load_percent", b"load_percent", "pid", b"pid", "queued_requests", b"queued_requests", "residency", b"residency", "residency_time", b"residency_time", "spec", b"spec", "vram_bytes", b"vram_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_load_percent", b"_load_percent", "_vram_bytes", b"_vram_bytes", "active_requests", b"active_requests", "adopted", b"adopted", "asleep_level", b"asleep_level", "container_id", b"container_id", "detail", b"detail", "endpoint", b"endpoint", "failure_reason", b"failure_reason", "generation", b"generation", "load_percent", b"load_percent", "pid", b"pid", "queued_requests", b"queued_requests", "residency", b"residency", "residency_time", b"residency_time", "spec", b"spec", "vram_bytes", b"vram_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__load_percent: _TypeAlias = _typing.Literal["load_percent"]  # noqa: Y015
     _WhichOneofArgType__load_percent: _TypeAlias = _typing.Literal["_load_percent", b"_load_percent"]  # noqa: Y015
@@ -911,6 +915,11 @@ class LifecycleDone(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DEPLOYMENT_FIELD_NUMBER: _builtins.int
+    FREED_BYTES_FIELD_NUMBER: _builtins.int
+    freed_bytes: _builtins.int
+    """GPU memory that a stop, a sleep or a flush gave back, as measured after it; unset if it was not
+    measured, or nothing was to be given back.
+    """
     @_builtins.property
     def deployment(self) -> Global___Deployment:
         """The deployment as it is now."""
@@ -919,12 +928,15 @@ class LifecycleDone(_message.Message):
         self,
         *,
         deployment: Global___Deployment | None = ...,
+        freed_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_freed_bytes", b"_freed_bytes", "deployment", b"deployment", "freed_bytes", b"freed_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_freed_bytes", b"_freed_bytes", "deployment", b"deployment", "freed_bytes", b"freed_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__freed_bytes: _TypeAlias = _typing.Literal["freed_bytes"]  # noqa: Y015
+    _WhichOneofArgType__freed_bytes: _TypeAlias = _typing.Literal["_freed_bytes", b"_freed_bytes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__freed_bytes) -> _WhichOneofReturnType__freed_bytes | None: ...
 
 Global___LifecycleDone: _TypeAlias = LifecycleDone  # noqa: Y015
 
