@@ -15,6 +15,7 @@ from nodeagent.engines._choose import adapter_for
 from nodeagent.engines._llamacpp import LlamaCppAdapter
 from nodeagent.engines._openai_compatible import OpenAiCompatibleAdapter
 from nodeagent.engines._probe_only import ProbeOnlyAdapter
+from nodeagent.engines._vllm import VllmAdapter
 
 __all__ = [
     "CommandLine",
@@ -29,5 +30,6 @@ __all__ = [
     "ProbeOnlyAdapter",
     "RunKind",
     "SleepControl",
+    "VllmAdapter",
     "adapter_for",
 ]

@@ -121,12 +121,20 @@ class SleepControl(Protocol):
         """The levels at which the engine of this spec can sleep; none if it was not started for it."""
         ...
 
+    async def requests(self, base_url: str, spec: DeploymentSpec) -> int | None:
+        """How many requests the engine has in hand, whoever sent them; None if it does not say.
+
+        Raises:
+            EngineUnreachableError, EngineTimeoutError, EngineProtocolError: as the engine client does.
+        """
+        ...
+
     async def sleep(self, base_url: str, spec: DeploymentSpec, level: int) -> None:
         """Put the engine to sleep, and return once it says that it sleeps.
 
         Raises:
             EngineUnreachableError, EngineTimeoutError, EngineProtocolError: as the engine client does.
-            EngineProtocolError: it refused, or says that it is not asleep.
+            EngineFailedError: it refused, or says that it is not asleep.
         """
         ...
 
@@ -147,6 +155,6 @@ class FreeControl(Protocol):
 
         Raises:
             EngineUnreachableError, EngineTimeoutError, EngineProtocolError: as the engine client does.
-            EngineProtocolError: it refused.
+            EngineFailedError: it refused.
         """
         ...

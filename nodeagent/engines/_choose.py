@@ -6,6 +6,7 @@ from nodeagent.engines._base import EngineAdapter
 from nodeagent.engines._llamacpp import LlamaCppAdapter
 from nodeagent.engines._openai_compatible import OpenAiCompatibleAdapter
 from nodeagent.engines._probe_only import ProbeOnlyAdapter
+from nodeagent.engines._vllm import VllmAdapter
 from rung.errors import NotImplementedYetError
 from rung.service import EngineClient
 from rung.types import (
@@ -25,8 +26,8 @@ _SERVICE_HEALTH = {"speaches": "/health", "piper": "/voices", "xtts": "/language
 def adapter_for(engine: Engine, client: EngineClient) -> EngineAdapter:
     """The adapter that speaks the engine's dialect.
 
-    vLLM and Ollama that somebody else runs can be probed and used; ComfyUI and services only probed.
-    Starting any of them raises NotImplementedYetError from `command_line`.
+    Ollama that somebody else runs can be probed and used; ComfyUI and services only probed. Starting any of
+    them raises NotImplementedYetError from `command_line`.
 
     Raises:
         NotImplementedYetError: a service with an unknown dialect.
@@ -34,7 +35,9 @@ def adapter_for(engine: Engine, client: EngineClient) -> EngineAdapter:
     match engine:
         case LlamaCppEngine():
             return LlamaCppAdapter(client)
-        case OpenAiCompatibleEngine() | VllmEngine() | OllamaEngine():
+        case VllmEngine():
+            return VllmAdapter(client)
+        case OpenAiCompatibleEngine() | OllamaEngine():
             return OpenAiCompatibleAdapter(client)
         case ComfyUiEngine():
             return ProbeOnlyAdapter(client, name="ComfyUI", health_path="/system_stats")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager
-from pathlib import PurePosixPath
 
 import msgspec
 from msgspec import Struct
@@ -17,10 +16,11 @@ from nodeagent.engines._base import (
     RunKind,
 )
 from nodeagent.engines._loading import LLAMA_CPP, recognise
+from nodeagent.engines._mounts import seen_by_engine
 from nodeagent.engines._openai_relay import ask, guarded, parse_models, relay
 from rung.errors import InvalidRequestError
 from rung.service import EngineClient
-from rung.types import DeploymentSpec, DockerRuntime, LlamaCppEngine, LlamaCppServer, Runtime
+from rung.types import DeploymentSpec, LlamaCppEngine, LlamaCppServer
 
 #: "All layers" that every build of llama-server understands; newer ones also know `all`.
 _ALL_LAYERS = 999
@@ -127,14 +127,14 @@ def _engine(spec: DeploymentSpec) -> LlamaCppEngine:
 def _llama_server(spec: DeploymentSpec, engine: LlamaCppEngine, host: str, port: int) -> CommandLine:
     runtime = spec.engine.runtime
     layers = _ALL_LAYERS if engine.gpu_layers < 0 else engine.gpu_layers
-    arguments = ["--model", _seen_by_engine(engine.model_path, runtime)]
+    arguments = ["--model", seen_by_engine(engine.model_path, runtime)]
     arguments += ["--alias", spec.engine_model_name, "--host", host, "--port", str(port)]
     arguments += ["--ctx-size", str(engine.context_tokens), "--n-gpu-layers", str(layers)]
     arguments += ["--parallel", str(max(engine.parallel, 1)), "--jinja", "--metrics"]
     if engine.embedding:
         arguments.append("--embedding")
     if engine.projector_path:
-        arguments += ["--mmproj", _seen_by_engine(engine.projector_path, runtime)]
+        arguments += ["--mmproj", seen_by_engine(engine.projector_path, runtime)]
     if engine.chat_template:
         arguments += ["--chat-template", engine.chat_template]
     if engine.kv_cache_type:
@@ -150,7 +150,7 @@ def _llama_cpp_python(spec: DeploymentSpec, engine: LlamaCppEngine, host: str, p
         )
     runtime = spec.engine.runtime
     layers = -1 if engine.gpu_layers < 0 else engine.gpu_layers
-    arguments = ["--model", _seen_by_engine(engine.model_path, runtime)]
+    arguments = ["--model", seen_by_engine(engine.model_path, runtime)]
     arguments += ["--model_alias", spec.engine_model_name, "--host", host, "--port", str(port)]
     arguments += ["--n_ctx", str(engine.context_tokens), "--n_gpu_layers", str(layers)]
     # Its default lets every new request cut the running one short, without a word to its caller.
@@ -158,7 +158,7 @@ def _llama_cpp_python(spec: DeploymentSpec, engine: LlamaCppEngine, host: str, p
     if engine.embedding:
         arguments += ["--embedding", "true"]
     if engine.projector_path:
-        arguments += ["--clip_model_path", _seen_by_engine(engine.projector_path, runtime)]
+        arguments += ["--clip_model_path", seen_by_engine(engine.projector_path, runtime)]
     if engine.chat_template:
         arguments += ["--chat_format", engine.chat_template]
     if engine.kv_cache_type:
@@ -169,19 +169,6 @@ def _llama_cpp_python(spec: DeploymentSpec, engine: LlamaCppEngine, host: str, p
     # output, which tells how far loading is, would come when it is too late.
     environment = {"HOST": host, "PORT": str(port), "PYTHONUNBUFFERED": "1"}
     return CommandLine(arguments=tuple(arguments), environment=environment)
-
-
-def _seen_by_engine(path: str, runtime: Runtime) -> str:
-    """A path of the node as the engine sees it: in a container, through the innermost mount that has it."""
-    if not isinstance(runtime, DockerRuntime):
-        return path
-    wanted = PurePosixPath(path)
-    inside = [mount for mount in runtime.mounts if wanted.is_relative_to(mount.source)]
-    if not inside:
-        # A file of the image itself.
-        return path
-    mount = max(inside, key=lambda mount: len(PurePosixPath(mount.source).parts))
-    return str(PurePosixPath(mount.target) / wanted.relative_to(mount.source))
 
 
 def _decode_error(body: bytes) -> _ErrorBody:

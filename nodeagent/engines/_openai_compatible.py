@@ -1,4 +1,4 @@
-"""Any server with OpenAI's routes; also vLLM and Ollama, as far as they have the same ones."""
+"""Any server with OpenAI's routes; also Ollama, as far as it has the same ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nodeagent.engines._loading import VLLM, recognise
 from nodeagent.engines._openai_relay import ask, guarded, parse_models, relay
 from rung.errors import InvalidRequestError, NotImplementedYetError
 from rung.service import EngineClient
-from rung.types import DeploymentSpec, OllamaEngine, OpenAiCompatibleEngine, VllmEngine
+from rung.types import DeploymentSpec, OllamaEngine, OpenAiCompatibleEngine
 
 _MODELS_PATH = "/v1/models"
 
@@ -42,14 +42,13 @@ class OpenAiCompatibleAdapter:
         needs a fixed `port` in its spec and in its arguments.
 
         Raises:
-            NotImplementedYetError: the engine is vLLM or Ollama, which cannot be started yet.
+            NotImplementedYetError: the engine is Ollama, which cannot be started yet.
             InvalidRequestError: it is no engine with OpenAI's routes.
         """
         engine = spec.engine.engine
-        if isinstance(engine, VllmEngine | OllamaEngine):
-            name = "vLLM" if isinstance(engine, VllmEngine) else "Ollama"
+        if isinstance(engine, OllamaEngine):
             raise NotImplementedYetError(
-                f"{spec.id}: this version cannot start {name}; run it yourself, with the runtime external",
+                f"{spec.id}: this version cannot start Ollama; run it yourself, with the runtime external",
                 deployment=spec.id,
             )
         if not isinstance(engine, OpenAiCompatibleEngine):
@@ -122,8 +121,6 @@ def _health_path(spec: DeploymentSpec) -> str:
     match spec.engine.engine:
         case OpenAiCompatibleEngine(health_path=path) if path:
             return path
-        case VllmEngine():
-            return "/health"
         case _:
             return _MODELS_PATH
 

@@ -16,6 +16,7 @@ from nodeagent.engines import (
     OpenAiCompatibleAdapter,
     ProbeOnlyAdapter,
     RunKind,
+    VllmAdapter,
     adapter_for,
 )
 from rung.errors import EngineUnreachableError, InvalidRequestError, NotImplementedYetError
@@ -182,7 +183,7 @@ async def test_a_generic_server_is_told_its_port_by_the_environment(client: Engi
     [
         (LlamaCppEngine(model_path="/a"), LlamaCppAdapter),
         (OpenAiCompatibleEngine(), OpenAiCompatibleAdapter),
-        (VllmEngine(model="m"), OpenAiCompatibleAdapter),
+        (VllmEngine(model="m"), VllmAdapter),
         (OllamaEngine(model="m"), OpenAiCompatibleAdapter),
         (ComfyUiEngine(), ProbeOnlyAdapter),
         (ServiceEngine(dialect="piper"), ProbeOnlyAdapter),
@@ -194,7 +195,7 @@ async def test_each_engine_has_its_adapter(client: EngineClient, engine: Engine,
 
 @pytest.mark.parametrize(
     "engine",
-    [VllmEngine(model="m"), OllamaEngine(model="m"), ComfyUiEngine(), ServiceEngine(dialect="speaches")],
+    [OllamaEngine(model="m"), ComfyUiEngine(), ServiceEngine(dialect="speaches")],
 )
 async def test_what_cannot_be_started_yet_says_so(client: EngineClient, engine: Engine) -> None:
     adapter = adapter_for(engine, client)
@@ -361,7 +362,7 @@ async def test_vllm_tells_its_models_and_context(client: EngineClient) -> None:
     route(app, "/v1/models", body={"object": "list", "data": rows})
 
     async with served(app) as url:
-        probe = await OpenAiCompatibleAdapter(client).probe(url, spec_of(VllmEngine(model="m")))
+        probe = await VllmAdapter(client).probe(url, spec_of(VllmEngine(model="m")))
 
     assert probe.health is EngineHealth.READY
     assert (probe.models, probe.context_tokens, probe.detail) == (("other", "tiny"), 32768, "")
