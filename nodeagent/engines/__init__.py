@@ -12,12 +12,17 @@ from nodeagent.engines._base import (
     SleepControl,
 )
 from nodeagent.engines._choose import adapter_for
+from nodeagent.engines._comfyui import ComfyUiAdapter, ComfyUiDevice, ComfyUiQueue
 from nodeagent.engines._llamacpp import LlamaCppAdapter
+from nodeagent.engines._ollama import OllamaAdapter, OllamaModel
 from nodeagent.engines._openai_compatible import OpenAiCompatibleAdapter
 from nodeagent.engines._probe_only import ProbeOnlyAdapter
 from nodeagent.engines._vllm import VllmAdapter
 
 __all__ = [
+    "ComfyUiAdapter",
+    "ComfyUiDevice",
+    "ComfyUiQueue",
     "CommandLine",
     "EngineAdapter",
     "EngineHealth",
@@ -25,6 +30,8 @@ __all__ = [
     "FreeControl",
     "LlamaCppAdapter",
     "LoadProgress",
+    "OllamaAdapter",
+    "OllamaModel",
     "OpenAiCompatibleAdapter",
     "Probe",
     "ProbeOnlyAdapter",

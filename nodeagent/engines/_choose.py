@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from nodeagent.engines._base import EngineAdapter
+from nodeagent.engines._comfyui import ComfyUiAdapter
 from nodeagent.engines._llamacpp import LlamaCppAdapter
+from nodeagent.engines._ollama import OllamaAdapter
 from nodeagent.engines._openai_compatible import OpenAiCompatibleAdapter
 from nodeagent.engines._probe_only import ProbeOnlyAdapter
 from nodeagent.engines._vllm import VllmAdapter
@@ -26,8 +28,8 @@ _SERVICE_HEALTH = {"speaches": "/health", "piper": "/voices", "xtts": "/language
 def adapter_for(engine: Engine, client: EngineClient) -> EngineAdapter:
     """The adapter that speaks the engine's dialect.
 
-    Ollama that somebody else runs can be probed and used; ComfyUI and services only probed. Starting any of
-    them raises NotImplementedYetError from `command_line`.
+    Services that somebody else runs can be probed, and no more. Starting one raises NotImplementedYetError
+    from `command_line`.
 
     Raises:
         NotImplementedYetError: a service with an unknown dialect.
@@ -37,10 +39,12 @@ def adapter_for(engine: Engine, client: EngineClient) -> EngineAdapter:
             return LlamaCppAdapter(client)
         case VllmEngine():
             return VllmAdapter(client)
-        case OpenAiCompatibleEngine() | OllamaEngine():
+        case OllamaEngine():
+            return OllamaAdapter(client)
+        case OpenAiCompatibleEngine():
             return OpenAiCompatibleAdapter(client)
         case ComfyUiEngine():
-            return ProbeOnlyAdapter(client, name="ComfyUI", health_path="/system_stats")
+            return ComfyUiAdapter(client)
         case ServiceEngine(dialect=dialect):
             health_path = _SERVICE_HEALTH.get(dialect)
             if health_path is None:

@@ -1,4 +1,4 @@
-"""Any server with OpenAI's routes; also Ollama, as far as it has the same ones."""
+"""Any server with OpenAI's routes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from nodeagent.engines._base import (
 )
 from nodeagent.engines._loading import VLLM, recognise
 from nodeagent.engines._openai_relay import ask, guarded, parse_models, relay
-from rung.errors import InvalidRequestError, NotImplementedYetError
+from rung.errors import InvalidRequestError
 from rung.service import EngineClient
-from rung.types import DeploymentSpec, OllamaEngine, OpenAiCompatibleEngine
+from rung.types import DeploymentSpec, OpenAiCompatibleEngine
 
 _MODELS_PATH = "/v1/models"
 
@@ -42,15 +42,9 @@ class OpenAiCompatibleAdapter:
         needs a fixed `port` in its spec and in its arguments.
 
         Raises:
-            NotImplementedYetError: the engine is Ollama, which cannot be started yet.
             InvalidRequestError: it is no engine with OpenAI's routes.
         """
         engine = spec.engine.engine
-        if isinstance(engine, OllamaEngine):
-            raise NotImplementedYetError(
-                f"{spec.id}: this version cannot start Ollama; run it yourself, with the runtime external",
-                deployment=spec.id,
-            )
         if not isinstance(engine, OpenAiCompatibleEngine):
             raise InvalidRequestError(f"{spec.id} has no OpenAI routes", deployment=spec.id)
         return CommandLine(arguments=(), environment={"HOST": listen_host, "PORT": str(listen_port)})
@@ -71,12 +65,7 @@ class OpenAiCompatibleAdapter:
     def run(
         self, base_url: str, spec: DeploymentSpec, kind: RunKind, body: bytes, *, idle_timeout_s: float
     ) -> AbstractAsyncContextManager[EngineStream]:
-        """See `EngineAdapter.run`.
-
-        Raises:
-            InvalidRequestError: an Ollama tag that would be answered from the internet.
-        """
-        _refuse_cloud(spec)
+        """See `EngineAdapter.run`."""
         return relay(
             self._client,
             base_url,
@@ -128,11 +117,3 @@ def _health_path(spec: DeploymentSpec) -> str:
 def _api_key_env(spec: DeploymentSpec) -> str:
     engine = spec.engine.engine
     return engine.api_key_env if isinstance(engine, OpenAiCompatibleEngine) else ""
-
-
-def _refuse_cloud(spec: DeploymentSpec) -> None:
-    engine = spec.engine.engine
-    if isinstance(engine, OllamaEngine) and engine.model.endswith((":cloud", "-cloud")):
-        raise InvalidRequestError(
-            f"{spec.id}: {engine.model} runs on Ollama's servers, not on this node", deployment=spec.id
-        )
