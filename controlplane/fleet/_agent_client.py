@@ -6,7 +6,7 @@ Requests and answers are `rung.types` values, failures are `rung.errors`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -299,8 +299,8 @@ class AgentRun:
             raise self._failed(message)
         return message
 
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """The body, piece by piece, as it comes.
+    async def chunks(self, interval_s: Callable[[], float] | None = None) -> AsyncIterator[bytes]:
+        """The body, piece by piece, as it comes: the agent sees to it that these are not too many.
 
         Raises:
             EngineTimeoutError: nothing came for the idle timeout.

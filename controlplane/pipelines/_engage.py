@@ -39,8 +39,8 @@ class Reply(Protocol):
     content_type: str
     retry_after: str
 
-    def chunks(self) -> AsyncIterator[bytes]:
-        """The body as it comes."""
+    def chunks(self, interval_s: Callable[[], float] | None = None) -> AsyncIterator[bytes]:
+        """The body as it comes, with no less than `interval_s()` between two pieces."""
         ...
 
     async def read(self) -> bytes:

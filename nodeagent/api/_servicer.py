@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -36,8 +35,6 @@ _UNPACED_STREAMS = 8
 _PACE_S = 0.0006
 #: Most bytes in one message; what an engine sends in a larger piece is split.
 _MAX_DATA_BYTES = 256 * 1024
-#: How a stream of OpenAI's routes ends, whichever line ends the engine uses.
-_LAST_CHUNK = (b"[DONE]\n\n", b"[DONE]\r\n\r\n")
 
 
 class NodeAgentServicer:
@@ -185,11 +182,9 @@ class NodeAgentServicer:
                 is_stream = reply.content_type.startswith("text/event-stream")
                 self._streams += 1
                 try:
-                    async for chunk in reply.chunks():
+                    async for chunk in reply.chunks(self._pace_s if is_stream else None):
                         for data in _split(chunk):
                             yield v1.RunResponse(data=data)
-                        if self._streams > _UNPACED_STREAMS and is_stream and not chunk.endswith(_LAST_CHUNK):
-                            await asyncio.sleep(self._streams * _PACE_S)
                 except RungError as error:
                     failed = v1.RunFailed(
                         reason=codec.FAILURE_REASONS.to_proto[reason_of_error(error)], detail=error.message
@@ -197,6 +192,9 @@ class NodeAgentServicer:
                     yield v1.RunResponse(failed=failed)
                 finally:
                     self._streams -= 1
+
+    def _pace_s(self) -> float:
+        return self._streams * _PACE_S if self._streams > _UNPACED_STREAMS else 0.0
 
     async def ReadEngineLog(
         self, request: v1.ReadEngineLogRequest, context: Context

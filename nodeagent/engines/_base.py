@@ -5,7 +5,7 @@ An adapter knows command lines, health and the shape of requests; it runs no pro
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
@@ -72,8 +72,12 @@ class EngineStream(Protocol):
         """What of the body is there already, without waiting; `chunks` goes on after it."""
         ...
 
-    def chunks(self) -> AsyncIterator[bytes]:
-        """The body. Raises EngineTimeoutError and EngineProtocolError."""
+    def chunks(self, interval_s: Callable[[], float] | None = None) -> AsyncIterator[bytes]:
+        """The body, with no less than `interval_s()` between two pieces, but its end at once.
+
+        Raises:
+            EngineTimeoutError, EngineProtocolError: as the engine client does.
+        """
         ...
 
 

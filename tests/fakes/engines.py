@@ -145,14 +145,17 @@ class ScriptedReply:
     retry_after: str = ""
     gate: asyncio.Event = field(default_factory=open_gate)
     early: bytes = b""
+    intervals_s: list[float] = field(default_factory=list)
 
     def ready(self) -> bytes:
         return self.early
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self, interval_s: Callable[[], float] | None = None) -> AsyncIterator[bytes]:
         for piece in self.pieces:
             await self.gate.wait()
             yield piece
+            if interval_s is not None:
+                self.intervals_s.append(interval_s())
         if self.breaks is not None:
             raise self.breaks
 

@@ -14,7 +14,6 @@ from google.protobuf.descriptor_pool import Default
 from prometheus_client import CollectorRegistry
 
 from nodeagent.api import NodeAgentServicer
-from nodeagent.api import _servicer as servicer
 from nodeagent.engines import EngineHealth
 from nodeagent.telemetry import GpuSample, Telemetry
 from rung import codec, v1
@@ -476,30 +475,31 @@ async def test_a_caller_that_leaves_cancels_the_generation_in_the_engine(plane: 
     assert not adapter.reply.gate.is_set()
 
 
-async def test_many_streams_are_paced_between_their_messages_and_not_after_the_last(
-    plane: Plane, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_many_streams_are_paced_and_what_is_no_stream_is_not(plane: Plane) -> None:
     await all_of(plane.start(a_spec()))
-    monkeypatch.setattr(servicer, "_UNPACED_STREAMS", 0)
-    # A stream that paused after its last message would not end within the time of a test.
-    monkeypatch.setattr(servicer, "_PACE_S", 600.0)
     reply = plane.agent.adapter.reply
+    reply.gate.clear()
 
-    async with asyncio.timeout(10):
-        reply.pieces = (b"data: 1\n\ndata: [DONE]\n\n",)
-        assert len(await plane.run()) == 2
-        reply.content_type, reply.pieces = "application/json", (b"{", b"}")
-        assert len(await plane.run()) == 3
+    async def begin() -> AsyncIterator[v1.RunResponse]:
+        responses: AsyncIterator[v1.RunResponse] = aiter(plane.stub.Run(a_run()))
+        assert (await anext(responses)).HasField("head")
+        return responses
 
-    reply.content_type, reply.pieces = "text/event-stream", (b"data: 1\n\n", b"data: [DONE]\n\n")
-    call = plane.stub.Run(a_run())
-    assert (await call.read()).HasField("head")
-    assert (await call.read()).data == b"data: 1\n\n"
-    more = asyncio.ensure_future(call.read())
-    finished, _ = await asyncio.wait({more}, timeout=0.1)
-    assert not finished
-    call.cancel()
-    await asyncio.gather(more, return_exceptions=True)
+    running = [await begin() for _ in range(9)]
+    reply.content_type = "application/json"
+    running.append(await begin())
+    reply.gate.set()
+    for responses in running:
+        async for _ in responses:
+            pass
+
+    # Two pieces of each stream; none of the answer that is no stream.
+    assert len(reply.intervals_s) == 2 * 9
+    assert max(reply.intervals_s) == pytest.approx(10 * 0.0006)
+    reply.content_type = "text/event-stream"
+    async for _ in await begin():
+        pass
+    assert reply.intervals_s[18:] == [0.0, 0.0]
 
 
 # Logs

@@ -330,6 +330,34 @@ async def test_a_slow_reader_slows_the_engine_and_is_no_silence(
     assert got == len(body)
 
 
+async def test_pieces_are_collected_for_an_interval_and_the_end_is_not_held_back(
+    client: EngineClient, engine: ScriptedEngine
+) -> None:
+    first, rest = asyncio.Event(), asyncio.Event()
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await engine.request(reader)
+        writer.write(OK + b"Content-Length: 6\r\n\r\na")
+        await first.wait()
+        for letter in b"bcde":
+            writer.write(bytes([letter]))
+            await writer.drain()
+            await asyncio.sleep(0)
+        await rest.wait()
+        writer.write(b"f")
+
+    engine.script = script
+    async with await client.post(engine.url, b"", what="chat-1", idle_timeout_s=5) as reply:
+        intervals_s = iter([0.1, 600.0])
+        chunks = reply.chunks(lambda: next(intervals_s))
+        assert await anext(chunks) == b"a"
+        first.set()
+        assert await anext(chunks) == b"bcde"
+        rest.set()
+        async with asyncio.timeout(5):
+            assert await anext(chunks) == b"f"
+
+
 async def test_leaving_before_the_end_aborts_the_engines_work(
     client: EngineClient, engine: ScriptedEngine
 ) -> None:

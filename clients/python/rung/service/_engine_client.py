@@ -6,7 +6,7 @@ Bytes pass through as they come.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from urllib.parse import urlsplit
 
@@ -51,16 +51,24 @@ class EngineReply:
             pieces.append(data)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self, interval_s: Callable[[], float] | None = None) -> AsyncIterator[bytes]:
         """The body, as the engine sends it; what queues up while it is not read comes in one piece.
+
+        Args:
+            interval_s: the least time between two pieces, asked for after each; the end of the body comes
+                as soon as it is there.
 
         Raises:
             EngineTimeoutError: nothing came for the idle timeout.
             EngineProtocolError: the connection broke in mid-body.
         """
         take = self._connection.take
-        while (data := await take()) is not None:
+        time_s = asyncio.get_running_loop().time
+        not_before_s = 0.0
+        while (data := await take(not_before_s)) is not None:
             yield data
+            if interval_s is not None:
+                not_before_s = time_s() + interval_s()
 
     async def aclose(self) -> None:
         """Give the connection back if the body was read to its end, else abort it."""

@@ -38,6 +38,7 @@ class HttpConnection(asyncio.Protocol):
         "_loop",
         "_parser",
         "_paused",
+        "_quiet",
         "_timeout_s",
         "_timer",
         "_transport",
@@ -77,6 +78,7 @@ class HttpConnection(asyncio.Protocol):
         self._framed = False
         self._complete = False
         self._paused = False
+        self._quiet = False
         self._failure: RungError | None = None
 
     @property
@@ -121,13 +123,19 @@ class HttpConnection(asyncio.Protocol):
                 raise self._failure
             await self._heard()
 
-    async def take(self) -> bytes | None:
+    async def take(self, not_before_s: float = 0.0) -> bytes | None:
         """What has come of the body since the last call; waits for more; None at its end.
+
+        Args:
+            not_before_s: the loop's time until which pieces are collected; the end of the body is not
+                waited for any longer than it takes to come.
 
         Raises:
             EngineTimeoutError: nothing came for the idle timeout.
             EngineProtocolError: the connection broke in mid-body, or this is not HTTP.
         """
+        if not_before_s > self._loop.time():
+            await self._collect(not_before_s)
         while not self._body:
             if self._failure is not None:
                 raise self._failure
@@ -135,6 +143,18 @@ class HttpConnection(asyncio.Protocol):
                 return None
             await self._heard()
         return self.take_ready()
+
+    async def _collect(self, until_s: float) -> None:
+        """Wait, without being woken by each piece, until a time, the end of the body, or too much of it."""
+        if self._complete or self._failure is not None or self._paused:
+            return
+        self._quiet = True
+        timer = self._loop.call_at(until_s, self._wake)
+        try:
+            await self._heard()
+        finally:
+            timer.cancel()
+            self._quiet = False
 
     def take_ready(self) -> bytes:
         """What has come of the body since the last call, without waiting; may be empty."""
@@ -174,6 +194,9 @@ class HttpConnection(asyncio.Protocol):
             await waiter
         finally:
             self._waiter = None
+
+    def _ended(self) -> bool:
+        return self._complete
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -241,7 +264,8 @@ class HttpConnection(asyncio.Protocol):
         elif self._held_bytes > _HELD_BYTES and not self._paused and self._transport is not None:
             self._paused = True
             self._transport.pause_reading()
-        self._wake()
+        if not self._quiet or self._ended() or self._paused:
+            self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by the loop."""
