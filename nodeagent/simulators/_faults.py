@@ -28,6 +28,14 @@ class Fault(StrEnum):
     ERROR_FRAME_THEN_DONE = "error_frame_then_done"
     #: Wait before the head of the answer.
     SLOW_FIRST_BYTE = "slow_first_byte"
+    #: Listen from the start, and answer 503 until everything is loaded.
+    LISTEN_WHILE_LOADING = "listen_while_loading"
+    #: Fall asleep with most of the memory in hand.
+    SLEEP_FREES_LITTLE = "sleep_frees_little"
+    #: Die of being put to sleep while a request runs.
+    CRASH_WHEN_SLEPT_BUSY = "crash_when_slept_busy"
+    #: Wait before waking.
+    SLOW_WAKE = "slow_wake"
 
 
 #: Faults in mid-stream show after this many tokens.

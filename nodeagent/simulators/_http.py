@@ -99,11 +99,17 @@ class SimulatedEngine:
         self.model = model
         self.slots = slots
         self.ready = False
+        #: Closed while the engine sleeps: requests wait for it, and are not told.
+        self.awake = asyncio.Event()
+        self.awake.set()
+        #: Without its weights it answers as fast as ever.
+        self.garbled = False
         self.counters = Counters()
         self.faults = Faults(settings.faults)
         self._pace = pace
         self._settings = settings
         self._free_slots = asyncio.Semaphore(slots)
+        self._aborts = 0
 
     def application(self, middlewares: Sequence[Middleware]) -> web.Application:
         """An application with the shared routes; the dialect adds its own."""
@@ -118,6 +124,10 @@ class SimulatedEngine:
     def failure(self, status: int, message: str) -> web.Response:
         """An error in the dialect's shape."""
         return json_response(self.dialect.error(status, message), status=status)
+
+    def abort_running(self) -> None:
+        """End all answers that are under way with what they have by then, as `abort`."""
+        self._aborts += 1
 
     async def _chat(self, http: web.Request) -> web.StreamResponse:
         return await self._generate(http, chat=True)
@@ -169,6 +179,7 @@ class SimulatedEngine:
         counters.waiting += 1
         try:
             async with self._free_slots:
+                await self.awake.wait()
                 waiting = False
                 counters.waiting -= 1
                 counters.active += 1
@@ -186,16 +197,21 @@ class SimulatedEngine:
 
     async def _spoken(self, plan: Plan) -> AsyncIterator[Piece]:
         self.counters.prompt_tokens += plan.prompt_tokens
+        aborts = self._aborts
         async for piece in paced(plan, self._pace):
+            if self._aborts > aborts:
+                return
             self.counters.tokens_generated += 1
-            yield piece
+            yield Piece(piece.kind, "!") if self.garbled else piece
 
     async def _whole(self, plan: Plan, frames: Frames) -> web.Response:
         started = time.monotonic()
+        aborts = self._aborts
         pieces = [piece async for piece in self._spoken(plan)]
+        finish_reason = "abort" if self._aborts > aborts else plan.finish_reason
         usage = usage_of(plan.prompt_tokens, len(pieces))
         extras = self.dialect.extras(self._timing(plan, len(pieces), started))
-        return json_response(frames.whole(pieces, plan.finish_reason, usage, extras))
+        return json_response(frames.whole(pieces, finish_reason, usage, extras))
 
     async def _stream(
         self, http: web.Request, plan: Plan, frames: Frames, *, include_usage: bool
@@ -208,7 +224,7 @@ class SimulatedEngine:
         started = time.monotonic()
         pings = asyncio.create_task(self._ping(response))
         try:
-            spoken = 0
+            spoken, aborts = 0, self._aborts
             async for piece in self._spoken(plan):
                 if spoken == 0:
                     await response.write(frames.role())
@@ -217,7 +233,8 @@ class SimulatedEngine:
                 await response.write(frames.piece(piece))
                 spoken += 1
             extras = self.dialect.extras(self._timing(plan, spoken, started))
-            await response.write(frames.last(plan.finish_reason, {} if include_usage else extras))
+            finish_reason = "abort" if self._aborts > aborts else plan.finish_reason
+            await response.write(frames.last(finish_reason, {} if include_usage else extras))
             if include_usage:
                 await response.write(frames.usage(usage_of(plan.prompt_tokens, spoken), extras))
             await response.write(DONE)

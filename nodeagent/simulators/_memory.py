@@ -30,6 +30,10 @@ class GpuMemory:
         """Hold exactly so much. Raises SimulatedOutOfMemory, and then holds what it held."""
         self._gpus.resize(self._pid, self.gpu_index, memory_bytes)
 
+    def hold_host(self, memory_bytes: int) -> None:
+        """Hold exactly so much host memory. Raises SimulatedOutOfMemory, and then holds what it held."""
+        self._gpus.resize_host(self._pid, memory_bytes)
+
     def touch_busy(self) -> None:
         """Say that the GPU works, for the next second or so."""
         self._gpus.touch_busy(self._pid, 1.5)

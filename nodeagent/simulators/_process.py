@@ -19,7 +19,7 @@ _BUSY_INTERVAL_S = 0.5
 
 
 class LoadFailedError(Exception):
-    """The engine cannot load its model and will exit; what it has to say was said."""
+    """The engine cannot load its model, or go on, and will exit; what it has to say was said."""
 
 
 class Listener:
@@ -64,7 +64,7 @@ async def run_until_stopped(
 ) -> int:
     """Run `live` and then wait for SIGTERM or SIGINT; returns the exit code.
 
-    `live` loads, opens the listener and returns when the engine is ready.
+    `live` loads, opens the listener and returns when the engine is ready, or stays until it dies.
     """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()

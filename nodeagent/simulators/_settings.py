@@ -8,6 +8,7 @@
 | RUNG_SIM_VRAM_BYTES | memory to take on it; by default derived as the real engine does |
 | RUNG_SIM_FAULTS | comma-separated names of faults |
 | RUNG_SIM_SLOW_FIRST_BYTE_S | how slow `slow_first_byte` is; 5 by default |
+| RUNG_SIM_SLOW_WAKE_S | how slow `slow_wake` is; 10 by default |
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     vram_bytes: int | None = None
     faults: frozenset[Fault] = frozenset()
     slow_first_byte_s: float = 5.0
+    slow_wake_s: float = 10.0
 
 
 class Pace(Struct, frozen=True):
@@ -81,6 +83,7 @@ def settings_from(environment: Mapping[str, str]) -> Settings:
         vram_bytes=int(vram_bytes) if vram_bytes else None,
         faults=parse_faults(environment.get("RUNG_SIM_FAULTS", "").split(",")),
         slow_first_byte_s=float(environment.get("RUNG_SIM_SLOW_FIRST_BYTE_S") or 5.0),
+        slow_wake_s=float(environment.get("RUNG_SIM_SLOW_WAKE_S") or 10.0),
     )
 
 

@@ -1,9 +1,9 @@
 """A simulated vLLM: python -m nodeagent.simulators.vllm MODEL --port 8000.
 
 It takes a part of the options of `vllm serve`, tells how far loading is in vLLM's words, opens its
-port only when it is ready, and speaks as the real one does from then on. The model need not exist:
-only its name is used, for its size. See `_settings` for the environment; `PORT` and `HOST` are what
-`--port` and `--host` are by default.
+port only when it is ready, and speaks as the real one does from then on. With `VLLM_SERVER_DEV_MODE=1`
+it has the routes of sleep mode. The model need not exist: only its name is used, for its size. See
+`_settings` for the environment; `PORT` and `HOST` are what `--port` and `--host` are by default.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from nodeagent.simulators._settings import (
     settings_from,
     weight_bytes_of,
 )
+from nodeagent.simulators._vllm_sleep import Parts, SleepMode
 from nodeagent.simulators.gpu import SimulatedGpus
 
 _VERSION = "0.32.0+simulated"
@@ -53,6 +54,8 @@ _OVERHEAD_BYTES = _GIB
 _WEIGHTS_SHARE = 0.6
 _GRAPHS_SHARE = 0.3
 _SHARDS = 4
+#: From the death of the engine to that of its server.
+_LAST_ANSWER_S = 0.1
 _GRAPHS = 35
 #: Of a reservation that was given in bytes, weights take so much at most.
 _WEIGHTS_OF_RESERVED = 0.75
@@ -67,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--served-model-name", nargs="+", default=[])
     add("--max-model-len", type=int, default=_DEFAULT_MAX_MODEL_LEN)
     add("--gpu-memory-utilization", type=float, default=_DEFAULT_UTILIZATION)
+    add("--kv-cache-memory-bytes", type=int, default=0)
     add("--max-num-seqs", type=int, default=_DEFAULT_MAX_NUM_SEQS)
     add("--kv-cache-dtype", default="auto")
     add("--runner", choices=["auto", "generate", "pooling"], default="auto")
@@ -109,6 +113,12 @@ class Vllm:
         app.router.add_get("/version", self._version)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/metrics", self._metrics)
+        self._dead = asyncio.Event()
+        self._sleep = SleepMode(
+            self._engine, settings, memory, enabled=options.enable_sleep_mode, die=self._die
+        )
+        if os.environ.get("VLLM_SERVER_DEV_MODE") == "1":
+            self._sleep.add_routes(app)
         self._listener = Listener(app, options.host, options.port)
 
     async def run(self) -> int:
@@ -119,17 +129,32 @@ class Vllm:
 
     async def _live(self) -> None:
         _info("api_server.py", f"vLLM API server version {_VERSION} (simulated: no weights, no GPU)")
+        if early := Fault.LISTEN_WHILE_LOADING in self._engine.faults:
+            await self._listen()
         await self._load()
         await self._engine.faults.wait_until_off(Fault.NEVER_READY)
-        # As with the real one, nothing listens until everything is loaded.
+        self._engine.ready = True
+        if not early:
+            # As with the real one, nothing listens until everything is loaded.
+            await self._listen()
+        say("INFO:     Application startup complete.")
+        await self._dead.wait()
+        raise LoadFailedError
+
+    async def _listen(self) -> None:
         try:
             url = await self._listener.open()
         except OSError as error:
             say(f"OSError: {error}")
             raise LoadFailedError from None
-        self._engine.ready = True
         _info("api_server.py", f"Starting vLLM API server 0 on {url}")
-        say("INFO:     Application startup complete.")
+
+    def _die(self, last_words: str) -> None:
+        """The engine is dead; the server that told somebody so ends after it."""
+        say("(EngineCore pid=0) ERROR [core.py:1100] EngineCore encountered a fatal error.")
+        say(f"(EngineCore pid=0) {last_words}")
+        self._engine.ready = False
+        asyncio.get_running_loop().call_later(_LAST_ANSWER_S, self._dead.set)
 
     async def _load(self) -> None:
         reserved, weights = self._sizes()
@@ -151,6 +176,10 @@ class Vllm:
         _info("gpu_model_runner.py", f"Model loading took {taken}")
         await asyncio.sleep(load_s * (1 - _WEIGHTS_SHARE - _GRAPHS_SHARE))
         self._hold(reserved)
+        overhead = max(min(_OVERHEAD_BYTES, reserved - weights), 0)
+        self._sleep.parts = Parts(
+            weights=weights, kv_cache=max(reserved - weights - overhead, 0), overhead=overhead
+        )
         self._tell_cache(max(reserved - weights - _OVERHEAD_BYTES, 0))
         if not self._options.enforce_eager:
             await self._capture_graphs(load_s * _GRAPHS_SHARE)
@@ -163,6 +192,8 @@ class Vllm:
             return wanted or weights + 4 * _GIB, weights
         total, free = self._memory.total_bytes(), self._memory.free_bytes()
         reserved = wanted if wanted is not None else int(total * self._options.gpu_memory_utilization)
+        if wanted is None and self._options.kv_cache_memory_bytes:
+            return weights + _OVERHEAD_BYTES + self._options.kv_cache_memory_bytes, weights
         if free < reserved:
             share = reserved / total
             self._fail(
@@ -276,6 +307,8 @@ class Vllm:
     def _gate(self) -> Middleware:
         @web.middleware
         async def gate(request: web.Request, handler: Handler) -> web.StreamResponse:
+            if not self._engine.ready and not request.path.startswith("/sim/"):
+                return web.Response(status=503)
             key = self._options.api_key
             if (
                 key
@@ -323,7 +356,12 @@ class Vllm:
             "prompt_tokens_total counter": counters.prompt_tokens,
             "generation_tokens_total counter": counters.tokens_generated,
         }
-        lines = []
+        lines = ["# TYPE vllm:engine_sleep_state gauge"]
+        for state in ("awake", "weights_offloaded", "discard_all"):
+            lines.append(
+                f'vllm:engine_sleep_state{{model_name="{self._names[0]}",sleep_state="{state}"}} '
+                f"{float(state == self._sleep.state)}"
+            )
         for key, value in values.items():
             name, kind = key.split()
             labels = f'{{engine="0",model_name="{self._names[0]}"}}'
