@@ -28,6 +28,10 @@ class Fault(StrEnum):
     ERROR_FRAME_THEN_DONE = "error_frame_then_done"
     #: Wait before the head of the answer.
     SLOW_FIRST_BYTE = "slow_first_byte"
+    #: Say that memory will be given back, and keep it.
+    FREE_IGNORED = "free_ignored"
+    #: Die where there is too little memory, even if the real one usually survives that.
+    OUT_OF_MEMORY_KILLS = "out_of_memory_kills"
     #: Listen from the start, and answer 503 until everything is loaded.
     LISTEN_WHILE_LOADING = "listen_while_loading"
     #: Fall asleep with most of the memory in hand.

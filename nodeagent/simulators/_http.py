@@ -153,13 +153,16 @@ class SimulatedEngine:
             context_tokens=self.dialect.context_tokens,
             reasons=self.dialect.reasons and chat,
         )
-        frames = Frames(self.model, chat=chat, first_content=self.dialect.first_content)
+        frames = self._frames(chat=chat)
         async with self._counted():
             if request.stream:
                 options = request.stream_options
                 include_usage = options is not None and options.include_usage
                 return await self._stream(http, plan, frames, include_usage=include_usage)
             return await self._whole(plan, frames)
+
+    def _frames(self, *, chat: bool) -> Frames:
+        return Frames(self.model, chat=chat, first_content=self.dialect.first_content)
 
     async def _misbehave(self) -> web.Response | None:
         if Fault.HTTP_500 in self.faults:
