@@ -79,7 +79,7 @@ async def serve(config: Config) -> None:
             registry=registry,
             engine_idle_timeout_s=server.engine_idle_timeout_s,
         )
-        services = build_services(fleet, jobs, pipelines)
+        services = build_services(fleet, jobs, pipelines, slots.idle_s)
         grpc_server = GrpcServer(
             ServerOptions(
                 host=server.host, port=server.grpc_port, max_request_bytes=server.max_request_bytes

@@ -15,9 +15,9 @@ from controlplane.vram import (
     kv_format,
     weight_format,
 )
+from rung._sizes import parse_size
 from rung.cli.views import format_bytes
 from rung.errors import InvalidRequestError, UnknownModelError
-from rung.service import parse_size
 
 #: What is known by name: memory as the card or the machine reports it.
 _GPUS = {

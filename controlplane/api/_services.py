@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import grpc.aio
@@ -11,6 +12,7 @@ from google.protobuf.descriptor_pool import Default
 from controlplane.api._fleet import FleetServicer
 from controlplane.api._inference import InferenceServicer
 from controlplane.api._ports import JobsPort, PipelinesPort
+from controlplane.api._vram import VramServicer
 from controlplane.fleet import Fleet
 from rung.service import add_service
 
@@ -40,11 +42,14 @@ class Services:
             add_service(server, descriptor, servicer)
 
 
-def build_services(fleet: Fleet, jobs: JobsPort, pipelines: PipelinesPort) -> Services:
-    """All services of the control plane."""
+def build_services(
+    fleet: Fleet, jobs: JobsPort, pipelines: PipelinesPort, idle_s: Callable[[str], float]
+) -> Services:
+    """All services of the control plane; `idle_s` is the time since a deployment was last used."""
     servicers: dict[str, object] = {
         "rung.v1.InferenceService": InferenceServicer(fleet, jobs, pipelines),
         "rung.v1.FleetService": FleetServicer(fleet),
+        "rung.v1.VramService": VramServicer(fleet, idle_s),
     }
     pool = Default()
     return Services(

@@ -3,6 +3,7 @@
 from controlplane.fleet._agent_client import AgentClient, AgentRun
 from controlplane.fleet._fleet import ConfiguredNode, Fleet
 from controlplane.fleet._operations import LifecycleAction
+from controlplane.fleet._pools import find_gpu, ledger_of
 from controlplane.fleet._view import DeploymentView, FleetView, build_view, models
 
 __all__ = [
@@ -14,5 +15,7 @@ __all__ = [
     "FleetView",
     "LifecycleAction",
     "build_view",
+    "find_gpu",
+    "ledger_of",
     "models",
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections import deque
 from collections.abc import AsyncIterator
 
@@ -25,11 +27,18 @@ class Slots:
 
     def __init__(self) -> None:
         self._lanes: dict[str, _Lane] = {}
+        self._released_s: dict[str, float] = {}
 
     def load(self, deployment_id: str) -> tuple[int, int]:
         """Active and queued requests."""
         lane = self._lanes.get(deployment_id)
         return (lane.active, len(lane.waiting)) if lane else (0, 0)
+
+    def idle_s(self, deployment_id: str) -> float:
+        """Time since the last request of a deployment ended; 0 while one runs, endless before the first."""
+        if deployment_id in self._lanes:
+            return 0.0
+        return time.monotonic() - self._released_s.get(deployment_id, -math.inf)
 
     def try_acquire(self, deployment_id: str, limit: int) -> bool:
         """Take a slot if one is free and nobody waits."""
@@ -86,3 +95,4 @@ class Slots:
         lane.active -= 1
         if lane.active == 0:
             del self._lanes[deployment_id]
+            self._released_s[deployment_id] = time.monotonic()

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 from rung.errors import ConfigError, InvalidRequestError
+from rung.types import Footprint as Footprint
 
 GIB = 1 << 30
 
@@ -125,28 +126,6 @@ class Architecture(Struct, frozen=True, kw_only=True):
     head_size: int = 0
     latent_size: int = 0
     context_tokens: int = 0
-
-
-class Footprint(Struct, frozen=True, kw_only=True):
-    """What a model needs, in parts."""
-
-    weights_bytes: int
-    kv_cache_bytes: int
-    overhead_bytes: int
-    kv_bytes_per_token: int
-
-    @property
-    def total_bytes(self) -> int:
-        """All of it."""
-        return self.weights_bytes + self.kv_cache_bytes + self.overhead_bytes
-
-    def tokens_that_fit(self, cache_bytes: int) -> int:
-        """Tokens that a KV cache of a size holds; 0 for a model without a cache."""
-        return max(0, cache_bytes) // self.kv_bytes_per_token if self.kv_bytes_per_token else 0
-
-    def tokens_beside_weights(self, vram_bytes: int) -> int:
-        """Tokens that fit into what weights and overhead leave of an amount of memory."""
-        return self.tokens_that_fit(vram_bytes - self.weights_bytes - self.overhead_bytes)
 
 
 def weight_format(name: str) -> WeightFormat:

@@ -32,35 +32,19 @@ whole thousandths of a second, so that equal means equal.
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import NamedTuple
 
 from controlplane.vram._ledger import LedgerEntry
+from rung.types import ReclaimAction as ReclaimAction
+from rung.types import ReclaimGrade as ReclaimGrade
 from rung.types import Residency, ResidencyClass
 
 RECENCY_S = 300.0
 BUSY_HARM_S = 30.0
 
 
-class ReclaimGrade(StrEnum):
-    """How much others are disturbed."""
-
-    QUICK = "quick"
-    STANDARD = "standard"
-    FULL = "full"
-
-
 #: Grades from the least to the greatest disturbance.
 GRADES = (ReclaimGrade.QUICK, ReclaimGrade.STANDARD, ReclaimGrade.FULL)
-
-
-class ReclaimAction(StrEnum):
-    """What a step does."""
-
-    SLEEP = "sleep"
-    STOP = "stop"
-    FREE = "free"
-    SHRINK = "shrink"
 
 
 class Option(NamedTuple):

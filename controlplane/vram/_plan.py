@@ -12,10 +12,13 @@ import msgspec
 from msgspec import Struct
 
 from controlplane.vram._ledger import GIB, Ledger, LedgerEntry
-from controlplane.vram._options import GRADES, Option, ReclaimAction, ReclaimGrade, options_of
+from controlplane.vram._options import GRADES, Option, options_of
 from controlplane.vram._search import Item, cheapest, most_freed_bytes
 from rung.errors import InvalidRequestError, NotAllowedError, PinnedDeploymentError, UnknownDeploymentError
-from rung.types import Priority, Residency, ResidencyClass
+from rung.types import Infeasible as Infeasible
+from rung.types import Priority, ReclaimAction, ReclaimGrade, Residency, ResidencyClass
+from rung.types import ReclaimPlan as ReclaimPlan
+from rung.types import ReclaimStep as ReclaimStep
 
 
 class Demand(Struct, frozen=True, kw_only=True):
@@ -34,64 +37,6 @@ class Demand(Struct, frozen=True, kw_only=True):
     priority: Priority = Priority.AGENT
     exclude: tuple[str, ...] = ()
     holder: str = ""
-
-
-class ReclaimStep(Struct, frozen=True, kw_only=True):
-    """One change of one deployment.
-
-    Attributes:
-        level: of a sleep, 1 (weights to host RAM) or 2 (weights dropped); otherwise 0.
-        expected_bytes: what the pool should get back; measured before it is believed.
-        expected_s: how long it should take, the drain included.
-        drain: the deployment is busy: its requests end before anything else is done to it.
-        drain_expected_s: how long that should take.
-    """
-
-    deployment_id: str
-    action: ReclaimAction
-    level: int = 0
-    expected_bytes: int
-    expected_s: float
-    drain: bool = False
-    drain_expected_s: float = 0.0
-
-
-class ReclaimPlan(Struct, frozen=True, kw_only=True, tag="plan", tag_field="outcome"):
-    """How a demand is met.
-
-    Attributes:
-        grade: how much others are disturbed.
-        steps: in the order in which they are taken, one after the other: quick ones first, drains last.
-        expected_free_bytes: what the pool should measure as free after the last step.
-        expected_s: how long all steps should take.
-        harm_s: the waiting that this is expected to cause others.
-    """
-
-    grade: ReclaimGrade
-    steps: tuple[ReclaimStep, ...] = ()
-    expected_free_bytes: int
-    expected_s: float = 0.0
-    harm_s: float = 0.0
-
-
-class Infeasible(Struct, frozen=True, kw_only=True, tag="infeasible", tag_field="outcome"):
-    """Why a demand cannot be met now.
-
-    Attributes:
-        detail: one line for a person.
-        missing_bytes: what is missing at the demand's highest grade.
-        missing_at_full_bytes: what would be missing at FULL; 0 if it would fit.
-        largest_fit_bytes: the greatest demand that would fit at that grade.
-        remedies: who holds what, and what would make it fit; one line each.
-        retry_when: events that, once they have all come, make it fit; none if waiting does not help.
-    """
-
-    detail: str
-    missing_bytes: int
-    missing_at_full_bytes: int
-    largest_fit_bytes: int
-    remedies: tuple[str, ...] = ()
-    retry_when: tuple[str, ...] = ()
 
 
 #: Deployments in the order of their ids, and what may be done to each.

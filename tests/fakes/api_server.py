@@ -52,7 +52,7 @@ async def an_api_server(
     )
     jobs = FakeJobs()
     pipelines = FakePipelines(jobs)
-    services = build_services(fleet, jobs, pipelines)
+    services = build_services(fleet, jobs, pipelines, lambda _: 60.0)
     server = GrpcServer(
         ServerOptions(port=0, max_request_bytes=max_request_bytes),
         services=services.descriptors,

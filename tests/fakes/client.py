@@ -11,12 +11,15 @@ from rung.types import (
     ChatMessage,
     Deployment,
     FleetSnapshot,
+    Infeasible,
     Job,
     JobEvent,
     JobState,
     LifecycleEvent,
     Model,
     Node,
+    ReclaimGrade,
+    ReclaimPlan,
     Tool,
 )
 
@@ -53,6 +56,7 @@ class FakeClient(AsyncClient):
         self.jobs: list[Job] = []
         self.models: tuple[Model, ...] = ()
         self.stream: FakeStream | None = None
+        self.plan: ReclaimPlan | Infeasible | None = None
         self.closed = 0
 
     async def aclose(self) -> None:
@@ -63,6 +67,13 @@ class FakeClient(AsyncClient):
         self.asked.append((what, about))
         if self.error is not None:
             raise self.error
+
+    async def plan_reclaim(
+        self, gpu: str, vram_bytes: int, *, max_grade: ReclaimGrade = ReclaimGrade.FULL
+    ) -> ReclaimPlan | Infeasible:
+        self._ask("plan_reclaim", (gpu, vram_bytes, max_grade))
+        assert self.plan is not None
+        return self.plan
 
     def chat(
         self,

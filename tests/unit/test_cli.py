@@ -31,6 +31,7 @@ from rung.errors import (
 )
 from rung.types import (
     FailureReason,
+    Infeasible,
     Job,
     JobCancelled,
     JobDone,
@@ -47,6 +48,10 @@ from rung.types import (
     PhaseProgress,
     Policy,
     Priority,
+    ReclaimAction,
+    ReclaimGrade,
+    ReclaimPlan,
+    ReclaimStep,
     Residency,
     Routed,
     Served,
@@ -469,6 +474,63 @@ class TestDeployments:
     def test_refusals(self, rung: Terminal, error: RungError, code: ExitCode) -> None:
         rung.client.error = error
         assert rung("stop", "x") == code
+
+
+class TestLeases:
+    def test_a_plan_is_told_step_by_step(self, rung: Terminal) -> None:
+        sleep = ReclaimStep(
+            deployment_id="reasoner",
+            action=ReclaimAction.SLEEP,
+            level=2,
+            expected_bytes=10 << 30,
+            expected_s=2.0,
+        )
+        stop = ReclaimStep(
+            deployment_id="vision",
+            action=ReclaimAction.STOP,
+            expected_bytes=6 << 30,
+            expected_s=15.0,
+            drain=True,
+            drain_expected_s=10.0,
+        )
+        rung.client.plan = ReclaimPlan(
+            grade=ReclaimGrade.STANDARD, steps=(sleep, stop), expected_free_bytes=19 << 30, expected_s=17.0
+        )
+        assert rung("lease", "plan", "--vram", "18GiB", "--gpu", "box/0") == ExitCode.OK
+        assert rung.client.asked == [("plan_reclaim", ("box/0", 18 << 30, ReclaimGrade.FULL))]
+        assert rung.out.splitlines() == [
+            "18.0 GiB on box/0: grade standard, 2 steps, about 17.0 s",
+            "  1. put to sleep reasoner (weights dropped): 10.0 GiB, about 2.0 s",
+            "  2. stop vision: 6.0 GiB, about 15.0 s, once its requests have ended",
+            "then 19.0 GiB are free",
+        ]
+
+    def test_what_is_free_needs_no_steps(self, rung: Terminal) -> None:
+        rung.client.plan = ReclaimPlan(grade=ReclaimGrade.QUICK, expected_free_bytes=19 << 30)
+        assert rung("lease", "plan", "--vram", "18GiB", "--gpu", "box/0") == ExitCode.OK
+        assert rung.out == "18.0 GiB on box/0: free now, nobody is disturbed (grade quick)\n"
+
+    def test_what_cannot_be_had_says_why(self, rung: Terminal) -> None:
+        rung.client.plan = Infeasible(
+            detail="28.0 GiB do not fit on box/0",
+            missing_bytes=1,
+            missing_at_full_bytes=1,
+            largest_fit_bytes=5,
+            remedies=("orchestrator holds 10.0 GiB: it is pinned",),
+            retry_when=("the lease of train.py ends",),
+        )
+        line = ("lease", "plan", "--vram", "28GiB", "--gpu", "box/0", "--max-grade", "standard")
+        assert rung(*line) == ExitCode.FAILED
+        assert rung.client.asked[0][1][2] is ReclaimGrade.STANDARD
+        assert rung.out.splitlines() == [
+            "28.0 GiB do not fit on box/0",
+            "  orchestrator holds 10.0 GiB: it is pinned",
+            "  it fits once the lease of train.py ends",
+        ]
+
+    def test_what_is_no_size_is_wrong_usage(self, rung: Terminal) -> None:
+        assert rung("lease", "plan", "--vram", "much", "--gpu", "box/0") == ExitCode.USAGE
+        assert rung.client.asked == []
 
 
 class TestPlugins:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from controlplane.config import config_schema, default_config, load_config
+from rung._sizes import parse_size
 from rung.errors import ConfigError
-from rung.service._config_file import parse_duration, parse_size
+from rung.service._config_file import parse_duration
 from rung.types import DockerRuntime, ExternalRuntime, LlamaCppEngine, ProcessRuntime, ResidencyClass
 
 ROOT = Path(__file__).parent.parent.parent

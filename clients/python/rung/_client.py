@@ -22,6 +22,8 @@ from rung.types import (
     Deployment,
     Embeddings,
     FleetSnapshot,
+    Footprint,
+    Infeasible,
     Job,
     JobEvent,
     JobState,
@@ -29,6 +31,8 @@ from rung.types import (
     Model,
     Node,
     Policy,
+    ReclaimGrade,
+    ReclaimPlan,
     RouteExplanation,
     Tool,
 )
@@ -386,6 +390,58 @@ class AsyncClient:
         """Ask a `cache` engine to give back its memory. As `start_deployment`."""
         request = v1.FreeDeploymentRequest(operation_id=_operation(operation_id), deployment_id=deployment_id)
         return operate(self._connection, lambda stubs: stubs.fleet.FreeDeployment, request)
+
+    # VRAM.
+
+    async def plan_reclaim(
+        self, gpu: str, vram_bytes: int, *, max_grade: ReclaimGrade = ReclaimGrade.FULL
+    ) -> ReclaimPlan | Infeasible:
+        """What would be disturbed to make room on a GPU, or why it cannot be made. Changes nothing.
+
+        Args:
+            gpu: `node/index`.
+            vram_bytes: how much is wanted.
+            max_grade: the most that others may be disturbed.
+
+        Raises:
+            UnknownNodeError, NotFoundError: no such GPU.
+            UnavailableError: its node is not heard.
+        """
+        demand = v1.Demand(gpu=gpu, vram_bytes=vram_bytes, max_grade=codec.RECLAIM_GRADES.to_proto[max_grade])
+        response = await self._connection.unary(
+            self._connection.stubs.vram.PlanReclaim, v1.PlanReclaimRequest(demand=demand)
+        )
+        if response.WhichOneof("outcome") == "plan":
+            return codec.reclaim_plan_from_proto(response.plan)
+        return codec.infeasible_from_proto(response.infeasible)
+
+    async def estimate_footprint(
+        self,
+        *,
+        parameters: int,
+        bits_per_weight: float,
+        layers: int = 0,
+        key_value_heads: int = 0,
+        head_size: int = 0,
+        kv_bits: float = 16.0,
+        context_tokens: int = 0,
+        sequences: int = 1,
+    ) -> Footprint:
+        """What a model would need, from its architecture. Raises InvalidRequestError."""
+        response = await self._connection.unary(
+            self._connection.stubs.vram.EstimateFootprint,
+            v1.EstimateFootprintRequest(
+                parameter_count=parameters,
+                bits_per_weight=bits_per_weight,
+                layers=layers,
+                key_value_heads=key_value_heads,
+                head_size=head_size,
+                kv_bits=kv_bits,
+                context_tokens=context_tokens,
+                sequences=sequences,
+            ),
+        )
+        return codec.footprint_from_proto(response)
 
     async def drain_node(self, node_id: str, *, operation_id: str = "") -> Node:
         """Send no new work to a node; what runs there finishes. Raises UnknownNodeError."""

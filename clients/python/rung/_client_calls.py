@@ -35,6 +35,7 @@ class Stubs:
         self.channel = channel
         self.inference = v1.InferenceServiceStub(channel)
         self.fleet = v1.FleetServiceStub(channel)
+        self.vram = v1.VramServiceStub(channel)
 
 
 class Connection:

@@ -26,6 +26,8 @@ from rung.types import (
     Deployment,
     Embeddings,
     FleetSnapshot,
+    Footprint,
+    Infeasible,
     Job,
     JobEvent,
     JobState,
@@ -33,6 +35,8 @@ from rung.types import (
     Model,
     Node,
     Policy,
+    ReclaimGrade,
+    ReclaimPlan,
     RouteExplanation,
     Tool,
 )
@@ -387,6 +391,40 @@ class Client:
     def free_deployment(self, deployment_id: str, *, operation_id: str = "") -> Stream[LifecycleEvent]:
         """See `AsyncClient.free_deployment`."""
         return Stream(self._thread, self._client.free_deployment(deployment_id, operation_id=operation_id))
+
+    # VRAM.
+
+    def plan_reclaim(
+        self, gpu: str, vram_bytes: int, *, max_grade: ReclaimGrade = ReclaimGrade.FULL
+    ) -> ReclaimPlan | Infeasible:
+        """See `AsyncClient.plan_reclaim`."""
+        return self._thread.run(self._client.plan_reclaim(gpu, vram_bytes, max_grade=max_grade))
+
+    def estimate_footprint(
+        self,
+        *,
+        parameters: int,
+        bits_per_weight: float,
+        layers: int = 0,
+        key_value_heads: int = 0,
+        head_size: int = 0,
+        kv_bits: float = 16.0,
+        context_tokens: int = 0,
+        sequences: int = 1,
+    ) -> Footprint:
+        """See `AsyncClient.estimate_footprint`."""
+        return self._thread.run(
+            self._client.estimate_footprint(
+                parameters=parameters,
+                bits_per_weight=bits_per_weight,
+                layers=layers,
+                key_value_heads=key_value_heads,
+                head_size=head_size,
+                kv_bits=kv_bits,
+                context_tokens=context_tokens,
+                sequences=sequences,
+            )
+        )
 
     def drain_node(self, node_id: str, *, operation_id: str = "") -> Node:
         """See `AsyncClient.drain_node`."""

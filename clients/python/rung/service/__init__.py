@@ -1,6 +1,6 @@
 """What the control plane and the node agent have in common. Needs `rung[server]` or `rung[agent]`."""
 
-from rung.service._config_file import ByteSize, DurationS, FieldError, load_yaml_model, parse_size
+from rung.service._config_file import ByteSize, DurationS, FieldError, load_yaml_model
 from rung.service._engine_client import EngineClient, EngineReply
 from rung.service._host import host_id
 from rung.service._interceptors import CallInterceptor
@@ -23,6 +23,5 @@ __all__ = [
     "configure_logging",
     "host_id",
     "load_yaml_model",
-    "parse_size",
     "require_loopback",
 ]

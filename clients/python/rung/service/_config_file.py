@@ -12,34 +12,15 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ValidationError, WithJsonSchema
 from pydantic_core import ErrorDetails
 
+from rung._sizes import parse_size
 from rung.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
 Location = tuple[str | int, ...]
 
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]i?)?B?\s*")
-_SIZE_FACTORS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _DURATION_FACTORS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _VARIABLE = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
-
-
-def parse_size(value: object) -> object:
-    """Bytes from `12.8GiB`, `20GB` or a number; other values are left for pydantic to refuse.
-
-    Raises:
-        ValueError: text that is not a size.
-    """
-    if not isinstance(value, str):
-        return value
-    found = _SIZE.fullmatch(value)
-    if found is None:
-        raise ValueError(f"{value!r} is not a size; write for instance 12GiB or 500MB")
-    number, unit = float(found[1]), (found[2] or "")
-    if not unit:
-        return int(number)
-    power = "kmgt".index(unit[0].lower()) + 1
-    return int(number * (1024**power if unit.endswith("i") else _SIZE_FACTORS[unit[0].lower()]))
 
 
 def parse_duration(value: object) -> object:

@@ -75,6 +75,14 @@ from rung.types._job import (
     Usage,
     UsageReported,
 )
+from rung.types._vram import (
+    Footprint,
+    Infeasible,
+    ReclaimAction,
+    ReclaimGrade,
+    ReclaimPlan,
+    ReclaimStep,
+)
 
 __all__ = [
     "TERMINAL_EVENTS",
@@ -97,11 +105,13 @@ __all__ = [
     "ExternalRuntime",
     "FailureReason",
     "FleetSnapshot",
+    "Footprint",
     "Gpu",
     "GpuHealth",
     "GpuProcess",
     "HostStatus",
     "ImagePart",
+    "Infeasible",
     "Job",
     "JobAccepted",
     "JobCancelled",
@@ -131,6 +141,10 @@ __all__ = [
     "Policy",
     "Priority",
     "ProcessRuntime",
+    "ReclaimAction",
+    "ReclaimGrade",
+    "ReclaimPlan",
+    "ReclaimStep",
     "Residency",
     "ResidencyClass",
     "RouteExplanation",

@@ -174,6 +174,7 @@ class ReclaimPlan(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     EXPECTED_FREE_BYTES_FIELD_NUMBER: _builtins.int
     EXPECTED_FIELD_NUMBER: _builtins.int
+    EXPECTED_HARM_FIELD_NUMBER: _builtins.int
     grade: Global___ReclaimGrade.ValueType
     """How much others are disturbed."""
     expected_free_bytes: _builtins.int
@@ -186,6 +187,10 @@ class ReclaimPlan(_message.Message):
     def expected(self) -> _duration_pb2.Duration:
         """Time that the steps are expected to take."""
 
+    @_builtins.property
+    def expected_harm(self) -> _duration_pb2.Duration:
+        """Waiting that this is expected to cause others."""
+
     def __init__(
         self,
         *,
@@ -193,10 +198,11 @@ class ReclaimPlan(_message.Message):
         steps: _abc.Iterable[Global___ReclaimStep] | None = ...,
         expected_free_bytes: _builtins.int = ...,
         expected: _duration_pb2.Duration | None = ...,
+        expected_harm: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["expected", b"expected"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expected", b"expected", "expected_harm", b"expected_harm"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected", b"expected", "expected_free_bytes", b"expected_free_bytes", "grade", b"grade", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected", b"expected", "expected_free_bytes", b"expected_free_bytes", "expected_harm", b"expected_harm", "grade", b"grade", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -212,15 +218,26 @@ class ReclaimStep(_message.Message):
     ACTION_FIELD_NUMBER: _builtins.int
     EXPECTED_BYTES_FIELD_NUMBER: _builtins.int
     EXPECTED_FIELD_NUMBER: _builtins.int
+    LEVEL_FIELD_NUMBER: _builtins.int
+    DRAIN_FIELD_NUMBER: _builtins.int
+    EXPECTED_DRAIN_FIELD_NUMBER: _builtins.int
     deployment_id: _builtins.str
     """Deployment."""
     action: Global___ReclaimAction.ValueType
     """What is done."""
     expected_bytes: _builtins.int
     """Memory expected to become free."""
+    level: _builtins.int
+    """Of a sleep: 1 keeps the weights in host memory, 2 drops them."""
+    drain: _builtins.bool
+    """The deployment is busy: its requests end first."""
     @_builtins.property
     def expected(self) -> _duration_pb2.Duration:
-        """Time it is expected to take."""
+        """Time it is expected to take, the drain included."""
+
+    @_builtins.property
+    def expected_drain(self) -> _duration_pb2.Duration:
+        """Time that the drain is expected to take."""
 
     def __init__(
         self,
@@ -229,10 +246,13 @@ class ReclaimStep(_message.Message):
         action: Global___ReclaimAction.ValueType = ...,
         expected_bytes: _builtins.int = ...,
         expected: _duration_pb2.Duration | None = ...,
+        level: _builtins.int = ...,
+        drain: _builtins.bool = ...,
+        expected_drain: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["expected", b"expected"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expected", b"expected", "expected_drain", b"expected_drain"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "deployment_id", b"deployment_id", "expected", b"expected", "expected_bytes", b"expected_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "deployment_id", b"deployment_id", "drain", b"drain", "expected", b"expected", "expected_bytes", b"expected_bytes", "expected_drain", b"expected_drain", "level", b"level"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -247,13 +267,24 @@ class Infeasible(_message.Message):
     DETAIL_FIELD_NUMBER: _builtins.int
     MISSING_BYTES_FIELD_NUMBER: _builtins.int
     REMEDIES_FIELD_NUMBER: _builtins.int
+    MISSING_AT_FULL_BYTES_FIELD_NUMBER: _builtins.int
+    LARGEST_FIT_BYTES_FIELD_NUMBER: _builtins.int
+    RETRY_WHEN_FIELD_NUMBER: _builtins.int
     detail: _builtins.str
     """One line for a person."""
     missing_bytes: _builtins.int
     """Memory that is missing at the highest grade."""
+    missing_at_full_bytes: _builtins.int
+    """Memory that would be missing at FULL; 0 if it would fit."""
+    largest_fit_bytes: _builtins.int
+    """The greatest demand that would fit at the highest grade permitted."""
     @_builtins.property
     def remedies(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What would make it fit."""
+        """Who holds what, and what would make it fit."""
+
+    @_builtins.property
+    def retry_when(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Events that, once they have all come, make it fit; none if waiting does not help."""
 
     def __init__(
         self,
@@ -261,10 +292,13 @@ class Infeasible(_message.Message):
         detail: _builtins.str = ...,
         missing_bytes: _builtins.int = ...,
         remedies: _abc.Iterable[_builtins.str] | None = ...,
+        missing_at_full_bytes: _builtins.int = ...,
+        largest_fit_bytes: _builtins.int = ...,
+        retry_when: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "missing_bytes", b"missing_bytes", "remedies", b"remedies"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "largest_fit_bytes", b"largest_fit_bytes", "missing_at_full_bytes", b"missing_at_full_bytes", "missing_bytes", b"missing_bytes", "remedies", b"remedies", "retry_when", b"retry_when"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,106 @@
+"""The fleet's memory pools as the ledger has them: one for each GPU, named `node/index`. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from msgspec.structs import replace
+
+from controlplane.fleet._view import DeploymentView, FleetView
+from controlplane.vram import Facts, Ledger, build_ledger
+from rung.errors import InvalidRequestError, NotFoundError, UnavailableError, UnknownNodeError
+from rung.types import Gpu, Node, NodeState
+
+#: Kept free on each GPU: what a driver, a desktop and measuring a second late may take.
+RESERVE_BYTES = 1 << 30
+#: Host memory that sleepers never get.
+HOST_RESERVE_BYTES = 4 << 30
+#: How long the requests in flight are taken to need, as long as nobody knows better.
+_DRAIN_EXPECTED_S = 10.0
+_HEARD = frozenset({NodeState.READY, NodeState.DRAINING, NodeState.DRAINED})
+
+
+def find_gpu(view: FleetView, pool_id: str) -> tuple[Node, Gpu]:
+    """The node and the GPU of a pool.
+
+    Raises:
+        InvalidRequestError: not of the form `node/index`.
+        UnknownNodeError, NotFoundError: there is no such node, or it has no such GPU.
+        UnavailableError: the node is not heard.
+    """
+    node_id, slash, index = pool_id.rpartition("/")
+    if not slash or not index.isdecimal():
+        raise InvalidRequestError(f"{pool_id!r} is not a GPU; write node/index, as in workstation/0")
+    node = view.nodes.get(node_id)
+    if node is None:
+        raise UnknownNodeError(f"there is no node {node_id}", node=node_id)
+    if node.status is None or node.state not in _HEARD:
+        raise UnavailableError(f"{node_id} is {node.state}: its memory is not known now", node=node_id)
+    for gpu in node.status.gpus:
+        if gpu.index == int(index):
+            return node, gpu
+    there = ", ".join(f"{node_id}/{gpu.index}" for gpu in node.status.gpus) or "none"
+    raise NotFoundError(f"{node_id} has no GPU {index}; there are: {there}", gpu=pool_id)
+
+
+def ledger_of(
+    view: FleetView,
+    pool_id: str,
+    *,
+    load: Callable[[str], tuple[int, int]],
+    idle_s: Callable[[str], float],
+) -> Ledger:
+    """What a pool holds now, and whose it is. Raises as `find_gpu`.
+
+    Args:
+        view: the fleet.
+        pool_id: `node/index`.
+        load: active and queued requests of a deployment.
+        idle_s: time since a deployment was last used.
+    """
+    node, gpu = find_gpu(view, pool_id)
+    assert node.status is not None
+    gpu_count = len(node.status.gpus)
+    on_pool = []
+    for deployment_id, found in view.deployments.items():
+        if found.node.id != node.id or not _is_on(found, gpu, gpu_count):
+            continue
+        active, _ = load(deployment_id)
+        on_pool.append(
+            (
+                replace(found.deployment, active_requests=active),
+                Facts(
+                    measured_bytes=_measured_bytes(found, gpu, gpu_count),
+                    asleep_level=found.deployment.asleep_level,
+                    drain_expected_s=_DRAIN_EXPECTED_S if active else 0.0,
+                    idle_s=idle_s(deployment_id),
+                ),
+            )
+        )
+    return build_ledger(
+        pool_id=pool_id,
+        total_bytes=gpu.memory_total_bytes,
+        free_bytes=gpu.memory_free_bytes,
+        deployments=on_pool,
+        reserve_bytes=RESERVE_BYTES,
+        unified=gpu.unified_memory,
+        host_free_bytes=node.status.host.memory_available_bytes,
+        host_reserve_bytes=HOST_RESERVE_BYTES,
+    )
+
+
+def _is_on(found: DeploymentView, gpu: Gpu, gpu_count: int) -> bool:
+    """Whether a deployment is, or would be, on a GPU; one that names none takes what there is."""
+    named = found.deployment.spec.engine.gpus
+    if named:
+        return str(gpu.index) in named or gpu.uuid in named
+    return gpu_count == 1 or any(process.deployment_id == found.agent_id for process in gpu.processes)
+
+
+def _measured_bytes(found: DeploymentView, gpu: Gpu, gpu_count: int) -> int | None:
+    """What the processes of a deployment hold of a GPU; None where the platform does not tell."""
+    if gpu_count == 1:
+        return found.deployment.vram_bytes
+    held = [process.memory_bytes for process in gpu.processes if process.deployment_id == found.agent_id]
+    known = [size_bytes for size_bytes in held if size_bytes is not None]
+    return sum(known) if known else None
