@@ -1,7 +1,7 @@
 """One HTTP/1.1 connection to an engine: a request out, an answer in, as it comes.
 
-Written here, on the parser that uvicorn uses, because a relay lives by it: aiohttp's client takes half of
-the processor time of a relayed request, this takes an eighth of that.
+Written here, on the parser that uvicorn uses, because a relay lives by it: with aiohttp's client Rung
+carried 0.55 to 0.68 of the requests of a bare relay, with this 1.05 to 1.2 (tests/benchmarks).
 """
 
 from __future__ import annotations
@@ -196,6 +196,7 @@ class HttpConnection(asyncio.Protocol):
             self._waiter = None
 
     def _ended(self) -> bool:
+        # Asked by a call, since the parser changes it behind the back of the type checker.
         return self._complete
 
     def _wake(self) -> None:
