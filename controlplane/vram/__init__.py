@@ -1,9 +1,11 @@
 """VRAM: what every pool holds, what giving way costs, and the least harmful way to make room.
 
-Pure: values in, values out. Whoever carries a plan out measures what it freed.
+Ledger, planner and footprint model are pure: values in, values out. `NodeScheduler` owns a node: it grants
+leases of what was measured free, and has plans carried out.
 """
 
 from controlplane.vram._catalogue import ARCHITECTURES, find_architecture
+from controlplane.vram._events import Granted, Planned, Raised, SchedulerEvent, Step, StepState, Waiting
 from controlplane.vram._fit import Fit, check_fit
 from controlplane.vram._footprint import (
     KV_FORMATS,
@@ -22,6 +24,7 @@ from controlplane.vram._footprint import (
     weight_format,
     weights_bytes,
 )
+from controlplane.vram._leases import Lease
 from controlplane.vram._ledger import (
     HELD_ASLEEP_ESTIMATE_BYTES,
     Facts,
@@ -34,6 +37,17 @@ from controlplane.vram._ledger import (
 )
 from controlplane.vram._options import GRADES, ReclaimAction, ReclaimGrade
 from controlplane.vram._plan import Demand, Infeasible, ReclaimPlan, ReclaimStep, apply, plan
+from controlplane.vram._ports import (
+    Executor,
+    Measured,
+    Measurement,
+    PlacedDeployment,
+    Pools,
+    SchedulerOptions,
+    VramAlert,
+)
+from controlplane.vram._queue import Planner, QueueRules
+from controlplane.vram._scheduler import NodeScheduler
 
 __all__ = [
     "ARCHITECTURES",
@@ -44,20 +58,38 @@ __all__ = [
     "WEIGHT_FORMATS",
     "Architecture",
     "Demand",
+    "Executor",
     "Facts",
     "Fit",
     "Footprint",
+    "Granted",
     "Infeasible",
     "KvFormat",
+    "Lease",
     "Ledger",
     "LedgerEntry",
+    "Measured",
+    "Measurement",
+    "NodeScheduler",
+    "PlacedDeployment",
+    "Planned",
+    "Planner",
+    "Pools",
     "ProfileShare",
+    "QueueRules",
+    "Raised",
     "ReclaimAction",
     "ReclaimGrade",
     "ReclaimPlan",
     "ReclaimStep",
     "Reservation",
+    "SchedulerEvent",
+    "SchedulerOptions",
+    "Step",
+    "StepState",
     "Timings",
+    "VramAlert",
+    "Waiting",
     "WeightFormat",
     "apply",
     "build_entry",

@@ -103,6 +103,12 @@ class UnknownDeploymentError(NotFoundError):
     reason = "UNKNOWN_DEPLOYMENT"
 
 
+class UnknownLeaseError(NotFoundError):
+    """There is no such lease, or it has ended."""
+
+    reason = "UNKNOWN_LEASE"
+
+
 class AlreadyExistsError(RungError):
     """The id is taken by something else."""
 
@@ -174,6 +180,17 @@ class QueueFullError(RungError):
     status = Status.RESOURCE_EXHAUSTED
     reason = "QUEUE_FULL"
     http_status = 429
+
+
+class VramInfeasibleError(RungError):
+    """The memory cannot be had; the message says why and what would make it fit.
+
+    `metadata` has `missing_bytes` and `largest_fit_bytes`, the greatest demand that would fit.
+    """
+
+    status = Status.RESOURCE_EXHAUSTED
+    reason = "VRAM_INFEASIBLE"
+    http_status = 503
 
 
 class UnavailableError(RungError):

@@ -1,0 +1,560 @@
+"""The scheduler of a node: one task that owns the node's VRAM.
+
+`NodeScheduler.run` is that task. Whatever changes the node's memory is decided by it, one step at a time:
+after each step the queue is looked at again from its head, with a new measurement. Only a deployment on its
+way up is left to itself, since that may take a minute; its pool then grants what is free, and takes no
+other step.
+
+A grant is made of bytes that were measured free and promised to nobody. Nothing is awaited between the look
+at the measurement and the grant.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+
+import msgspec
+
+from controlplane.vram._events import SchedulerEvent, Step, StepState
+from controlplane.vram._gauge import Gauge
+from controlplane.vram._leases import Lease, LeaseBook, check_ttl
+from controlplane.vram._ledger import Ledger, LedgerEntry, Reservation
+from controlplane.vram._obedience import Obedience
+from controlplane.vram._pending import Pending
+from controlplane.vram._plan import Demand, Infeasible, ReclaimPlan, ReclaimStep, apply, plan
+from controlplane.vram._ports import (
+    Executor,
+    Measurement,
+    PlacedDeployment,
+    Pools,
+    SchedulerOptions,
+    VramAlert,
+)
+from controlplane.vram._queue import (
+    Planner,
+    leaves_room,
+    may_be_overtaken,
+    waits_for_leases,
+)
+from controlplane.vram._raises import Raises
+from controlplane.vram._room import WaitingRoom
+from controlplane.vram._upkeep import idle_step, missing_bytes, to_restore
+from rung.errors import (
+    DrainingError,
+    EngineStartFailedError,
+    InvalidRequestError,
+    RungError,
+    UnknownDeploymentError,
+    VramInfeasibleError,
+)
+from rung.types import Priority, Residency
+
+_DEFAULTS = SchedulerOptions()
+
+
+class _View:
+    """A pool during one pass: its ledger with what is promised."""
+
+    __slots__ = ("ledger", "reservations")
+
+    def __init__(self, ledger: Ledger, reservations: dict[str, Reservation]) -> None:
+        self.ledger = ledger
+        self.reservations = reservations
+
+
+class NodeScheduler:
+    """Leases of a node's memory, and the deployments that take turns in it.
+
+    Args:
+        pools: measures.
+        executor: carries out.
+        new_lease_id: makes ids that no other lease has had.
+        alert: told when a pool runs low, and when it has recovered.
+        options: how to behave.
+        planner: how to make room; another one only for comparison.
+    """
+
+    def __init__(
+        self,
+        *,
+        pools: Pools,
+        executor: Executor,
+        new_lease_id: Callable[[], str],
+        alert: Callable[[VramAlert], None],
+        options: SchedulerOptions = _DEFAULTS,
+        planner: Planner = plan,
+    ) -> None:
+        self._world = pools
+        self._executor = executor
+        self._new_lease_id = new_lease_id
+        self._options = options
+        self._plan = planner
+        self._book = LeaseBook()
+        self._obedience = Obedience(options.backoff_s)
+        self._gauge = Gauge(pools, alert, options)
+        self._room = WaitingRoom(self._book, options.queue)
+        self._raises = Raises(
+            book=self._book, gauge=self._gauge, executor=executor, options=options, ended=self._raise_ended
+        )
+        #: By pool, the deployment that was served last.
+        self._last_groups: dict[str, str] = {}
+        self._wake = asyncio.Event()
+        self._next_patrol_s = float("-inf")
+        self._tasks: asyncio.TaskGroup | None = None
+
+    # What anybody may call.
+
+    @property
+    def leases(self) -> tuple[Lease, ...]:
+        """Leases that are held, by the time of their grant."""
+        self._expire()
+        return self._book.leases
+
+    async def acquire(
+        self, pool_id: str, demand: Demand, *, ttl_s: float, operation_id: str, deployment_id: str = ""
+    ) -> AsyncGenerator[SchedulerEvent, None]:
+        """Wait for a lease; the last event is `Granted`.
+
+        Whoever stops listening before that withdraws the demand, unless others joined it; close the iterator
+        (`contextlib.aclosing`) to stop at once. The same operation id joins the same demand, or is told the
+        lease that it got.
+
+        Args:
+            pool_id: the pool.
+            demand: the wish.
+            ttl_s: how long the lease lasts without a renewal.
+            operation_id: chosen by the caller.
+            deployment_id: the deployment that will take the memory; empty if another program will.
+
+        Raises:
+            InvalidRequestError: the demand is for nothing, or the TTL is not one.
+            AlreadyExistsError: the operation id stands for another demand.
+            VramInfeasibleError: it does not fit, and waiting does not help.
+            UnavailableError: the pool is not measured, or the scheduler is shutting down.
+            NotFoundError: there is no such pool.
+        """
+        check_ttl(ttl_s)
+        if demand.vram_bytes <= 0:
+            raise InvalidRequestError(f"a demand of {demand.vram_bytes} bytes is not one")
+        self._expire()
+        pending = self._room.join_lease(
+            operation_id, pool_id, demand, ttl_s=ttl_s, deployment_id=deployment_id
+        )
+        self._wake.set()
+        async with aclosing(self._follow(pending)) as events:
+            async for event in events:
+                yield event
+
+    async def raise_deployment(
+        self, deployment_id: str, *, priority: Priority = Priority.USER
+    ) -> AsyncGenerator[SchedulerEvent, None]:
+        """Wait until a deployment is awake, and make it so; the last event is `Raised`.
+
+        All who wait for the same deployment share one raise. Close the iterator to stop waiting.
+
+        Raises:
+            UnknownDeploymentError: it is not a deployment of this node.
+            VramInfeasibleError: there is no room for it, and waiting does not help.
+            EngineStartFailedError: it did not come up, now or a moment ago.
+            UnavailableError: its pool is not measured, or the scheduler is shutting down.
+        """
+        placed = self._placed(deployment_id)
+        if placed is None:
+            raise UnknownDeploymentError(f"no deployment {deployment_id} here", deployment=deployment_id)
+        demand = Demand(
+            vram_bytes=placed.awake_bytes, priority=priority, exclude=(deployment_id,), holder=deployment_id
+        )
+        pending = self._room.join_raise(placed.pool_id, demand, deployment_id)
+        self._wake.set()
+        async with aclosing(self._follow(pending)) as events:
+            async for event in events:
+                yield event
+
+    def renew(self, lease_id: str) -> Lease:
+        """Let a lease last its TTL again from now.
+
+        Raises:
+            UnknownLeaseError: it has ended, or never was.
+        """
+        self._expire()
+        return self._book.renew(lease_id, self._now_s())
+
+    def release(self, lease_id: str) -> None:
+        """End a lease. Ending one that has ended changes nothing."""
+        self._expire()
+        if self._book.end(lease_id, self._now_s()) is not None:
+            self.changed()
+
+    async def preview(self, pool_id: str, demand: Demand) -> ReclaimPlan | Infeasible:
+        """How a demand would be met now; nothing is changed.
+
+        Raises:
+            UnavailableError: the pool is not measured.
+        """
+        measurement = await self._gauge.measured(pool_id)
+        return self._plan(self._view(measurement).ledger, self._adjusted(demand))
+
+    def changed(self) -> None:
+        """Something changed in the world: look again at what waits."""
+        self._next_patrol_s = float("-inf")
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Own the node until cancelled. What then still waits fails with `DrainingError`."""
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                while True:
+                    self._wake.clear()
+                    if not await self._work():
+                        await self._rest()
+        finally:
+            self._room.close(DrainingError("the scheduler of the node is shutting down"))
+
+    # Joining and leaving.
+
+    async def _follow(self, pending: Pending) -> AsyncGenerator[SchedulerEvent, None]:
+        pending.followers += 1
+        try:
+            async with aclosing(pending.events(self._options.heartbeat_s)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            pending.followers -= 1
+            if not pending.followers:
+                self._left(pending)
+
+    def _left(self, pending: Pending) -> None:
+        """The last one who listened is gone."""
+        if pending.lease is not None:
+            if not pending.delivered:
+                self.release(pending.lease.id)
+        elif not pending.over and not self._is_rising(pending):
+            pending.withdrawn = True
+            self._room.leave(pending)
+            self.changed()
+
+    # The task.
+
+    async def _work(self) -> bool:
+        """Do one thing; False if there is nothing to be done now."""
+        self._expire()
+        waiting = [each for each in self._room if not self._is_rising(each)]
+        queues = self._room.queues(waiting, self._last_groups)
+        for queue in queues:
+            if await self._serve(queue):
+                return True
+        return await self._upkeep({queue[0].pool_id for queue in queues})
+
+    async def _rest(self) -> None:
+        """Wait until something changes or is due."""
+        now_s = self._now_s()
+        due_s = [self._next_patrol_s]
+        for each_s in (self._raises.next_settled_s(), self._book.next_expiry_s()):
+            if each_s is not None:
+                due_s.append(each_s)
+        if self._room and self._book.awaits_measurement:
+            due_s.append(now_s + self._options.measurement_retry_s)
+        try:
+            async with asyncio.timeout(max(0.0, min(due_s) - now_s)):
+                await self._wake.wait()
+        except TimeoutError:
+            return
+
+    async def _serve(self, queue: list[Pending]) -> bool:
+        """Do one thing for the first demand of a pool for which anything can be done."""
+        pool_id = queue[0].pool_id
+        try:
+            view = self._view(await self._gauge.measured(pool_id))
+        except RungError as error:
+            for pending in queue:
+                self._fail(pending, error)
+            return True
+        blocked: list[Pending] = []
+        for pending in queue:
+            if pending.over:
+                return True
+            advance = self._advance_raise if pending.raises else self._advance_lease
+            if await advance(pending, view, blocked):
+                return True
+            blocked.append(pending)
+        return False
+
+    async def _advance_lease(self, pending: Pending, view: _View, blocked: list[Pending]) -> bool:
+        return await self._make_room(
+            pending, view, pending.demand, blocked, lambda: self._grant(pending, view)
+        )
+
+    async def _advance_raise(self, pending: Pending, view: _View, blocked: list[Pending]) -> bool:
+        placed = self._placed(pending.deployment_id)
+        entry = view.ledger.entry(pending.deployment_id)
+        if placed is None or entry is None:
+            self._fail(pending, UnknownDeploymentError(f"{pending.deployment_id} is gone"))
+            return True
+        if entry.residency is Residency.AWAKE:
+            self._finish_raise(pending)
+            return True
+        failure = self._obedience.failure(pending.deployment_id, self._now_s())
+        if failure is not None:
+            left_s, reason = failure
+            self._fail(pending, EngineStartFailedError(f"{reason}; it is left alone for {left_s:.0f} s"))
+            return True
+        if not entry.touchable or self._book.raise_is_open(pending.deployment_id):
+            pending.wait(f"{pending.deployment_id} is {entry.residency}")
+            return False
+        demand = msgspec.structs.replace(pending.demand, vram_bytes=missing_bytes(placed, entry))
+        if self._raises.of(pending.pool_id):
+            self._wait_for_raise(pending)
+            return False
+        return await self._make_room(
+            pending, view, demand, blocked, lambda: self._begin_raise(entry, placed, view, pending)
+        )
+
+    async def _make_room(
+        self,
+        pending: Pending,
+        view: _View,
+        demand: Demand,
+        blocked: list[Pending],
+        finish: Callable[[], None],
+    ) -> bool:
+        """Take the next step towards room for a demand, or finish if there is room."""
+        outcome = self._plan(view.ledger, self._adjusted(demand))
+        if isinstance(outcome, Infeasible):
+            if not outcome.retry_when:
+                self._fail(pending, self._infeasible(outcome))
+                return True
+            pending.wait(f"{outcome.detail}; waiting until {' and '.join(outcome.retry_when)}")
+            return False
+        for each in blocked:
+            if not self._may_pass(pending, demand, each, view):
+                pending.wait(f"it is the turn of {each.demand.holder or each.operation_id}")
+                return False
+        if outcome.steps:
+            if self._raises.of(pending.pool_id):
+                self._wait_for_raise(pending)
+                return False
+            pending.planned(outcome)
+            await self._take(pending, view.ledger, outcome)
+            return True
+        self._count_overtaking(pending, demand, blocked, view)
+        finish()
+        return True
+
+    def _wait_for_raise(self, pending: Pending) -> None:
+        pool_id = pending.pool_id
+        pending.wait(f"{self._raises.of(pool_id)} is coming up", self._raises.left_s(pool_id))
+
+    async def _take(self, pending: Pending, ledger: Ledger, outcome: ReclaimPlan) -> None:
+        """Take the first step of a plan."""
+        step = outcome.steps[0]
+        try:
+            apply(ledger, step)  # refuses what must never be done, whatever the plan says
+        except RungError as error:
+            self._fail(pending, error)
+            return
+        began_s = self._now_s()
+        pending.wait(f"{step.action} of {step.deployment_id}", outcome.expected_s)
+        pending.tell(Step(step=step, state=StepState.BEGUN))
+        freed_bytes, failure = await self._carry_out(pending.pool_id, step)
+        pending.tell(
+            Step(
+                step=step,
+                state=StepState.FAILED if failure else StepState.DONE,
+                freed_bytes=freed_bytes,
+                elapsed_s=self._now_s() - began_s,
+                detail=failure,
+            )
+        )
+
+    async def _carry_out(self, pool_id: str, step: ReclaimStep) -> tuple[int, str]:
+        """Take a step: the bytes that it freed, and why it failed if it did."""
+        limit_s = self._options.deadline_s(step.expected_s)
+        freed_bytes, failure = 0, ""
+        try:
+            async with asyncio.timeout(limit_s):
+                measured = await self._executor.carry_out(pool_id, step)
+            freed_bytes = measured.freed_bytes
+        except TimeoutError:
+            failure = f"{step.action} of {step.deployment_id} was not over after {limit_s:.0f} s"
+        except RungError as error:
+            failure = error.message
+        now_s = self._now_s()
+        self._gauge.stepped(pool_id)
+        self._next_patrol_s = float("-inf")
+        if failure:
+            self._obedience.failed(step.deployment_id, failure, now_s)
+        else:
+            self._obedience.carried_out(step, freed_bytes, now_s)
+        return freed_bytes, failure
+
+    def _grant(self, pending: Pending, view: _View) -> None:
+        now_s = self._now_s()
+        lease = Lease(
+            id=self._new_lease_id(),
+            operation_id=pending.operation_id,
+            pool_id=pending.pool_id,
+            demand=pending.demand,
+            deployment_id=pending.deployment_id,
+            grade=pending.grade,
+            granted_s=now_s,
+            ttl_s=pending.ttl_s,
+            expires_s=now_s + pending.ttl_s,
+        )
+        self._book.grant(lease, view.ledger)
+        self._obedience.forgive(pending.deployment_id)
+        self._last_groups[pending.pool_id] = pending.deployment_id
+        self._room.leave(pending)
+        pending.grant(lease)
+        for each in self._room.before(pending):
+            each.overtakers.add(lease.id)
+
+    def _fail(self, pending: Pending, error: RungError) -> None:
+        self._room.leave(pending)
+        pending.fail(error)
+
+    def _infeasible(self, outcome: Infeasible) -> VramInfeasibleError:
+        reasons = (*self._obedience.disappointments(self._now_s()), *outcome.remedies)
+        return VramInfeasibleError(
+            "; ".join((outcome.detail, *reasons)),
+            missing_bytes=str(outcome.missing_bytes),
+            largest_fit_bytes=str(outcome.largest_fit_bytes),
+        )
+
+    # Overtaking.
+
+    def _may_pass(self, pending: Pending, demand: Demand, waiting: Pending, view: _View) -> bool:
+        """Whether a demand may go before one that cannot be served now."""
+        return may_be_overtaken(waiting.queued, self._now_s(), self._options.queue) or not self._takes_from(
+            pending, demand, waiting, view
+        )
+
+    def _takes_from(self, pending: Pending, demand: Demand, waiting: Pending, view: _View) -> bool:
+        theirs = self._adjusted(self._demand_of(waiting, view.ledger))
+        if pending.raises:
+            return not waits_for_leases(view.ledger, theirs, self._plan)
+        return not leaves_room(
+            view.ledger,
+            theirs,
+            taken_bytes=demand.vram_bytes,
+            reservations=view.reservations,
+            overtakers=waiting.overtakers,
+            planner=self._plan,
+        )
+
+    def _count_overtaking(
+        self, pending: Pending, demand: Demand, blocked: list[Pending], view: _View
+    ) -> None:
+        for each in self._room.before(pending):
+            if each not in blocked or self._takes_from(pending, demand, each, view):
+                self._room.overtake(each)
+
+    def _demand_of(self, pending: Pending, ledger: Ledger) -> Demand:
+        placed = self._placed(pending.deployment_id) if pending.raises else None
+        if placed is None:
+            return pending.demand
+        entry = ledger.entry(pending.deployment_id)
+        return msgspec.structs.replace(pending.demand, vram_bytes=missing_bytes(placed, entry))
+
+    # Raising.
+
+    def _is_rising(self, pending: Pending) -> bool:
+        return pending.raises and self._raises.of(pending.pool_id) == pending.deployment_id
+
+    def _begin_raise(
+        self, entry: LedgerEntry, placed: PlacedDeployment, view: _View, pending: Pending | None
+    ) -> None:
+        assert self._tasks is not None
+        self._raises.begin(entry, placed, view.ledger, self._tasks)
+        if pending is not None:
+            self._last_groups[placed.pool_id] = placed.deployment_id
+            self._wait_for_raise(pending)
+
+    def _raise_ended(self, deployment_id: str, failure: str) -> None:
+        pending = self._room.raise_of(deployment_id)
+        if failure:
+            self._obedience.failed(deployment_id, failure, self._now_s())
+            if pending is not None:
+                self._fail(pending, EngineStartFailedError(failure, deployment=deployment_id))
+        else:
+            self._obedience.forgive(deployment_id)
+            if pending is not None:
+                self._finish_raise(pending)
+        self.changed()
+
+    def _finish_raise(self, pending: Pending) -> None:
+        self._room.leave(pending)
+        pending.finish_raise()
+
+    # Upkeep.
+
+    async def _upkeep(self, wanted: set[str]) -> bool:
+        """Look after the pools now and then: alerts, idle timeouts, warm deployments."""
+        if self._now_s() < self._next_patrol_s:
+            return False
+        self._next_patrol_s = self._now_s() + self._options.patrol_s
+        by_pool: dict[str, list[PlacedDeployment]] = {}
+        for placed in self._world.deployments():
+            by_pool.setdefault(placed.pool_id, []).append(placed)
+        for pool_id, placed_there in by_pool.items():
+            if await self._look_after(pool_id, placed_there, wanted=pool_id in wanted):
+                return True
+        return False
+
+    async def _look_after(self, pool_id: str, placed: list[PlacedDeployment], *, wanted: bool) -> bool:
+        measurement = await self._gauge.newest(pool_id)
+        if measurement is None or self._raises.of(pool_id):
+            return False
+        view = self._view(measurement)
+        kept = {*self._obedience.left_alone(self._now_s())}
+        kept |= {each.deployment_id for each in self._room}
+        step = idle_step(view.ledger, placed, kept)
+        if step is not None:
+            apply(view.ledger, step)
+            await self._carry_out(pool_id, step)
+            return True
+        restored = None if wanted else to_restore(view.ledger, placed, kept)
+        entry = view.ledger.entry(restored.deployment_id) if restored else None
+        if restored is None or entry is None or self._book.raise_is_open(restored.deployment_id):
+            return False
+        self._begin_raise(entry, restored, view, None)
+        return True
+
+    # The view.
+
+    def _view(self, measurement: Measurement) -> _View:
+        """The ledger with what is promised, leased, in transition, and spent."""
+        ledger, now_s = measurement.ledger, self._now_s()
+        reservations = self._book.reservations(ledger, measurement.measured_s, measurement.taken_bytes)
+        leased = self._book.leased()
+        entries: list[LedgerEntry] = []
+        for entry in ledger.entries:
+            name = entry.deployment_id
+            entry = self._obedience.adjust(entry, now_s)
+            in_flux = entry.in_flux or self._raises.in_flux(name)
+            if name in leased or in_flux != entry.in_flux:
+                entry = msgspec.structs.replace(entry, leased=entry.leased or name in leased, in_flux=in_flux)
+            entries.append(entry)
+        ledger = msgspec.structs.replace(
+            ledger, entries=tuple(entries), reservations=tuple(reservations.values())
+        )
+        return _View(ledger, reservations)
+
+    def _adjusted(self, demand: Demand) -> Demand:
+        """The demand, which also keeps away from those that are left alone."""
+        left_alone = self._obedience.left_alone(self._now_s())
+        if not left_alone:
+            return demand
+        return msgspec.structs.replace(demand, exclude=(*demand.exclude, *left_alone))
+
+    def _placed(self, deployment_id: str) -> PlacedDeployment | None:
+        placed = self._world.deployments()
+        return next((each for each in placed if each.deployment_id == deployment_id), None)
+
+    def _expire(self) -> None:
+        if self._book.expire(self._now_s()):
+            self.changed()
+
+    def _now_s(self) -> float:
+        return asyncio.get_running_loop().time()
