@@ -42,7 +42,14 @@ from rung.service import (
     add_service,
     configure_logging,
 )
-from rung.types import DeploymentSpec, DockerRuntime, ExternalRuntime, ProcessRuntime, Runtime
+from rung.types import (
+    DeploymentSpec,
+    DockerRuntime,
+    ExternalRuntime,
+    NodeStatus,
+    ProcessRuntime,
+    Runtime,
+)
 
 _log = structlog.get_logger("rung.agent")
 
@@ -94,7 +101,10 @@ async def serve(config: AgentConfig) -> None:
             runtimes=runtimes,
             adapter_for=partial(adapter_for, client=client),
             scope=config.advertise,
+            look=lambda: _look(supervisor, telemetry),
         )
+        # Which GPUs there are, before anything is done on them.
+        supervisor.measured(telemetry.status)
         await supervisor.resume()
         stack.push_async_callback(supervisor.aclose)
         server = _server(config, supervisor, telemetry)
@@ -142,6 +152,12 @@ def _server(config: AgentConfig, supervisor: Supervisor, telemetry: Telemetry) -
     )
     add_service(server.server, service, NodeAgentServicer(supervisor, telemetry, uuid.uuid4().hex))
     return server
+
+
+async def _look(supervisor: Supervisor, telemetry: Telemetry) -> NodeStatus:
+    """A sample of this moment in which the engines of this moment have their memory."""
+    telemetry.set_owners(await supervisor.owners())
+    return await telemetry.look()
 
 
 async def _keep_measuring(supervisor: Supervisor, telemetry: Telemetry) -> None:

@@ -27,6 +27,8 @@ _RUN_KINDS = {
     v1.RUN_KIND_EMBEDDINGS: RunKind.EMBEDDINGS,
 }
 _DEFAULT_IDLE_TIMEOUT_S = 600.0
+#: So long at most may requests run on before a sleep is given up.
+_DEFAULT_DRAIN_TIMEOUT_S = 600.0
 _DEFAULT_TAIL_LINES = 100
 _STATUS_INTERVAL_S = 1.0
 #: Up to here each piece is a message of its own; beyond, a stream waits this long for each stream there is
@@ -114,8 +116,14 @@ class NodeAgentServicer:
         self, request: v1.SleepEngineRequest, context: Context
     ) -> AsyncIterator[v1.SleepEngineResponse]:
         """Sleep, with progress."""
-        operation = self._supervisor.refuse_residency_change(
-            _command(request.command), request.deployment_id, "sleep"
+        # None, whatever its type says, for a caller without a deadline.
+        remaining_s = context.time_remaining() or _DEFAULT_DRAIN_TIMEOUT_S
+        operation = self._supervisor.sleep(
+            _command(request.command),
+            request.deployment_id,
+            level=request.level,
+            force=request.force,
+            drain_timeout_s=min(remaining_s, _DEFAULT_DRAIN_TIMEOUT_S),
         )
         async for event in _events(operation):
             yield v1.SleepEngineResponse(event=event)
@@ -124,9 +132,7 @@ class NodeAgentServicer:
         self, request: v1.WakeEngineRequest, context: Context
     ) -> AsyncIterator[v1.WakeEngineResponse]:
         """Wake, with progress."""
-        operation = self._supervisor.refuse_residency_change(
-            _command(request.command), request.deployment_id, "wake"
-        )
+        operation = self._supervisor.wake(_command(request.command), request.deployment_id)
         async for event in _events(operation):
             yield v1.WakeEngineResponse(event=event)
 
@@ -134,9 +140,7 @@ class NodeAgentServicer:
         self, request: v1.FreeEngineRequest, context: Context
     ) -> AsyncIterator[v1.FreeEngineResponse]:
         """Free, with progress."""
-        operation = self._supervisor.refuse_residency_change(
-            _command(request.command), request.deployment_id, "free its memory"
-        )
+        operation = self._supervisor.free(_command(request.command), request.deployment_id)
         async for event in _events(operation):
             yield v1.FreeEngineResponse(event=event)
 

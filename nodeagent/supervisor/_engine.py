@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, contextmanager
 
-import structlog
 from msgspec.structs import replace
 
-from nodeagent.engines import EngineAdapter
+from nodeagent.engines import EngineAdapter, FreeControl, SleepControl
 from nodeagent.runtimes import EngineRuntime, RunningEngine
+from nodeagent.supervisor._gpus import GpuTurns
 from nodeagent.supervisor._lifecycle import RUNNING, EngineLifecycle
-from nodeagent.supervisor._loading import RETURN_INTERVAL_S
+from nodeagent.supervisor._measuring import Look, Meter
 from nodeagent.supervisor._planning import intended, launch_plan, require_free_port
-from nodeagent.supervisor._progress import Emit, nobody
+from nodeagent.supervisor._progress import Emit, Progress, nobody
 from nodeagent.supervisor._records import EngineRecord, Records, spec_hash
+from nodeagent.supervisor._resuming import Resumption
+from nodeagent.supervisor._sleeping import EngineSleep
 from nodeagent.supervisor._state import DeploymentState, has_process
 from nodeagent.supervisor._turns import Start, Turns
 from rung.errors import (
     EngineStartFailedError,
+    EngineUnreachableError,
     FailedPreconditionError,
+    InvalidRequestError,
     NotAwakeError,
     NotOursError,
     PinnedDeploymentError,
-    RungError,
-    UnavailableError,
 )
 from rung.types import (
     Deployment,
@@ -36,8 +38,6 @@ from rung.types import (
     Residency,
     ResidencyClass,
 )
-
-_log = structlog.get_logger("rung.agent")
 
 _AT_REST = frozenset({Residency.STOPPED, Residency.FAILED})
 
@@ -58,11 +58,18 @@ class EngineSupervisor:
         records: Records,
         scope: EndpointScope,
         on_change: Callable[[], None],
+        gpu_turns: GpuTurns,
+        look: Look | None,
     ) -> None:
         self._state = DeploymentState(record, records=records, scope=scope, on_change=on_change)
         self._lifecycle = EngineLifecycle(self._state, runtime=runtime, adapter=adapter)
+        self._meter = Meter(self._state, look)
+        self._sleep = EngineSleep(self._state, self._lifecycle, self._meter)
         self._turns = Turns(lambda: self.residency)
-        self._resuming: asyncio.Task[None] | None = None
+        self._gpu_turns = gpu_turns
+        self._resumption = Resumption(
+            self._state, self._lifecycle, self._sleep, turns=self._turns, gpu_turn=self._gpu_turn
+        )
 
     @property
     def id(self) -> str:
@@ -162,7 +169,10 @@ class EngineSupervisor:
                     if self.residency in RUNNING:
                         self._renew(spec)
                     else:
-                        await self._start(start, spec, emit, runtime=runtime, adapter=adapter)
+                        # What would be refused is not made to wait for its GPU.
+                        runtime.check(launch_plan(spec, adapter, self._state.record.generation + 1))
+                        async with self._gpu_turn("start", emit, spec):
+                            await self._start(start, spec, emit, runtime=runtime, adapter=adapter)
                     return LifecycleDone(self.deployment)
             except asyncio.CancelledError:
                 if not start.called_off or self._lifecycle.closing:
@@ -236,21 +246,163 @@ class EngineSupervisor:
         self._turns.call_off_starts(force=force)
         async with self._turns.turn("stop", emit):
             self._require_stoppable(force=force)
+            freed_bytes: int | None = None
             if self.running is not None:
-                await self._lifecycle.shut_down(emit)
-            elif self.residency is Residency.FAILED:
+                async with self._gpu_turn("stop", emit):
+                    freed_bytes = await self._stop(emit)
+            if self.residency is Residency.FAILED and self.running is None:
                 self._state.stopped("stopped")
-            return LifecycleDone(self.deployment)
+            return LifecycleDone(self.deployment, freed_bytes)
+
+    async def _stop(self, emit: Emit) -> int | None:
+        """Stop what runs, if it still does; returns the bytes that this freed."""
+        if self.running is None:
+            return None
+        before = await self._meter.read()
+        await self._lifecycle.shut_down(emit)
+        with Progress(emit, Residency.STOPPED) as progress:
+            progress.say("measuring what it gave back")
+            held_bytes = before.held_bytes if before is not None else None
+            return await self._meter.freed(before, expected_bytes=held_bytes or 0, gone=True)
 
     def _require_stoppable(self, *, force: bool) -> None:
-        if self.external:
-            raise NotOursError(
-                f"{self.id} is run by somebody else; stop it where it was started", deployment=self.id
-            )
+        self._require_ours("stop it where it was started")
         if self.pinned and not force and self.running is not None:
             raise PinnedDeploymentError(
                 f"{self.id} is pinned; nothing is done to it without force", deployment=self.id
             )
+
+    async def sleep(self, emit: Emit, *, level: int, force: bool, drain_timeout_s: float) -> LifecycleDone:
+        """Put the engine to sleep after its running requests; at once if it sleeps at this level.
+
+        Raises:
+            PinnedDeploymentError: it is pinned by this agent's own record, and `force` is not set.
+            NotOursError: somebody else runs it.
+            FailedPreconditionError: its engine cannot sleep, or sleeps at another level.
+            InvalidRequestError: its engine knows no such level.
+            NotAwakeError: it does not run.
+            DeadlineExceededError: requests did not end in time; it stays awake.
+            RungError: it did not fall asleep. Its residency says how it is.
+        """
+        self._require_sleepable(level, force=force)
+        async with self._turns.turn("sleep", emit):
+            control = self._require_sleepable(level, force=force)
+            if self.residency is Residency.ASLEEP:
+                self._require_level(level)
+                return LifecycleDone(self.deployment)
+            async with self._gpu_turn("sleep", emit):
+                self._require_awake()
+                freed_bytes = await self._sleep.fall_asleep(
+                    control, level, emit, drain_timeout_s=drain_timeout_s
+                )
+            return LifecycleDone(self.deployment, freed_bytes)
+
+    async def wake(self, emit: Emit) -> LifecycleDone:
+        """Wake the engine; at once if it is awake.
+
+        Raises:
+            NotOursError: somebody else runs it.
+            FailedPreconditionError: it is neither asleep nor awake.
+            RungError: it did not wake. Its residency says how it is.
+        """
+        self._require_ours("wake it where it was started")
+        async with self._turns.turn("waking", emit):
+            if self.residency is Residency.AWAKE:
+                return LifecycleDone(self.deployment)
+            async with self._gpu_turn("waking", emit):
+                if self.residency is not Residency.ASLEEP:
+                    raise FailedPreconditionError(
+                        f"{self.id} is {self.residency}; what is asleep can be woken", deployment=self.id
+                    )
+                await self._lifecycle.stop_tending()
+                await self._sleep.wake(self._sleep_control(), emit)
+            return LifecycleDone(self.deployment)
+
+    async def free(self, emit: Emit) -> LifecycleDone:
+        """Have the engine give back what it keeps as a cache; it stays awake. Also one of somebody else.
+
+        Raises:
+            PinnedDeploymentError: it is pinned by this agent's own record.
+            FailedPreconditionError: its engine keeps no cache.
+            NotAwakeError: it does not run.
+            RungError: it did not take the call, or it ended.
+        """
+        self._require_freeable()
+        async with self._turns.turn("flush", emit):
+            control = self._require_freeable()
+            async with self._gpu_turn("flush", emit):
+                self._require_awake()
+                running, spec = self.running, self._state.record.spec
+                assert running is not None
+                with Progress(emit, lambda: self.residency) as progress:
+                    before = await self._meter.read()
+                    progress.say("asking it to give back its memory")
+                    await control.free(running.base_url, spec)
+                    progress.say("measuring what it gave back")
+                    freed_bytes = await self._meter.freed(before, expected_bytes=None)
+            if self.residency is not Residency.AWAKE:
+                raise EngineUnreachableError(self.deployment.detail, deployment=self.id)
+            return LifecycleDone(self.deployment, freed_bytes)
+
+    def _gpu_turn(
+        self, doing: str, emit: Emit, spec: DeploymentSpec | None = None
+    ) -> AbstractAsyncContextManager[None]:
+        gpus = (spec or self._state.record.spec).engine.gpus
+        return self._gpu_turns.turn(gpus, f"{doing} of {self.id}", emit, lambda: self.residency)
+
+    def _require_ours(self, instead: str) -> None:
+        if self.external:
+            raise NotOursError(f"{self.id} is run by somebody else; {instead}", deployment=self.id)
+
+    def _require_awake(self) -> None:
+        if self.residency is not Residency.AWAKE:
+            raise NotAwakeError(
+                f"{self.id} is {self.residency}: {self.deployment.detail}", deployment=self.id
+            )
+
+    def _require_unpinned(self, *, force: bool) -> None:
+        if self.pinned and not force:
+            raise PinnedDeploymentError(
+                f"{self.id} is pinned; nothing is done to it without force", deployment=self.id
+            )
+
+    def _require_level(self, level: int) -> None:
+        found = self._state.record.sleep_level
+        if found != level:
+            raise FailedPreconditionError(
+                f"{self.id} sleeps at level {found}, from which there is no way to level {level}; "
+                "wake it first, or stop it",
+                deployment=self.id,
+            )
+
+    def _require_sleepable(self, level: int, *, force: bool) -> SleepControl:
+        self._require_ours("put it to sleep where it was started")
+        self._require_unpinned(force=force)
+        control = self._sleep_control()
+        levels = control.sleep_levels(self._state.record.spec)
+        if not levels:
+            raise FailedPreconditionError(
+                f"{self.id} was not started so that it can sleep; stop it instead", deployment=self.id
+            )
+        if level not in levels:
+            known = " or ".join(map(str, levels))
+            raise InvalidRequestError(f"{self.id} sleeps at level {known}, not {level}", deployment=self.id)
+        return control
+
+    def _sleep_control(self) -> SleepControl:
+        if not isinstance(self.adapter, SleepControl):
+            raise FailedPreconditionError(
+                f"the engine of {self.id} cannot sleep; stop it instead", deployment=self.id
+            )
+        return self.adapter
+
+    def _require_freeable(self) -> FreeControl:
+        self._require_unpinned(force=False)
+        if not isinstance(self.adapter, FreeControl):
+            raise FailedPreconditionError(
+                f"the engine of {self.id} keeps no cache that it could give back", deployment=self.id
+            )
+        return self.adapter
 
     async def forget(self) -> None:
         """Remove the record of a deployment whose engine does not run.
@@ -276,62 +428,7 @@ class EngineSupervisor:
 
     async def resume(self) -> None:
         """After a restart of the agent: take back the engine that still runs, and disturb nothing."""
-        running = self.running
-        try:
-            found = running is not None and (self.external or await self.runtime.find(running))
-        except UnavailableError as error:
-            self._state.show(Residency.FAILED, f"it may still run: {error.message}")
-            self._lifecycle.tending = asyncio.create_task(
-                self._resume_later(), name=f"resume-later-{self.id}"
-            )
-            return
-        self._resume(found=found)
-
-    async def _resume_later(self) -> None:
-        """Look again for an engine whose runtime is away; its record stays as it was."""
-        running = self.running
-        assert running is not None
-        while True:
-            await asyncio.sleep(RETURN_INTERVAL_S)
-            with suppress(UnavailableError):
-                async with self._turns.turn("search for its engine", nobody):
-                    self._resume(found=await self.runtime.find(running))
-                return
-
-    def _resume(self, *, found: bool) -> None:
-        state = self._state
-        record = state.record
-        if not found:
-            state.ended()
-            if record.residency in (Residency.STARTING, Residency.AWAKE):
-                state.failed(FailureReason.ENGINE_LOST, "it was no longer running when the agent came back")
-            elif record.running is not None:
-                state.stopped("it was no longer running when the agent came back")
-            return
-        state.deployment = replace(state.deployment, residency=Residency.STARTING)
-        if record.residency is Residency.STOPPING:
-            state.show(Residency.STOPPING, "finishing a stop that a restart of the agent broke off")
-            self._resuming = asyncio.create_task(self._finish_stop(), name=f"stop-{self.id}")
-        elif record.residency is Residency.STARTING or self.external:
-            state.show(Residency.STARTING, "taking it back after a restart of the agent")
-            self._resuming = asyncio.create_task(self._resume_loading(), name=f"resume-{self.id}")
-        else:
-            self._lifecycle.awake()
-
-    async def _finish_stop(self) -> None:
-        async with self._turns.turn("stop", nobody):
-            try:
-                await self._lifecycle.shut_down(nobody)
-            except RungError as error:
-                _log.warning("engine_not_stopped", deployment=self.id, error=error.message)
-
-    async def _resume_loading(self) -> None:
-        with self._turns.asked_to_start(pinned=self.pinned) as start:
-            async with self._turns.turn("start", nobody):
-                try:
-                    await self._lifecycle.bring_up(start, nobody, None)
-                except RungError as error:
-                    _log.warning("engine_not_resumed", deployment=self.id, error=error.message)
+        await self._resumption.resume()
 
     def adopt_stray(self, stray: RunningEngine) -> None:
         """Complete a record whose agent died between starting the engine and noting it."""
@@ -348,8 +445,5 @@ class EngineSupervisor:
 
     async def aclose(self) -> None:
         """Let go of the engine; it goes on."""
-        task, self._resuming = self._resuming, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await self._resumption.aclose()
         await self._lifecycle.stop_tending()

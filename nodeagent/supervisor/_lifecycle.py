@@ -52,7 +52,7 @@ class EngineLifecycle:
         state = self._state
         try:
             with Progress(
-                self._telling(emit), Residency.STARTING, usual_s=usual_s(state.record.load_times_s)
+                self.telling(emit), Residency.STARTING, usual_s=usual_s(state.record.load_times_s)
             ) as progress:
                 if plan is not None:
                     progress.say("starting")
@@ -88,7 +88,7 @@ class EngineLifecycle:
             self.tend()
             return
         state.save(Residency.STOPPING)
-        with Progress(self._telling(emit), Residency.STOPPING) as progress:
+        with Progress(self.telling(emit), Residency.STOPPING) as progress:
             progress.say("the start did not succeed; stopping what there is")
             await self._end()
         if isinstance(error, asyncio.CancelledError):
@@ -105,7 +105,7 @@ class EngineLifecycle:
         await self.stop_tending()
         # From here on an agent that dies leaves the rest of the stop to the next one.
         self._state.save(Residency.STOPPING)
-        with Progress(self._telling(emit), Residency.STOPPING) as progress:
+        with Progress(self.telling(emit), Residency.STOPPING) as progress:
             await self._finish_requests(progress)
             progress.say("stopping the engine")
             await self._end()
@@ -183,7 +183,7 @@ class EngineLifecycle:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    def _telling(self, emit: Emit) -> Emit:
+    def telling(self, emit: Emit) -> Emit:
         """Tell progress to the operation, and to everybody who watches the deployment."""
 
         def tell(progress: LifecycleProgress) -> None:

@@ -10,7 +10,13 @@ import structlog
 
 from nodeagent.supervisor._progress import Emit
 from rung import reason_of_error
-from rung.errors import AlreadyExistsError, InvalidRequestError, RungError, UnavailableError
+from rung.errors import (
+    AlreadyExistsError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    RungError,
+    UnavailableError,
+)
 from rung.service import Signal
 from rung.types import (
     FailureReason,
@@ -70,7 +76,7 @@ class Operation:
         except asyncio.CancelledError:
             self._append(LifecycleFailed(FailureReason.INTERNAL, "the operation was given up"))
             raise
-        except UnavailableError as error:
+        except (UnavailableError, DeadlineExceededError) as error:
             self._append(LifecycleFailed(reason_of_error(error), error.message))
         except RungError as error:
             self._refusal = error

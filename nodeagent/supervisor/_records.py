@@ -27,7 +27,8 @@ class EngineRecord(Struct, frozen=True, kw_only=True):
 
     `residency_class` is what holds for the engine that runs: a later spec does not unpin it. With
     residency STARTING and no PID in `running`, the agent was about to start it. `last_run` is the
-    engine that ran before, whose output can still be read.
+    engine that ran before, whose output can still be read. `sleep_level` is that of an engine that
+    sleeps, falls asleep or wakes; with one of these residencies the agent may have left it half-way.
     """
 
     spec: DeploymentSpec
@@ -38,6 +39,7 @@ class EngineRecord(Struct, frozen=True, kw_only=True):
     last_run: RunningEngine | None = None
     load_times_s: tuple[float, ...] = ()
     adopted: bool = False
+    sleep_level: int = 0
 
 
 class Records:

@@ -14,7 +14,8 @@ EDGES: dict[Residency, frozenset[Residency]] = {
     R.AWAKE: frozenset({R.FALLING_ASLEEP, R.STOPPING, R.FAILED}),
     R.FALLING_ASLEEP: frozenset({R.ASLEEP, R.AWAKE, R.FAILED}),
     R.ASLEEP: frozenset({R.WAKING, R.STOPPING, R.FAILED}),
-    R.WAKING: frozenset({R.AWAKE, R.FAILED}),
+    # One that refuses to wake sleeps on.
+    R.WAKING: frozenset({R.AWAKE, R.ASLEEP, R.FAILED}),
     R.STOPPING: frozenset({R.STOPPED, R.FAILED}),
     # An engine of somebody else that answers again is awake without having been started by us.
     R.FAILED: frozenset({R.STARTING, R.STOPPING, R.STOPPED, R.AWAKE}),

@@ -13,6 +13,8 @@ from nodeagent.supervisor._records import EngineRecord, Records
 from nodeagent.supervisor._residency import require_edge
 from rung.types import Deployment, Endpoint, EndpointScope, FailureReason, Residency
 
+_SLEEPS = frozenset({Residency.FALLING_ASLEEP, Residency.ASLEEP, Residency.WAKING})
+
 
 class DeploymentState:
     """One deployment: its record, which survives the agent, and the deployment as everybody sees it."""
@@ -75,6 +77,7 @@ class DeploymentState:
             adopted=self.record.adopted,
             pid=running.pid if running else 0,
             container_id=running.container_id if running else "",
+            asleep_level=self.record.sleep_level if residency in _SLEEPS else 0,
             residency_time_s=current.residency_time_s if residency is current.residency else time.time(),
         )
         self._on_change()
@@ -90,8 +93,14 @@ class DeploymentState:
 
     def awake(self) -> None:
         """It answers requests."""
+        self.record = replace(self.record, sleep_level=0)
         self.show(Residency.AWAKE, "ready")
         self.save(Residency.AWAKE)
+
+    def asleep(self, detail: str) -> None:
+        """It sleeps, at the level of its record."""
+        self.show(Residency.ASLEEP, detail)
+        self.save(Residency.ASLEEP)
 
     def stopped(self, detail: str) -> None:
         """Its engine does not run."""
@@ -107,7 +116,7 @@ class DeploymentState:
         """Note that the engine is gone. What it printed can still be read."""
         running = self.record.running
         last_run = running if has_process(running) else self.record.last_run
-        self.record = replace(self.record, running=None, last_run=last_run)
+        self.record = replace(self.record, running=None, last_run=last_run, sleep_level=0)
 
     def count(self, change: int) -> None:
         """Add to the running requests.

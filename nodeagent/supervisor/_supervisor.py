@@ -13,13 +13,14 @@ from msgspec import Struct
 from nodeagent.engines import EngineAdapter
 from nodeagent.runtimes import EngineRuntime
 from nodeagent.supervisor._engine import EngineSupervisor
+from nodeagent.supervisor._gpus import GpuTurns
+from nodeagent.supervisor._measuring import Look
 from nodeagent.supervisor._operations import Operation, Operations
 from nodeagent.supervisor._progress import Emit
 from nodeagent.supervisor._records import EngineRecord, Records
 from rung import error_of_failure
 from rung.errors import (
     InvalidRequestError,
-    NotImplementedYetError,
     RungError,
     StaleEpochError,
     UnavailableError,
@@ -52,7 +53,16 @@ class Command(Struct, frozen=True):
 
 
 class Supervisor:
-    """Owns the engines of a node. Make it inside the running event loop, then `resume`."""
+    """Owns the engines of a node. Make it inside the running event loop, then `resume`.
+
+    Args:
+        node_id: name of the node.
+        records: what earlier agents left.
+        runtimes: what runs engines.
+        adapter_for: finds what speaks an engine's dialect.
+        scope: from where engines can be reached.
+        look: takes a sample of the node now, for what is to be measured; None if nothing can be.
+    """
 
     def __init__(
         self,
@@ -62,6 +72,7 @@ class Supervisor:
         runtimes: Mapping[type[Runtime], EngineRuntime],
         adapter_for: Callable[[Engine], EngineAdapter],
         scope: EndpointScope = EndpointScope.LOOPBACK,
+        look: Look | None = None,
     ) -> None:
         self.node_id = node_id
         self.epoch = records.load_epoch()
@@ -70,6 +81,8 @@ class Supervisor:
         self._runtimes = runtimes
         self._adapter_for = adapter_for
         self._scope = scope
+        self._look = look
+        self._gpu_turns = GpuTurns()
         self._engines: dict[str, EngineSupervisor] = {}
         self._operations = Operations()
         #: Engines whose processes their runtime could not tell at the last look: logged once.
@@ -181,14 +194,31 @@ class Supervisor:
             lambda emit: self.engine(deployment_id).stop(emit, force=force),
         )
 
-    def refuse_residency_change(self, command: Command, deployment_id: str, verb: str) -> Operation:
-        """Sleep, wake and free: no adapter of this version can. Raises NotImplementedYetError."""
+    def sleep(
+        self, command: Command, deployment_id: str, *, level: int, force: bool, drain_timeout_s: float
+    ) -> Operation:
+        """Put an engine to sleep. Raises as `stop`."""
         self.raise_epoch(command.epoch)
-        self.engine(deployment_id)
-        raise NotImplementedYetError(
-            f"{deployment_id} cannot be told to {verb}: no engine adapter of this version can; "
-            "stop it instead",
-            deployment=deployment_id,
+        return self._operations.join_or_begin(
+            command.operation_id,
+            f"sleep {deployment_id}",
+            lambda emit: self.engine(deployment_id).sleep(
+                emit, level=level, force=force, drain_timeout_s=drain_timeout_s
+            ),
+        )
+
+    def wake(self, command: Command, deployment_id: str) -> Operation:
+        """Wake an engine. Raises as `stop`."""
+        self.raise_epoch(command.epoch)
+        return self._operations.join_or_begin(
+            command.operation_id, f"wake {deployment_id}", lambda emit: self.engine(deployment_id).wake(emit)
+        )
+
+    def free(self, command: Command, deployment_id: str) -> Operation:
+        """Have an engine give back its cache. Raises as `stop`."""
+        self.raise_epoch(command.epoch)
+        return self._operations.join_or_begin(
+            command.operation_id, f"free {deployment_id}", lambda emit: self.engine(deployment_id).free(emit)
         )
 
     async def forget(self, command: Command, deployment_id: str) -> None:
@@ -217,7 +247,8 @@ class Supervisor:
         return LifecycleDone(engine.deployment)
 
     def measured(self, status: NodeStatus) -> None:
-        """Take the memory of the engines from a sample of the GPUs."""
+        """Take the memory of the engines, and which GPUs there are, from a sample."""
+        self._gpu_turns.know(status.gpus)
         used: dict[str, int] = {}
         for gpu in status.gpus:
             for process in gpu.processes:
@@ -259,6 +290,8 @@ class Supervisor:
             records=self._records,
             scope=self._scope,
             on_change=self.changed.fire,
+            gpu_turns=self._gpu_turns,
+            look=self._look,
         )
 
     def _runtime(self, spec: DeploymentSpec) -> EngineRuntime:

@@ -8,7 +8,7 @@ from contextlib import suppress
 import structlog
 
 from nodeagent.engines import EngineAdapter, EngineHealth
-from nodeagent.runtimes import EngineRuntime, RunningEngine
+from nodeagent.runtimes import EngineExit, EngineRuntime, RunningEngine
 from nodeagent.supervisor._loading import RETURN_INTERVAL_S, exit_of
 from nodeagent.supervisor._planning import last_words
 from nodeagent.supervisor._state import DeploymentState
@@ -29,8 +29,8 @@ async def tend(state: DeploymentState, *, runtime: EngineRuntime, adapter: Engin
         return
     external = isinstance(state.record.spec.engine.runtime, ExternalRuntime)
     while True:
-        if state.residency is Residency.AWAKE:
-            await _until_gone(running, state, runtime=runtime, adapter=adapter, external=external)
+        if state.residency in (Residency.AWAKE, Residency.ASLEEP):
+            await _until_gone(running, state, runtime=runtime, adapter=adapter)
             if not external:
                 return
         await asyncio.sleep(RETURN_INTERVAL_S)
@@ -45,7 +45,6 @@ async def _until_gone(
     *,
     runtime: EngineRuntime,
     adapter: EngineAdapter,
-    external: bool,
 ) -> None:
     exit_task = asyncio.ensure_future(exit_of(running, runtime))
     missed = 0
@@ -54,6 +53,9 @@ async def _until_gone(
             await asyncio.wait([exit_task], timeout=_HEALTH_INTERVAL_S)
             if exit_task.done():
                 break
+            if state.residency is Residency.ASLEEP:
+                # That it answers nothing is as it should be.
+                continue
             probe = await adapter.probe(running.base_url, state.record.spec)
             missed = 0 if probe.health is EngineHealth.READY else missed + 1
             if missed == 0 and state.deployment.detail != "ready":
@@ -63,12 +65,19 @@ async def _until_gone(
     finally:
         exit_task.cancel()
         await asyncio.gather(exit_task, return_exceptions=True)
-    ended = exit_task.result()
+    await note_lost(running, exit_task.result(), state, runtime=runtime)
+
+
+async def note_lost(
+    running: RunningEngine, ended: EngineExit, state: DeploymentState, *, runtime: EngineRuntime
+) -> str:
+    """An engine has ended by itself: note that it FAILED; returns what happened."""
     detail = f"{state.id} {ended.detail}{last_words(ended.log_tail)}"
     _log.warning("engine_lost", deployment=state.id, detail=detail)
-    if not external:
+    if not isinstance(state.record.spec.engine.runtime, ExternalRuntime):
         # What it started goes with it, if its runtime is there to see to it.
         with suppress(UnavailableError):
             await runtime.stop(running, 0.0)
         state.ended()
     state.failed(FailureReason.ENGINE_LOST, detail)
+    return detail

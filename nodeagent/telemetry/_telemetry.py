@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -34,9 +35,10 @@ _PATIENCE_S = 2.0
 
 
 class _Looked(Struct, frozen=True):
-    """A sample of the GPUs and when it was taken, by the monotonic clock."""
+    """A sample of the GPUs and when it was begun and taken, by the monotonic clock."""
 
     sample: GpuSample
+    began_s: float
     at_s: float
 
 
@@ -50,27 +52,34 @@ class _Watcher:
         self._interval_s = interval_s
         self._on_sample = on_sample
         self._stopping = threading.Event()
+        self._due = threading.Event()
         self._thread = threading.Thread(target=self._run, name="gpu-telemetry", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
+    def look_now(self) -> None:
+        """Take the next sample at once."""
+        self._due.set()
+
     def stop(self, patience_s: float) -> None:
         """End the thread; one that hangs in the driver is left behind. Blocks."""
         self._stopping.set()
+        self._due.set()
         self._thread.join(patience_s)
         if self._thread.is_alive():
             _log.warning("the GPU driver hangs; its telemetry thread is left behind")
 
     def _run(self) -> None:
         while not self._stopping.is_set():
+            self._due.clear()
             began_s = time.monotonic()
             sample = self._look()
             if self._stopping.is_set():
                 break
-            self.newest = _Looked(sample, time.monotonic())
+            self.newest = _Looked(sample, began_s, time.monotonic())
             self._on_sample()
-            self._stopping.wait(max(self._interval_s - (time.monotonic() - began_s), 0.0))
+            self._due.wait(max(self._interval_s - (time.monotonic() - began_s), 0.0))
         self._source.close()
 
     def _look(self) -> GpuSample:
@@ -108,6 +117,8 @@ class Telemetry:
         self._measured: NodeStatus | None = None
         self._status: NodeStatus | None = None
         self._sequence = 0
+        #: When the GPU sample of `status` was begun, by the monotonic clock.
+        self._published_began_s = 0.0
         self._published = asyncio.Event()
         self._looked = asyncio.Event()
         self._watcher: _Watcher | None = None
@@ -141,6 +152,18 @@ class Telemetry:
         if self._status is None:
             raise RuntimeError("telemetry has not been started")
         return self._status
+
+    async def look(self) -> NodeStatus:
+        """A sample that is begun after this call; the newest that there is if the driver hangs."""
+        assert self._watcher is not None
+        called_s = time.monotonic()
+        deadline_s = called_s + _PATIENCE_S
+        while self._published_began_s < called_s and (left_s := deadline_s - time.monotonic()) > 0:
+            self._watcher.look_now()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left_s):
+                    await self._published.wait()
+        return self.status
 
     def set_owners(self, owners: Mapping[int, str]) -> None:
         """Say which deployment each process is of: pids of this host, to deployment ids.
@@ -210,6 +233,7 @@ class Telemetry:
             warnings=sample.warnings,
         )
         self._status = self._attributed(self._measured)
+        self._published_began_s = looked.began_s if looked else 0.0
         self._sequence += 1
         self._wake_readers()
 

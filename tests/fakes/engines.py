@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +22,14 @@ from rung.errors import RungError
 from rung.types import (
     DeploymentSpec,
     DockerRuntime,
+    ExternalRuntime,
     LifecycleDone,
     LifecycleEvent,
+    LifecycleFailed,
     LifecycleProgress,
+    NodeStatus,
     ProcessRuntime,
+    Residency,
 )
 
 
@@ -52,6 +56,8 @@ class ScriptedRuntime:
     pids_error: RungError | None = None
     #: In containers: engines have an id and no PID.
     in_containers: bool = False
+    #: Somebody else's engines, which have neither.
+    external: bool = False
     output: list[str] = field(default_factory=list)
     may_start: asyncio.Event = field(default_factory=open_gate)
     may_stop: asyncio.Event = field(default_factory=open_gate)
@@ -80,7 +86,7 @@ class ScriptedRuntime:
             generation=plan.generation,
             spec_hash=plan.spec_hash,
             base_url=f"http://127.0.0.1:{plan.port}",
-            pid=0 if self.in_containers else pid,
+            pid=0 if self.in_containers or self.external else pid,
             container_id=f"container-{pid}" if self.in_containers else "",
         )
 
@@ -99,6 +105,8 @@ class ScriptedRuntime:
 
     def _number(self, record: RunningEngine) -> int:
         """Which start made an engine; 0 for one that has not come to a process."""
+        if self.external:
+            return 1
         pid = record.pid or int(record.container_id.removeprefix("container-") or self.first_pid)
         return pid - self.first_pid
 
@@ -214,6 +222,32 @@ class AnAgent:
     def stop(self, deployment_id: str, operation_id: str = "", *, force: bool = False) -> Operation:
         return self.supervisor.stop(self.command(operation_id), deployment_id, force=force)
 
+    def sleep(
+        self,
+        deployment_id: str = "chat-1",
+        operation_id: str = "",
+        *,
+        level: int = 1,
+        force: bool = False,
+        drain_timeout_s: float = 30.0,
+    ) -> Operation:
+        return self.supervisor.sleep(
+            self.command(operation_id),
+            deployment_id,
+            level=level,
+            force=force,
+            drain_timeout_s=drain_timeout_s,
+        )
+
+    def wake(self, deployment_id: str = "chat-1", operation_id: str = "") -> Operation:
+        return self.supervisor.wake(self.command(operation_id), deployment_id)
+
+    def free(self, deployment_id: str = "chat-1", operation_id: str = "") -> Operation:
+        return self.supervisor.free(self.command(operation_id), deployment_id)
+
+    def residency(self, deployment_id: str = "chat-1") -> Residency:
+        return self.supervisor.engine(deployment_id).residency
+
     async def forget(self, deployment_id: str) -> None:
         await self.supervisor.forget(self.command(), deployment_id)
 
@@ -233,6 +267,7 @@ async def an_agent(
     runtime: ScriptedRuntime | None = None,
     docker: ScriptedRuntime | None = None,
     adapter: ScriptedAdapter | None = None,
+    look: Callable[[], Awaitable[NodeStatus]] | None = None,
 ) -> AsyncIterator[AnAgent]:
     """An agent on the state in `folder`; the next one may follow it there."""
     records = Records(folder)
@@ -242,10 +277,17 @@ async def an_agent(
     supervisor = Supervisor(
         node_id="box",
         records=records,
-        runtimes={ProcessRuntime: runtime, DockerRuntime: docker},
+        runtimes={
+            ProcessRuntime: runtime,
+            DockerRuntime: docker,
+            ExternalRuntime: ScriptedRuntime(external=True),
+        },
         adapter_for=lambda _: adapter,
+        look=look,
     )
     try:
+        if look is not None:
+            supervisor.measured(await look())
         await supervisor.resume()
         yield AnAgent(supervisor, records, runtime, docker, adapter)
     finally:
@@ -262,6 +304,13 @@ async def done(operation: Operation) -> LifecycleDone:
     """The outcome of an operation that ends well."""
     payload = (await events_of(operation))[-1].payload
     assert isinstance(payload, LifecycleDone), payload
+    return payload
+
+
+async def failed(operation: Operation) -> LifecycleFailed:
+    """The outcome of an operation that fails."""
+    payload = (await events_of(operation))[-1].payload
+    assert isinstance(payload, LifecycleFailed), payload
     return payload
 
 

@@ -25,7 +25,6 @@ from rung.errors import (
     InvalidRequestError,
     NotAllowedError,
     NotAwakeError,
-    NotImplementedYetError,
     PinnedDeploymentError,
     RungError,
     StaleEpochError,
@@ -244,11 +243,11 @@ async def test_a_mutation_of_a_lower_epoch_is_refused_and_changes_nothing(plane:
     assert plane.agent.runtime.stops == []
 
 
-@pytest.mark.parametrize("method", ["SleepEngine", "WakeEngine", "FreeEngine"])
-async def test_what_no_engine_can_do_yet_says_so(plane: Plane, method: str) -> None:
+@pytest.mark.parametrize("method", ["SleepEngine", "FreeEngine"])
+async def test_what_an_engine_cannot_do_is_refused(plane: Plane, method: str) -> None:
     await done(plane.agent.start(a_spec()))
 
-    with pytest.raises(NotImplementedYetError):
+    with pytest.raises(FailedPreconditionError, match="chat-1"):
         await _commanded(plane, method, MUTATIONS[method])
 
 

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from nodeagent.engines import EngineHealth
-from nodeagent.supervisor import EngineRecord, Operation, Records
+from nodeagent.supervisor import EngineRecord, Records
 from rung.errors import (
     AlreadyExistsError,
     EngineStartFailedError,
@@ -33,7 +33,7 @@ from rung.types import (
     ResidencyClass,
 )
 from tests.fakes.agent_server import a_spec
-from tests.fakes.engines import AnAgent, ScriptedRuntime, an_agent, done, events_of, told
+from tests.fakes.engines import AnAgent, ScriptedRuntime, an_agent, done, events_of, failed, told
 from tests.fakes.virtual_time import in_virtual_time
 
 
@@ -43,13 +43,6 @@ def on_port(spec: DeploymentSpec, port: int) -> DeploymentSpec:
 
 def in_docker(spec: DeploymentSpec) -> DeploymentSpec:
     return replace(spec, engine=replace(spec.engine, runtime=DockerRuntime(image="engine:1")))
-
-
-async def failed(operation: Operation) -> LifecycleFailed:
-    """The outcome of an operation that fails."""
-    payload = (await events_of(operation))[-1].payload
-    assert isinstance(payload, LifecycleFailed), payload
-    return payload
 
 
 async def failed_stop(agent: AnAgent) -> None:

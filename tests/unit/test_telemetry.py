@@ -64,13 +64,14 @@ async def running(
     *,
     simulated: Path | None = None,
     stale_after_s: float = 5.0,
+    interval_s: float = 0.02,
 ) -> AsyncIterator[Telemetry]:
     telemetry = Telemetry(
         state_dir=tmp_path / "not" / "made" / "yet",
         simulated_gpus=simulated,
         agent_version="9.9",
         gpu_source=source,
-        interval_s=0.02,
+        interval_s=interval_s,
         stale_after_s=stale_after_s,
     )
     await telemetry.start()
@@ -128,6 +129,26 @@ async def test_samples_keep_coming_and_end_with_the_telemetry(tmp_path: Path) ->
         await first(telemetry, lambda status: len(times) >= 3)
     await asyncio.wait_for(reader, 5)
     assert times == sorted(set(times))
+
+
+async def test_a_look_is_a_sample_of_this_moment_however_far_the_next_one_is(tmp_path: Path) -> None:
+    source = FakeSource()
+    async with running(tmp_path, source, interval_s=3600.0) as telemetry:
+        for pid in range(1, 4):
+            source.sample = GpuSample(gpus=(gpu(GpuProcess(pid)),))
+            async with asyncio.timeout(10):
+                looked = await telemetry.look()
+            assert looked.gpus[0].processes == (GpuProcess(pid),)
+            assert telemetry.status is looked
+
+
+async def test_a_look_at_a_driver_that_hangs_is_the_last_sample(tmp_path: Path) -> None:
+    source = FakeSource()
+    async with running(tmp_path, source, interval_s=3600.0) as telemetry:
+        source.answering.clear()
+        async with asyncio.timeout(10):
+            assert (await telemetry.look()).gpus[0].processes == ()
+        source.answering.set()
 
 
 async def test_a_driver_that_hangs_is_told_and_the_host_stays_fresh(tmp_path: Path) -> None:
