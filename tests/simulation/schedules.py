@@ -31,6 +31,7 @@ from tests.fakes.virtual_time import VirtualTimeLoop
 
 OPTIONS = SchedulerOptions(
     queue=QueueRules(ageing_s=15.0, max_overtakes=3, overtaking_s=15.0),
+    heartbeat_s=1.9,
     measurement_wait_s=6.0,
     margin_s=5.0,
     backoff_s=20.0,
@@ -39,7 +40,7 @@ OPTIONS = SchedulerOptions(
 #: Nobody waits longer for an outcome, whatever happens: the slowest faults are over by then.
 LONGEST_WAIT_S = 240.0
 #: Those who wait hear something at least so often.
-LONGEST_SILENCE_S = 1.0
+LONGEST_SILENCE_S = OPTIONS.heartbeat_s + 0.1
 #: No lease of a schedule lasts longer than this without a renewal.
 LONGEST_TTL_S = 6.0
 
@@ -87,7 +88,7 @@ class Schedule:
         around = [asyncio.create_task(self._outsider())]
         if rng.random() < 0.25:
             around.append(asyncio.create_task(self._late_telemetry()))
-        demands = rng.randint(3, 8)
+        demands = rng.randint(3, 7)
         async with asyncio.TaskGroup() as clients:
             for number in range(demands):
                 clients.create_task(self._client(number))
@@ -156,7 +157,7 @@ class Schedule:
         """A desktop, whose use stays within the reserve."""
         base_bytes = self.pool.unattributed_bytes
         while True:
-            await asyncio.sleep(self._rng.uniform(1.0, 10.0))
+            await asyncio.sleep(self._rng.uniform(2.0, 10.0))
             self.pool.unattributed_bytes = base_bytes + self._rng.randrange(self.pool.reserve_bytes)
             self.pool.changed()
 
@@ -175,7 +176,7 @@ class Schedule:
 
     async def _client(self, number: int) -> None:
         rng = self._rng
-        await asyncio.sleep(rng.uniform(0.0, 25.0))
+        await asyncio.sleep(rng.uniform(0.0, 15.0))
         priority = rng.choice(list(Priority))
         if rng.random() < 0.35:
             models = [name for name in self.pool.engines if name.startswith("model")]
@@ -249,14 +250,14 @@ class Schedule:
         """Take the memory of a lease bit by bit, renew it, and end as holders do."""
         rng, loop = self._rng, asyncio.get_running_loop()
         vanishes = rng.random() < 0.25
-        ends_s = loop.time() + rng.uniform(0.0, 12.0)
+        ends_s = loop.time() + rng.uniform(0.0, 10.0)
         parts = rng.randint(1, 4)
         part_bytes = lease.demand.vram_bytes // parts
         while loop.time() < ends_s:
             if parts:
                 parts -= 1
                 self._take(lease, part_bytes)
-            await asyncio.sleep(rng.uniform(0.0, lease.ttl_s / 2))
+            await asyncio.sleep(rng.uniform(lease.ttl_s / 8, lease.ttl_s / 2))
             try:
                 lease = self.scheduler.renew(lease.id)
             except UnknownLeaseError:
