@@ -292,6 +292,7 @@ class EngineSupervisor:
                 return LifecycleDone(self.deployment)
             async with self._gpu_turn("sleep", emit):
                 self._require_awake()
+                await self._lifecycle.stop_tending()
                 freed_bytes = await self._sleep.fall_asleep(
                     control, level, emit, drain_timeout_s=drain_timeout_s
                 )

@@ -157,6 +157,7 @@ class EngineSleep:
         assert running is not None
         level = state.record.sleep_level or _DEEPEST_LEVEL
         state.show(Residency.WAKING, "waking")
+        state.save(Residency.WAKING)
         async with self._watched() as watch:
             with Progress(self._lifecycle.telling(emit), Residency.WAKING) as progress:
                 progress.say(f"waking it from level {level}")
