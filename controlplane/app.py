@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 
 from controlplane.api import build_services
 from controlplane.config import Config
-from controlplane.fleet import Fleet
+from controlplane.fleet import Fleet, NodeSchedulers, log_alert
 from controlplane.gateway import Gateway
 from controlplane.jobs import Jobs
 from controlplane.pipelines import Pipelines, Slots
@@ -69,17 +69,20 @@ async def serve(config: Config) -> None:
             # Without a host of our own, no engine's loopback is ours.
             own_host_id=None if server.direct_relay else "",
         )
+        schedulers = NodeSchedulers(fleet, idle_s=slots.idle_s, drained=slots.drained, alert=log_alert)
+        fleet.make_awake = schedulers.make_awake
         client = EngineClient()
         stack.push_async_callback(client.aclose)
         pipelines = Pipelines(
             jobs=jobs,
             fleet=fleet,
+            schedulers=schedulers,
             slots=slots,
             client=client,
             registry=registry,
             engine_idle_timeout_s=server.engine_idle_timeout_s,
         )
-        services = build_services(fleet, jobs, pipelines, slots.idle_s)
+        services = build_services(fleet, schedulers, jobs, pipelines)
         grpc_server = GrpcServer(
             ServerOptions(
                 host=server.host, port=server.grpc_port, max_request_bytes=server.max_request_bytes
@@ -102,8 +105,10 @@ async def serve(config: Config) -> None:
         stack.push_async_callback(gateway.aclose)
         await grpc_server.start()
         await fleet.start()
+        schedulers.start()
         _calm_collector()
         stack.push_async_callback(fleet.aclose)
+        stack.push_async_callback(schedulers.aclose)
         stack.push_async_callback(pipelines.aclose)
         ready_file = server.state_dir / "controlplane.json"
         ready_file.write_text(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import grpc.aio
@@ -13,7 +12,7 @@ from controlplane.api._fleet import FleetServicer
 from controlplane.api._inference import InferenceServicer
 from controlplane.api._ports import JobsPort, PipelinesPort
 from controlplane.api._vram import VramServicer
-from controlplane.fleet import Fleet
+from controlplane.fleet import Fleet, NodeSchedulers
 from rung.service import add_service
 
 #: Full names of the services that the control plane has.
@@ -43,13 +42,13 @@ class Services:
 
 
 def build_services(
-    fleet: Fleet, jobs: JobsPort, pipelines: PipelinesPort, idle_s: Callable[[str], float]
+    fleet: Fleet, schedulers: NodeSchedulers, jobs: JobsPort, pipelines: PipelinesPort
 ) -> Services:
-    """All services of the control plane; `idle_s` is the time since a deployment was last used."""
+    """All services of the control plane."""
     servicers: dict[str, object] = {
         "rung.v1.InferenceService": InferenceServicer(fleet, jobs, pipelines),
         "rung.v1.FleetService": FleetServicer(fleet),
-        "rung.v1.VramService": VramServicer(fleet, idle_s),
+        "rung.v1.VramService": VramServicer(fleet, schedulers),
     }
     pool = Default()
     return Services(

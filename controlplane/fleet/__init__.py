@@ -4,6 +4,7 @@ from controlplane.fleet._agent_client import AgentClient, AgentRun
 from controlplane.fleet._fleet import ConfiguredNode, Fleet
 from controlplane.fleet._operations import LifecycleAction
 from controlplane.fleet._pools import find_gpu, ledger_of
+from controlplane.fleet._schedulers import NodeSchedulers, RaisingProgress, log_alert, progress_of_event
 from controlplane.fleet._view import DeploymentView, FleetView, build_view, models
 
 __all__ = [
@@ -14,8 +15,12 @@ __all__ = [
     "Fleet",
     "FleetView",
     "LifecycleAction",
+    "NodeSchedulers",
+    "RaisingProgress",
     "build_view",
     "find_gpu",
     "ledger_of",
+    "log_alert",
     "models",
+    "progress_of_event",
 ]

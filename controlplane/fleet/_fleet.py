@@ -7,6 +7,7 @@ import random
 import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from typing import Protocol
 
 from msgspec.structs import replace
@@ -35,6 +36,7 @@ from rung.types import (
     ExternalRuntime,
     FailureReason,
     JobKind,
+    LifecycleDone,
     LifecycleEvent,
     LifecycleFailed,
     LifecycleProgress,
@@ -101,6 +103,8 @@ class Fleet:
         rng = random.SystemRandom()
         self.load = load
         self.epoch = epoch
+        #: How a deployment that is to be kept running is made awake; None starts it at once.
+        self.make_awake: Callable[[str], AsyncGenerator[object, None]] | None = None
         self._nodes = {node.id: node for node in nodes}
         self._deployments = tuple(deployments)
         self._own_host_id = host_id() if own_host_id is None else own_host_id
@@ -135,6 +139,12 @@ class Fleet:
     def busy(self) -> set[str]:
         """Deployments with an operation under way."""
         return self._operations.busy
+
+    def progress_of(self, deployment_id: str) -> LifecycleProgress | None:
+        """The newest word of the operation that is under way on a deployment, if there is one."""
+        operation = self._operations.running_on(deployment_id)
+        newest = operation.outcome if operation is not None else None
+        return newest if isinstance(newest, LifecycleProgress) else None
 
     def session(self, node_id: str) -> NodeSession:
         """The session of a node. Raises UnknownNodeError."""
@@ -224,7 +234,18 @@ class Fleet:
         target = self._target(deployment_id)
         if _is_external(target.deployment.spec):
             return self._operations.begin(LifecycleAction.START, target, operation_id).events()
+        if self.make_awake is not None:
+            return self._made_awake(self.make_awake(deployment_id), deployment_id, operation_id)
         return self.lifecycle(LifecycleAction.START, deployment_id, operation_id)
+
+    async def _made_awake(
+        self, steps: AsyncGenerator[object, None], deployment_id: str, operation_id: str
+    ) -> AsyncGenerator[LifecycleEvent, None]:
+        async with aclosing(steps):
+            async for _ in steps:
+                pass
+        done = LifecycleDone(self._target(deployment_id).deployment)
+        yield LifecycleEvent(operation_id, 1, 0.0, done)
 
     async def ensure_awake(self, deployment_id: str) -> AsyncGenerator[LifecycleProgress, None]:
         """Start or wake a deployment unless it is awake, and say how far that is; ends once it is awake.

@@ -75,6 +75,8 @@ class NodeSession:
         self.node_id = node_id
         self.address = address
         self.report = NodeReport()
+        #: When measurements were last heard, on the loop's clock.
+        self.status_heard_s = float("-inf")
         self.connected = False
         self.changed = Signal()
         self._epoch = epoch
@@ -155,6 +157,8 @@ class NodeSession:
         was = self.report
         heard = replace(was, state=NodeState.READY, detail="", last_seen_time_s=time.time())
         only_status = False
+        if isinstance(update, NodeStatus | AgentSnapshot):
+            self.status_heard_s = asyncio.get_running_loop().time()
         if isinstance(update, NodeStatus):
             only_status = was.state is NodeState.READY and _same_host(was.status, update)
             self.report = replace(heard, status=update)

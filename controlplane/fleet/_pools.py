@@ -43,6 +43,18 @@ def find_gpu(view: FleetView, pool_id: str) -> tuple[Node, Gpu]:
     raise NotFoundError(f"{node_id} has no GPU {index}; there are: {there}", gpu=pool_id)
 
 
+def pool_of(found: DeploymentView) -> str | None:
+    """The pool that a deployment is, or would be, on; None if its node has no GPU or is not known.
+
+    Of several GPUs that it names, the first: what it holds of the others is in their ledgers all the same.
+    """
+    status = found.node.status
+    if status is None or not status.gpus:
+        return None
+    on = [gpu for gpu in status.gpus if _is_on(found, gpu, len(status.gpus))]
+    return f"{found.node.id}/{(on or status.gpus)[0].index}"
+
+
 def ledger_of(
     view: FleetView,
     pool_id: str,

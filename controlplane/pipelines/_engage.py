@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from itertools import pairwise
 from types import TracebackType
 from typing import Protocol
 
 import structlog
 
-from controlplane.fleet import DeploymentView, Fleet
+from controlplane.fleet import DeploymentView, Fleet, NodeSchedulers
 from controlplane.jobs import LiveJob
 from controlplane.ladder import order_targets, refusal
 from controlplane.pipelines._openai import check_status
@@ -27,6 +28,9 @@ AUTO_MODELS = frozenset({"", "rung/auto"})
 _PATHS = {JobKind.CHAT: "/v1/chat/completions", JobKind.EMBEDDING: "/v1/embeddings"}
 _CAPABILITIES = {JobKind.CHAT: "chat", JobKind.EMBEDDING: "embedding"}
 _STARTING = frozenset({Residency.STOPPED, Residency.STARTING, Residency.FAILED, Residency.STOPPING})
+
+#: How often a request makes its deployment awake that others make give way again.
+_AWAKE_ROUNDS = 4
 
 #: Called with each line of progress while an engine is made awake or a slot is waited for.
 OnWait = Callable[[str], Awaitable[None]]
@@ -83,9 +87,16 @@ class Engager:
     """Finds the engine for a wish and opens its answer."""
 
     def __init__(
-        self, *, fleet: Fleet, slots: Slots, client: EngineClient, engine_idle_timeout_s: float
+        self,
+        *,
+        fleet: Fleet,
+        schedulers: NodeSchedulers,
+        slots: Slots,
+        client: EngineClient,
+        engine_idle_timeout_s: float,
     ) -> None:
         self._fleet = fleet
+        self._schedulers = schedulers
         self._slots = slots
         self._client = client
         self._idle_timeout_s = engine_idle_timeout_s
@@ -167,10 +178,22 @@ class Engager:
         on_wait: OnWait | None,
     ) -> Engaged:
         spec = target.deployment.spec
-        if target.deployment.residency is not Residency.AWAKE:
-            target = await self._awake(job, target, on_wait)
-        if not self._slots.try_acquire(spec.id, spec.slots):
+        for _ in range(_AWAKE_ROUNDS):
+            if target.deployment.residency is not Residency.AWAKE:
+                target = await self._awake(job, wish, target, on_wait)
+            if self._slots.try_acquire(spec.id, spec.slots):
+                break
             await self._slot(job, spec, on_wait)
+            target = self._now(target)
+            if target.deployment.residency is Residency.AWAKE:
+                break
+            # It was told to give way while this request waited.
+            self._slots.release(spec.id)
+        else:
+            raise EngineStartFailedError(
+                f"{spec.id} was made awake {_AWAKE_ROUNDS} times, and had to give way each time",
+                deployment=spec.id,
+            )
         try:
             reply = await self._open(job, wish, target, make_body)
             if reply.status >= 400:
@@ -183,15 +206,23 @@ class Engager:
             raise
         return Engaged(spec.id, reply, self._slots)
 
-    async def _awake(self, job: LiveJob, target: DeploymentView, on_wait: OnWait | None) -> DeploymentView:
+    async def _awake(
+        self, job: LiveJob, wish: Wish, target: DeploymentView, on_wait: OnWait | None
+    ) -> DeploymentView:
         deployment_id = target.deployment.spec.id
         residency = target.deployment.residency
         phase = Phase.ENGINE_START if residency in _STARTING else Phase.ENGINE_WAKE
         job.progress(phase, f"{deployment_id} is {residency}; making it ready")
-        async for step in self._fleet.ensure_awake(deployment_id):
-            job.progress(phase, step.detail, percent=step.percent, remaining_s=step.remaining_s)
-            if on_wait is not None:
-                await on_wait(step.detail)
+        raising = self._schedulers.make_awake(deployment_id, priority=wish.policy.priority)
+        async with aclosing(raising) as steps:
+            async for step in steps:
+                job.progress(step.phase, step.detail, percent=step.percent, remaining_s=step.remaining_s)
+                if on_wait is not None:
+                    await on_wait(step.detail)
+        return self._now(target)
+
+    def _now(self, target: DeploymentView) -> DeploymentView:
+        deployment_id = target.deployment.spec.id
         found = self._fleet.view.deployments.get(deployment_id)
         if found is None:
             raise EngineStartFailedError(f"{deployment_id} is no longer deployed", deployment=deployment_id)

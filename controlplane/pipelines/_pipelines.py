@@ -9,7 +9,7 @@ from types import TracebackType
 import structlog
 from prometheus_client import CollectorRegistry
 
-from controlplane.fleet import DeploymentView, Fleet
+from controlplane.fleet import DeploymentView, Fleet, NodeSchedulers
 from controlplane.jobs import Jobs, LiveJob
 from controlplane.ladder import explain_targets
 from controlplane.pipelines._engage import Engager, OnWait
@@ -58,6 +58,7 @@ class Pipelines:
         *,
         jobs: Jobs,
         fleet: Fleet,
+        schedulers: NodeSchedulers,
         slots: Slots,
         client: EngineClient,
         registry: CollectorRegistry,
@@ -66,7 +67,11 @@ class Pipelines:
         self._jobs = jobs
         self._slots = slots
         self._engager = Engager(
-            fleet=fleet, slots=slots, client=client, engine_idle_timeout_s=engine_idle_timeout_s
+            fleet=fleet,
+            schedulers=schedulers,
+            slots=slots,
+            client=client,
+            engine_idle_timeout_s=engine_idle_timeout_s,
         )
         self._metrics = PipelineMetrics(registry, jobs)
         self._tasks: set[asyncio.Task[None]] = set()

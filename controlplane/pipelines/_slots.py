@@ -7,19 +7,24 @@ import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from rung.errors import QueueFullError
+from rung.service import Signal
 
 #: Most requests that wait for one deployment.
 MAX_QUEUED = 1024
 
 
 class _Lane:
-    __slots__ = ("active", "waiting")
+    __slots__ = ("active", "emptied", "holds", "limit", "waiting")
 
     def __init__(self) -> None:
         self.active = 0
+        self.holds = 0
+        self.limit = 1
         self.waiting: deque[asyncio.Future[None]] = deque()
+        self.emptied = Signal()
 
 
 class Slots:
@@ -36,16 +41,18 @@ class Slots:
 
     def idle_s(self, deployment_id: str) -> float:
         """Time since the last request of a deployment ended; 0 while one runs, endless before the first."""
-        if deployment_id in self._lanes:
+        lane = self._lanes.get(deployment_id)
+        if lane is not None and (lane.active or lane.waiting):
             return 0.0
         return time.monotonic() - self._released_s.get(deployment_id, -math.inf)
 
     def try_acquire(self, deployment_id: str, limit: int) -> bool:
-        """Take a slot if one is free and nobody waits."""
+        """Take a slot if one is free, nobody waits, and the deployment is not being drained."""
         lane = self._lanes.get(deployment_id)
         if lane is None:
             lane = self._lanes[deployment_id] = _Lane()
-        if lane.active >= limit or lane.waiting:
+        lane.limit = limit
+        if lane.active >= limit or lane.waiting or lane.holds:
             return False
         lane.active += 1
         return True
@@ -83,16 +90,39 @@ class Slots:
                     self.release(deployment_id)
                 else:
                     lane.waiting.remove(turn)
+                    self._admit(deployment_id, lane)
 
     def release(self, deployment_id: str) -> None:
         """Give a slot back; whoever waited longest gets it."""
         lane = self._lanes[deployment_id]
-        while lane.waiting:
-            turn = lane.waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
         lane.active -= 1
         if lane.active == 0:
-            del self._lanes[deployment_id]
             self._released_s[deployment_id] = time.monotonic()
+            lane.emptied.fire()
+        self._admit(deployment_id, lane)
+
+    @asynccontextmanager
+    async def drained(self, deployment_id: str) -> AsyncIterator[None]:
+        """Let no request of a deployment begin, and enter once those that run have ended.
+
+        Requests that come meanwhile wait; leaving lets them begin.
+        """
+        lane = self._lanes.setdefault(deployment_id, _Lane())
+        lane.holds += 1
+        try:
+            while lane.active:
+                await lane.emptied.wait()
+            yield
+        finally:
+            lane.holds -= 1
+            self._admit(deployment_id, lane)
+
+    def _admit(self, deployment_id: str, lane: _Lane) -> None:
+        """Give what slots are free to those who wait; let go of a lane that nobody uses."""
+        while lane.waiting and not lane.holds and lane.active < lane.limit:
+            turn = lane.waiting.popleft()
+            if not turn.done():
+                lane.active += 1
+                turn.set_result(None)
+        if not (lane.active or lane.waiting or lane.holds):
+            self._lanes.pop(deployment_id, None)

@@ -10,7 +10,8 @@ import grpc.aio
 from prometheus_client import CollectorRegistry
 
 from controlplane.api import build_services
-from controlplane.fleet import Fleet
+from controlplane.fleet import Fleet, NodeSchedulers, log_alert
+from controlplane.pipelines import Slots
 from rung.service import CallInterceptor, GrpcServer, ServerOptions
 from rung.transport import ChannelOptions, open_channel
 from rung.types import DeploymentSpec, NodeOwnership
@@ -52,7 +53,9 @@ async def an_api_server(
     )
     jobs = FakeJobs()
     pipelines = FakePipelines(jobs)
-    services = build_services(fleet, jobs, pipelines, lambda _: 60.0)
+    slots = Slots()
+    schedulers = NodeSchedulers(fleet, idle_s=lambda _: 60.0, drained=slots.drained, alert=log_alert)
+    services = build_services(fleet, schedulers, jobs, pipelines)
     server = GrpcServer(
         ServerOptions(port=0, max_request_bytes=max_request_bytes),
         services=services.descriptors,
@@ -62,10 +65,12 @@ async def an_api_server(
     services.add_to(server.server)
     await server.start()
     await fleet.start()
+    schedulers.start()
     channel = open_channel(ChannelOptions(address=f"127.0.0.1:{server.port}"))
     try:
         yield ApiServer(fleet, jobs, pipelines, load, server, channel)
     finally:
         await channel.close()
         await server.stop(0)
+        await schedulers.aclose()
         await fleet.aclose()

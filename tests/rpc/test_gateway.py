@@ -14,6 +14,7 @@ import pytest
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
+from controlplane.fleet import NodeSchedulers, log_alert
 from controlplane.gateway import Gateway
 from controlplane.jobs import Jobs
 from controlplane.pipelines import Pipelines, Slots
@@ -57,8 +58,15 @@ async def plane() -> AsyncIterator[Plane]:
         jobs, slots, client = Jobs(MemoryStore()), Slots(), EngineClient()
         await jobs.start()
         registry = CollectorRegistry()
+        schedulers = NodeSchedulers(fleet, idle_s=slots.idle_s, drained=slots.drained, alert=log_alert)
         pipelines = Pipelines(
-            jobs=jobs, fleet=fleet, slots=slots, client=client, registry=registry, engine_idle_timeout_s=0.3
+            jobs=jobs,
+            fleet=fleet,
+            schedulers=schedulers,
+            slots=slots,
+            client=client,
+            registry=registry,
+            engine_idle_timeout_s=0.3,
         )
         gateway = Gateway(
             host="127.0.0.1",

@@ -112,7 +112,6 @@ async def test_every_rpc_is_served_and_every_error_is_rich(plane: ApiServer) -> 
     assert unimplemented == {
         *("Predict", "GetArtifact", "DeleteNode", "CreateJoinToken", "JoinNode"),
         *("ListProfiles", "SwitchProfile"),
-        *("AcquireLease", "RenewLease", "ReleaseLease", "ListLeases"),
         *(method.name for method in Default().FindServiceByName("rung.v1.BurstService").methods),
     }
 

@@ -125,6 +125,7 @@ _PAIRS: dict[str, Any] = {
     "infeasible": rung.types.Infeasible,
     "reclaim_plan": rung.types.ReclaimPlan,
     "job": Job,
+    "lease": rung.types.Lease,
     "job_event": JobEvent,
     "lifecycle_event": LifecycleEvent,
     "model": Model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 import pytest
 
@@ -100,3 +101,63 @@ async def test_a_queue_has_an_end() -> None:
         task.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
     assert slots.load("d") == (1, 0)
+
+
+async def test_a_drain_waits_for_what_runs_and_holds_what_comes() -> None:
+    slots = Slots()
+    assert slots.try_acquire("d", 2)
+    entered, leave = asyncio.Event(), asyncio.Event()
+
+    async def drain() -> None:
+        async with slots.drained("d"):
+            entered.set()
+            await leave.wait()
+
+    draining = asyncio.create_task(drain())
+    await asyncio.sleep(0)
+    assert not slots.try_acquire("d", 2)
+    comes = asyncio.create_task(_wait(slots))
+    await asyncio.sleep(0)
+    assert not entered.is_set()
+
+    slots.release("d")
+    await entered.wait()
+    assert slots.load("d") == (0, 1)
+    leave.set()
+    await draining
+    await comes
+    assert slots.load("d") == (1, 0)
+    slots.release("d")
+    assert slots.load("d") == (0, 0)
+
+
+async def test_a_drain_that_is_given_up_lets_requests_begin_again() -> None:
+    slots = Slots()
+    assert slots.try_acquire("d", 1)
+    draining = asyncio.create_task(_drain(slots))
+    await asyncio.sleep(0)
+    draining.cancel()
+    await asyncio.gather(draining, return_exceptions=True)
+
+    slots.release("d")
+
+    assert slots.try_acquire("d", 1)
+
+
+def test_idle_time_counts_from_the_end_of_the_last_request() -> None:
+    slots = Slots()
+    assert slots.idle_s("d") == math.inf
+    assert slots.try_acquire("d", 1)
+    assert slots.idle_s("d") == 0.0
+    slots.release("d")
+    assert 0.0 <= slots.idle_s("d") < 60.0
+
+
+async def _wait(slots: Slots) -> None:
+    async for _ in slots.acquire("d"):
+        pass
+
+
+async def _drain(slots: Slots) -> None:
+    async with slots.drained("d"):
+        pass

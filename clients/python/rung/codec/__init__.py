@@ -73,6 +73,8 @@ from rung.codec._vram import (
     footprint_to_proto,
     infeasible_from_proto,
     infeasible_to_proto,
+    lease_from_proto,
+    lease_to_proto,
     reclaim_plan_from_proto,
     reclaim_plan_to_proto,
 )
@@ -115,6 +117,8 @@ __all__ = [
     "job_event_to_proto",
     "job_from_proto",
     "job_to_proto",
+    "lease_from_proto",
+    "lease_to_proto",
     "lifecycle_event_from_proto",
     "lifecycle_event_to_proto",
     "model_from_proto",

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from rung import v1
-from rung.codec._values import EnumCodec, duration_from_proto, duration_to_proto
-from rung.types import Footprint, Infeasible, ReclaimAction, ReclaimGrade, ReclaimPlan, ReclaimStep
+from rung.codec._job import PRIORITIES
+from rung.codec._values import (
+    EnumCodec,
+    duration_from_proto,
+    duration_to_proto,
+    timestamp_from_proto,
+    timestamp_to_proto,
+)
+from rung.types import Footprint, Infeasible, Lease, ReclaimAction, ReclaimGrade, ReclaimPlan, ReclaimStep
 
 #: A grade that is not known, or not set, is the greatest: that is what unset means in a demand.
 RECLAIM_GRADES = EnumCodec(ReclaimGrade, v1.ReclaimGrade, prefix="RECLAIM_GRADE_", unknown=ReclaimGrade.FULL)
@@ -101,4 +108,34 @@ def footprint_from_proto(message: v1.EstimateFootprintResponse) -> Footprint:
         kv_cache_bytes=message.kv_cache_bytes,
         overhead_bytes=message.overhead_bytes,
         kv_bytes_per_token=message.kv_bytes_per_token,
+    )
+
+
+def lease_to_proto(value: Lease) -> v1.Lease:
+    """A lease as a message."""
+    return v1.Lease(
+        id=value.id,
+        demand=v1.Demand(
+            gpu=value.gpu,
+            vram_bytes=value.vram_bytes,
+            priority=PRIORITIES.to_proto[value.priority],
+            holder=value.holder,
+        ),
+        grade=RECLAIM_GRADES.to_proto[value.grade],
+        grant_time=timestamp_to_proto(value.grant_time_s),
+        expire_time=timestamp_to_proto(value.expire_time_s),
+    )
+
+
+def lease_from_proto(message: v1.Lease) -> Lease:
+    """A lease from a message."""
+    return Lease(
+        id=message.id,
+        gpu=message.demand.gpu,
+        vram_bytes=message.demand.vram_bytes,
+        grade=RECLAIM_GRADES.from_proto(message.grade),
+        grant_time_s=timestamp_from_proto(message.grant_time),
+        expire_time_s=timestamp_from_proto(message.expire_time),
+        holder=message.demand.holder,
+        priority=PRIORITIES.from_proto(message.demand.priority),
     )

@@ -78,6 +78,7 @@ from rung.types._job import (
 from rung.types._vram import (
     Footprint,
     Infeasible,
+    Lease,
     ReclaimAction,
     ReclaimGrade,
     ReclaimPlan,
@@ -120,6 +121,7 @@ __all__ = [
     "JobFailed",
     "JobKind",
     "JobState",
+    "Lease",
     "LifecycleDone",
     "LifecycleEvent",
     "LifecycleFailed",

@@ -9,6 +9,8 @@ from enum import StrEnum
 
 from msgspec import Struct
 
+from rung.types._job import Priority
+
 
 class ReclaimGrade(StrEnum):
     """How much others are disturbed."""
@@ -105,3 +107,23 @@ class Footprint(Struct, frozen=True, kw_only=True):
     def tokens_beside_weights(self, vram_bytes: int) -> int:
         """Tokens that fit into what weights and overhead leave of an amount of memory."""
         return self.tokens_that_fit(vram_bytes - self.weights_bytes - self.overhead_bytes)
+
+
+class Lease(Struct, frozen=True, kw_only=True):
+    """A time-limited grant of memory of a GPU. Times are Unix seconds.
+
+    Attributes:
+        gpu: `node/index`.
+        holder: one line for a person about who has it.
+        grade: how much others were disturbed.
+        expire_time_s: when it ends unless it is renewed.
+    """
+
+    id: str
+    gpu: str
+    vram_bytes: int
+    grade: ReclaimGrade
+    grant_time_s: float
+    expire_time_s: float
+    holder: str = ""
+    priority: Priority = Priority.AGENT

@@ -1,0 +1,331 @@
+"""The schedulers of the nodes, and what they see and do of the fleet.
+
+A deployment on a GPU becomes awake through its node's scheduler, which makes room for it first. One on a
+node that has none, and one that somebody else runs, is left to its agent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
+
+import structlog
+from msgspec import Struct
+
+from controlplane.fleet._fleet import Fleet
+from controlplane.fleet._operations import KEEP_ALIVE_S, LifecycleAction
+from controlplane.fleet._pools import ledger_of, pool_of
+from controlplane.fleet._view import DeploymentView
+from controlplane.vram import (
+    Measured,
+    Measurement,
+    NodeScheduler,
+    PlacedDeployment,
+    Planned,
+    ReclaimAction,
+    ReclaimStep,
+    SchedulerEvent,
+    Step,
+    StepState,
+    VramAlert,
+    Waiting,
+    reserved_bytes,
+)
+from rung import error_of_failure
+from rung.errors import NotImplementedYetError, UnknownNodeError
+from rung.types import (
+    ExternalRuntime,
+    LifecycleDone,
+    LifecycleFailed,
+    LifecycleProgress,
+    Phase,
+    Priority,
+    Residency,
+    VllmEngine,
+)
+
+_log = structlog.get_logger("rung.vram")
+
+_ACTIONS = {
+    ReclaimAction.SLEEP: LifecycleAction.SLEEP,
+    ReclaimAction.STOP: LifecycleAction.STOP,
+    ReclaimAction.FREE: LifecycleAction.FREE,
+}
+#: What a step is called while it is carried out.
+_DOING = {
+    ReclaimAction.SLEEP: "putting {} to sleep",
+    ReclaimAction.STOP: "stopping {}",
+    ReclaimAction.FREE: "flushing the cache of {}",
+    ReclaimAction.SHRINK: "shrinking {}",
+}
+_RISING = frozenset({Residency.STARTING, Residency.WAKING})
+#: An agent samples once a second, and what it says was measured up to this long before it is heard.
+_SAMPLE_AGE_S = 1.5
+#: How long to wait for a measurement of after a step.
+_FRESH_S = 4.0
+
+
+class RaisingProgress(Struct, frozen=True):
+    """What is under way until a deployment is awake, in the phase of a job that it belongs to."""
+
+    phase: Phase
+    detail: str
+    percent: float | None = None
+    remaining_s: float | None = None
+
+
+class NodeWorld:
+    """A node as its scheduler sees it: the port `Pools`, and the port `Executor`.
+
+    Args:
+        fleet: the fleet.
+        node_id: the node.
+        idle_s: time since a deployment was last used.
+        drained: lets no request of a deployment begin, and is entered once those that run have ended.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        node_id: str,
+        *,
+        idle_s: Callable[[str], float],
+        drained: Callable[[str], AbstractAsyncContextManager[None]],
+    ) -> None:
+        self._fleet = fleet
+        self._node_id = node_id
+        self._idle_s = idle_s
+        self._drained = drained
+        self._seen_bytes: dict[str, int] = {}
+
+    async def measure(self, pool_id: str) -> Measurement:
+        """The pool as the agent last said. Raises as `ledger_of`."""
+        ledger = ledger_of(self._fleet.view, pool_id, load=self._fleet.load, idle_s=self._idle_s)
+        heard_s = self._fleet.session(self._node_id).status_heard_s
+        return Measurement(ledger=ledger, measured_s=heard_s - _SAMPLE_AGE_S)
+
+    def deployments(self) -> Sequence[PlacedDeployment]:
+        """Those of the node that are on a GPU and are ours to start."""
+        placed: list[PlacedDeployment] = []
+        for deployment_id, found in self._fleet.view.deployments.items():
+            if found.node.id != self._node_id:
+                continue
+            pool_id = pool_of(found)
+            if pool_id is None or isinstance(found.deployment.spec.engine.runtime, ExternalRuntime):
+                continue
+            placed.append(
+                PlacedDeployment(
+                    deployment_id=deployment_id,
+                    pool_id=pool_id,
+                    awake_bytes=self._awake_bytes(found, pool_id),
+                    idle_timeout_s=found.deployment.spec.idle_timeout_s,
+                )
+            )
+        return placed
+
+    def _awake_bytes(self, found: DeploymentView, pool_id: str) -> int:
+        """What it holds when awake: as measured the last time, else as declared, else 0 for not known."""
+        deployment = found.deployment
+        spec = deployment.spec
+        if deployment.residency is Residency.AWAKE and deployment.vram_bytes:
+            self._seen_bytes[spec.id] = deployment.vram_bytes
+        seen_bytes = self._seen_bytes.get(spec.id)
+        if seen_bytes is not None:
+            return seen_bytes
+        engine = spec.engine.engine
+        if spec.vram_bytes or not isinstance(engine, VllmEngine) or found.node.status is None:
+            return spec.vram_bytes
+        total_bytes = next(
+            (gpu.memory_total_bytes for gpu in found.node.status.gpus if pool_id.endswith(f"/{gpu.index}")), 0
+        )
+        return reserved_bytes(engine.gpu_memory_utilization, total_bytes)
+
+    async def carry_out(self, pool_id: str, step: ReclaimStep) -> Measured:
+        """Drain, change, measure.
+
+        Raises:
+            RungError: it did not work.
+        """
+        action = _ACTIONS.get(step.action)
+        if action is None:
+            raise NotImplementedYetError(f"{step.deployment_id} cannot be told to {step.action} yet")
+        before = await self.measure(pool_id)
+        operation_id = f"reclaim-{step.deployment_id}-{uuid.uuid4().hex[:12]}"
+        freed_bytes: int | None = None
+        async with (
+            self._drained(step.deployment_id),
+            aclosing(
+                self._fleet.lifecycle(action, step.deployment_id, operation_id, level=step.level)
+            ) as events,
+        ):
+            async for event in events:
+                if isinstance(event.payload, LifecycleFailed):
+                    raise error_of_failure(event.payload)
+                if isinstance(event.payload, LifecycleDone):
+                    freed_bytes = event.payload.freed_bytes
+        after = await self._measured_after(pool_id, asyncio.get_running_loop().time())
+        free_bytes = after.ledger.free_bytes
+        if freed_bytes is None:
+            freed_bytes = max(0, free_bytes - before.ledger.free_bytes)
+        return Measured(freed_bytes=freed_bytes, free_bytes=free_bytes)
+
+    async def _measured_after(self, pool_id: str, time_s: float) -> Measurement:
+        loop = asyncio.get_running_loop()
+        while True:
+            measurement = await self.measure(pool_id)
+            left_s = time_s + _FRESH_S - loop.time()
+            if measurement.measured_s > time_s or left_s <= 0:
+                return measurement
+            await self._fleet.wait_changed(left_s)
+
+    async def bring_up(self, pool_id: str, deployment_id: str) -> None:
+        """Start or wake. Raises as `Fleet.ensure_awake`."""
+        async with aclosing(self._fleet.ensure_awake(deployment_id)) as progress:
+            async for _ in progress:
+                pass
+
+
+class NodeSchedulers:
+    """One scheduler for each node; the way by which deployments become awake."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        *,
+        idle_s: Callable[[str], float],
+        drained: Callable[[str], AbstractAsyncContextManager[None]],
+        alert: Callable[[VramAlert], None],
+    ) -> None:
+        self._fleet = fleet
+        self._schedulers = {
+            node_id: _make(NodeWorld(fleet, node_id, idle_s=idle_s, drained=drained), alert)
+            for node_id in fleet.view.nodes
+        }
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def of_node(self, node_id: str) -> NodeScheduler:
+        """The scheduler of a node. Raises UnknownNodeError."""
+        found = self._schedulers.get(node_id)
+        if found is None:
+            raise UnknownNodeError(f"there is no node {node_id}", node=node_id)
+        return found
+
+    @property
+    def all(self) -> Sequence[NodeScheduler]:
+        """The schedulers of all nodes."""
+        return tuple(self._schedulers.values())
+
+    def start(self) -> None:
+        """Begin to own the nodes."""
+        self._tasks = [
+            asyncio.create_task(scheduler.run(), name=f"scheduler-{node_id}")
+            for node_id, scheduler in self._schedulers.items()
+        ]
+        self._tasks.append(asyncio.create_task(self._tell(), name="scheduler-changes"))
+
+    async def _tell(self) -> None:
+        async with aclosing(self._fleet.changes()) as changes:
+            async for _ in changes:
+                for scheduler in self._schedulers.values():
+                    scheduler.changed()
+
+    async def aclose(self) -> None:
+        """Let go of the nodes; whoever still waits is told so."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def make_awake(
+        self, deployment_id: str, *, priority: Priority = Priority.USER
+    ) -> AsyncGenerator[RaisingProgress, None]:
+        """Make a deployment awake, with room made for it first; says at least once a second how far that is.
+
+        Raises:
+            VramInfeasibleError: there is no room for it, and waiting does not help.
+            UnknownDeploymentError, EngineStartFailedError, NodeUnreachableError: as `Fleet.ensure_awake`.
+        """
+        found = self._fleet.view.deployments.get(deployment_id)
+        external = found is not None and isinstance(found.deployment.spec.engine.runtime, ExternalRuntime)
+        if found is None or external or pool_of(found) is None:
+            async with aclosing(self._fleet.ensure_awake(deployment_id)) as steps:
+                async for step in steps:
+                    yield _of_lifecycle(step)
+            return
+        latest = [RaisingProgress(Phase.VRAM_ACQUIRE, "looking at the memory of the GPU")]
+        scheduler = self.of_node(found.node.id)
+
+        async def follow() -> None:
+            async with aclosing(scheduler.raise_deployment(deployment_id, priority=priority)) as events:
+                async for event in events:
+                    latest[0] = progress_of_event(event) or latest[0]
+
+        task = asyncio.create_task(follow(), name=f"raise-{deployment_id}")
+        try:
+            async with aclosing(self._until_done(task, deployment_id, latest)) as steps_:
+                async for each in steps_:
+                    yield each
+            await task
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _until_done(
+        self, task: asyncio.Task[None], deployment_id: str, latest: list[RaisingProgress]
+    ) -> AsyncGenerator[RaisingProgress, None]:
+        loop = asyncio.get_running_loop()
+        said: RaisingProgress | None = None
+        said_s = 0.0
+        while not task.done():
+            progress = self._fleet.progress_of(deployment_id)
+            rises = progress is not None and progress.residency in _RISING
+            now = _of_lifecycle(progress) if progress is not None and rises else latest[0]
+            if now != said or loop.time() - said_s >= KEEP_ALIVE_S:
+                said, said_s = now, loop.time()
+                yield now
+            await self._fleet.wait_changed(KEEP_ALIVE_S / 3)
+
+
+def _make(world: NodeWorld, alert: Callable[[VramAlert], None]) -> NodeScheduler:
+    return NodeScheduler(
+        pools=world, executor=world, new_lease_id=lambda: f"lease-{uuid.uuid4().hex[:16]}", alert=alert
+    )
+
+
+def _of_lifecycle(step: LifecycleProgress) -> RaisingProgress:
+    wakes = step.residency in (Residency.WAKING, Residency.ASLEEP)
+    phase = Phase.ENGINE_WAKE if wakes else Phase.ENGINE_START
+    return RaisingProgress(phase, step.detail, step.percent, step.remaining_s)
+
+
+def progress_of_event(event: SchedulerEvent) -> RaisingProgress | None:
+    """A scheduler's event in words; None for a grant and the like, which end the waiting."""
+    if isinstance(event, Waiting):
+        return RaisingProgress(Phase.VRAM_ACQUIRE, event.detail, None, event.expected_s)
+    if isinstance(event, Planned):
+        steps = len(event.plan.steps)
+        detail = f"making room: {steps} step{'' if steps == 1 else 's'}, grade {event.plan.grade}"
+        return RaisingProgress(Phase.VRAM_ACQUIRE, detail, None, event.plan.expected_s)
+    if isinstance(event, Step):
+        words = _DOING[event.step.action].format(event.step.deployment_id)
+        if event.state is StepState.DONE:
+            words = f"{words}: {event.freed_bytes / (1 << 30):.1f} GiB freed"
+        elif event.state is StepState.FAILED:
+            words = f"{words} did not work: {event.detail}"
+        remaining_s = event.step.expected_s if event.state is StepState.BEGUN else None
+        return RaisingProgress(Phase.VRAM_ACQUIRE, words, None, remaining_s)
+    return None
+
+
+def log_alert(alert: VramAlert) -> None:
+    """Write an alert to the log."""
+    level = _log.warning if alert.low else _log.info
+    level(
+        "vram_low" if alert.low else "vram_recovered",
+        pool=alert.pool_id,
+        free_bytes=alert.free_bytes,
+        limit_bytes=alert.limit_bytes,
+        time_s=time.time(),
+    )
