@@ -131,21 +131,31 @@ class NodeAgentServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SleepEngine(self, request, context):
-        """SleepEngine moves the weights to host memory. FAILED_PRECONDITION as StopEngine.
+        """SleepEngine lets running requests finish, takes no more, and moves the weights to host memory
+        (level 1) or drops them (level 2). `done` tells what that freed, as measured: less than expected
+        is no failure. Requests that outlast the call's deadline end it with `failed`, reason TIMEOUT,
+        and the engine stays awake. After any failure the deployment's residency says how it is.
+
+        Errors: FAILED_PRECONDITION as StopEngine, and if the engine cannot sleep, or sleeps at another
+        level; INVALID_ARGUMENT for a level that it does not know.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WakeEngine(self, request, context):
-        """WakeEngine moves the weights back.
+        """WakeEngine moves the weights back, or reads them again, and ends when the engine answers requests.
+        That there is room on the GPU is for the caller to see to: an engine that finds none dies of it.
+        FAILED_PRECONDITION if it is neither asleep nor awake, and for an external engine.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def FreeEngine(self, request, context):
-        """FreeEngine asks a caching engine to give back its memory. FAILED_PRECONDITION as StopEngine.
+        """FreeEngine asks a caching engine, also an external one, to give back its memory; it stays awake.
+        `done` tells what that freed, as measured. FAILED_PRECONDITION for a pinned deployment, and if
+        the engine keeps no cache.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -54,11 +54,24 @@ class NodeAgentServiceStub:
     FAILED_PRECONDITION for a pinned deployment without `force`, and for an external engine.
     """
     SleepEngine: _grpc.UnaryStreamMultiCallable[_node_agent_service_pb2.SleepEngineRequest, _node_agent_service_pb2.SleepEngineResponse]
-    """SleepEngine moves the weights to host memory. FAILED_PRECONDITION as StopEngine."""
+    """SleepEngine lets running requests finish, takes no more, and moves the weights to host memory
+    (level 1) or drops them (level 2). `done` tells what that freed, as measured: less than expected
+    is no failure. Requests that outlast the call's deadline end it with `failed`, reason TIMEOUT,
+    and the engine stays awake. After any failure the deployment's residency says how it is.
+
+    Errors: FAILED_PRECONDITION as StopEngine, and if the engine cannot sleep, or sleeps at another
+    level; INVALID_ARGUMENT for a level that it does not know.
+    """
     WakeEngine: _grpc.UnaryStreamMultiCallable[_node_agent_service_pb2.WakeEngineRequest, _node_agent_service_pb2.WakeEngineResponse]
-    """WakeEngine moves the weights back."""
+    """WakeEngine moves the weights back, or reads them again, and ends when the engine answers requests.
+    That there is room on the GPU is for the caller to see to: an engine that finds none dies of it.
+    FAILED_PRECONDITION if it is neither asleep nor awake, and for an external engine.
+    """
     FreeEngine: _grpc.UnaryStreamMultiCallable[_node_agent_service_pb2.FreeEngineRequest, _node_agent_service_pb2.FreeEngineResponse]
-    """FreeEngine asks a caching engine to give back its memory. FAILED_PRECONDITION as StopEngine."""
+    """FreeEngine asks a caching engine, also an external one, to give back its memory; it stays awake.
+    `done` tells what that freed, as measured. FAILED_PRECONDITION for a pinned deployment, and if
+    the engine keeps no cache.
+    """
     ForgetEngine: _grpc.UnaryUnaryMultiCallable[_node_agent_service_pb2.ForgetEngineRequest, _node_agent_service_pb2.ForgetEngineResponse]
     """ForgetEngine removes a stopped deployment from the agent's record."""
     Run: _grpc.UnaryStreamMultiCallable[_node_agent_service_pb2.RunRequest, _node_agent_service_pb2.RunResponse]
@@ -102,11 +115,24 @@ class NodeAgentServiceAsyncStub(NodeAgentServiceStub):
     FAILED_PRECONDITION for a pinned deployment without `force`, and for an external engine.
     """
     SleepEngine: _aio.UnaryStreamMultiCallable[_node_agent_service_pb2.SleepEngineRequest, _node_agent_service_pb2.SleepEngineResponse]  # type: ignore[assignment]
-    """SleepEngine moves the weights to host memory. FAILED_PRECONDITION as StopEngine."""
+    """SleepEngine lets running requests finish, takes no more, and moves the weights to host memory
+    (level 1) or drops them (level 2). `done` tells what that freed, as measured: less than expected
+    is no failure. Requests that outlast the call's deadline end it with `failed`, reason TIMEOUT,
+    and the engine stays awake. After any failure the deployment's residency says how it is.
+
+    Errors: FAILED_PRECONDITION as StopEngine, and if the engine cannot sleep, or sleeps at another
+    level; INVALID_ARGUMENT for a level that it does not know.
+    """
     WakeEngine: _aio.UnaryStreamMultiCallable[_node_agent_service_pb2.WakeEngineRequest, _node_agent_service_pb2.WakeEngineResponse]  # type: ignore[assignment]
-    """WakeEngine moves the weights back."""
+    """WakeEngine moves the weights back, or reads them again, and ends when the engine answers requests.
+    That there is room on the GPU is for the caller to see to: an engine that finds none dies of it.
+    FAILED_PRECONDITION if it is neither asleep nor awake, and for an external engine.
+    """
     FreeEngine: _aio.UnaryStreamMultiCallable[_node_agent_service_pb2.FreeEngineRequest, _node_agent_service_pb2.FreeEngineResponse]  # type: ignore[assignment]
-    """FreeEngine asks a caching engine to give back its memory. FAILED_PRECONDITION as StopEngine."""
+    """FreeEngine asks a caching engine, also an external one, to give back its memory; it stays awake.
+    `done` tells what that freed, as measured. FAILED_PRECONDITION for a pinned deployment, and if
+    the engine keeps no cache.
+    """
     ForgetEngine: _aio.UnaryUnaryMultiCallable[_node_agent_service_pb2.ForgetEngineRequest, _node_agent_service_pb2.ForgetEngineResponse]  # type: ignore[assignment]
     """ForgetEngine removes a stopped deployment from the agent's record."""
     Run: _aio.UnaryStreamMultiCallable[_node_agent_service_pb2.RunRequest, _node_agent_service_pb2.RunResponse]  # type: ignore[assignment]
@@ -171,7 +197,14 @@ class NodeAgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_agent_service_pb2.SleepEngineRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_node_agent_service_pb2.SleepEngineResponse], _abc.AsyncIterator[_node_agent_service_pb2.SleepEngineResponse]]:
-        """SleepEngine moves the weights to host memory. FAILED_PRECONDITION as StopEngine."""
+        """SleepEngine lets running requests finish, takes no more, and moves the weights to host memory
+        (level 1) or drops them (level 2). `done` tells what that freed, as measured: less than expected
+        is no failure. Requests that outlast the call's deadline end it with `failed`, reason TIMEOUT,
+        and the engine stays awake. After any failure the deployment's residency says how it is.
+
+        Errors: FAILED_PRECONDITION as StopEngine, and if the engine cannot sleep, or sleeps at another
+        level; INVALID_ARGUMENT for a level that it does not know.
+        """
 
     @_abc_1.abstractmethod
     def WakeEngine(
@@ -179,7 +212,10 @@ class NodeAgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_agent_service_pb2.WakeEngineRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_node_agent_service_pb2.WakeEngineResponse], _abc.AsyncIterator[_node_agent_service_pb2.WakeEngineResponse]]:
-        """WakeEngine moves the weights back."""
+        """WakeEngine moves the weights back, or reads them again, and ends when the engine answers requests.
+        That there is room on the GPU is for the caller to see to: an engine that finds none dies of it.
+        FAILED_PRECONDITION if it is neither asleep nor awake, and for an external engine.
+        """
 
     @_abc_1.abstractmethod
     def FreeEngine(
@@ -187,7 +223,10 @@ class NodeAgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_agent_service_pb2.FreeEngineRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_node_agent_service_pb2.FreeEngineResponse], _abc.AsyncIterator[_node_agent_service_pb2.FreeEngineResponse]]:
-        """FreeEngine asks a caching engine to give back its memory. FAILED_PRECONDITION as StopEngine."""
+        """FreeEngine asks a caching engine, also an external one, to give back its memory; it stays awake.
+        `done` tells what that freed, as measured. FAILED_PRECONDITION for a pinned deployment, and if
+        the engine keeps no cache.
+        """
 
     @_abc_1.abstractmethod
     def ForgetEngine(
