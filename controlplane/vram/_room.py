@@ -77,8 +77,9 @@ class WaitingRoom:
         return self._pending.get(_raise_key(deployment_id))
 
     def leave(self, pending: Pending) -> None:
-        """A demand has its outcome, or was withdrawn."""
-        self._pending.pop(pending.operation_id, None)
+        """A demand has its outcome, or was withdrawn; another one may have come with its id since."""
+        if self._pending.get(pending.operation_id) is pending:
+            del self._pending[pending.operation_id]
 
     def close(self, error: RungError) -> None:
         """Everybody leaves with an error, and nobody comes in any more."""
