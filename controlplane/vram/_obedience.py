@@ -11,7 +11,7 @@ import msgspec
 
 from controlplane.vram._ledger import GIB, LedgerEntry
 from controlplane.vram._options import ReclaimAction
-from controlplane.vram._plan import ReclaimStep
+from controlplane.vram._plan import Demand, ReclaimStep
 
 #: A step that freed less than this share of what it promised fell short.
 _ENOUGH = 0.9
@@ -60,6 +60,13 @@ class Obedience:
             if action is ReclaimAction.STOP and until_s > now_s:
                 found.add(deployment_id)
         return tuple(sorted(found))
+
+    def keep_away(self, demand: Demand, now_s: float) -> Demand:
+        """The demand, which also touches none of those that are left alone."""
+        left_alone = self.left_alone(now_s)
+        if not left_alone:
+            return demand
+        return msgspec.structs.replace(demand, exclude=(*demand.exclude, *left_alone))
 
     def disappointments(self, now_s: float) -> tuple[str, ...]:
         """Who did not give way as promised, one line each."""

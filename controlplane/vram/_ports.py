@@ -71,6 +71,11 @@ class Pools(Protocol):
         ...
 
 
+def placed_deployment(pools: Pools, deployment_id: str) -> PlacedDeployment | None:
+    """A deployment of the node by its id, or None."""
+    return next((each for each in pools.deployments() if each.deployment_id == deployment_id), None)
+
+
 class Executor(Protocol):
     """Carries out what was decided. Both are cancelled when they take too long."""
 

@@ -20,8 +20,9 @@ import msgspec
 from controlplane.vram._events import SchedulerEvent, Step, StepState
 from controlplane.vram._gauge import Gauge
 from controlplane.vram._leases import Lease, LeaseBook, check_ttl
-from controlplane.vram._ledger import Ledger, LedgerEntry, Reservation
+from controlplane.vram._ledger import Ledger, LedgerEntry
 from controlplane.vram._obedience import Obedience
+from controlplane.vram._passing import Passing
 from controlplane.vram._pending import Pending
 from controlplane.vram._plan import Demand, Infeasible, ReclaimPlan, ReclaimStep, apply, plan
 from controlplane.vram._ports import (
@@ -31,16 +32,13 @@ from controlplane.vram._ports import (
     Pools,
     SchedulerOptions,
     VramAlert,
+    placed_deployment,
 )
-from controlplane.vram._queue import (
-    Planner,
-    leaves_room,
-    may_be_overtaken,
-    waits_for_leases,
-)
+from controlplane.vram._queue import Planner
 from controlplane.vram._raises import Raises
 from controlplane.vram._room import WaitingRoom
 from controlplane.vram._upkeep import idle_step, missing_bytes, to_restore
+from controlplane.vram._view import View
 from rung.errors import (
     DrainingError,
     EngineStartFailedError,
@@ -52,16 +50,6 @@ from rung.errors import (
 from rung.types import Priority, Residency
 
 _DEFAULTS = SchedulerOptions()
-
-
-class _View:
-    """A pool during one pass: its ledger with what is promised."""
-
-    __slots__ = ("ledger", "reservations")
-
-    def __init__(self, ledger: Ledger, reservations: dict[str, Reservation]) -> None:
-        self.ledger = ledger
-        self.reservations = reservations
 
 
 class NodeScheduler:
@@ -97,6 +85,9 @@ class NodeScheduler:
         self._room = WaitingRoom(self._book, options.queue)
         self._raises = Raises(
             book=self._book, gauge=self._gauge, executor=executor, options=options, ended=self._raise_ended
+        )
+        self._passing = Passing(
+            room=self._room, pools=pools, obedience=self._obedience, planner=planner, rules=options.queue
         )
         #: By pool, the deployment that was served last.
         self._last_groups: dict[str, str] = {}
@@ -160,7 +151,7 @@ class NodeScheduler:
             EngineStartFailedError: it did not come up, now or a moment ago.
             UnavailableError: its pool is not measured, or the scheduler is shutting down.
         """
-        placed = self._placed(deployment_id)
+        placed = placed_deployment(self._world, deployment_id)
         if placed is None:
             raise UnknownDeploymentError(f"no deployment {deployment_id} here", deployment=deployment_id)
         demand = Demand(
@@ -194,7 +185,7 @@ class NodeScheduler:
             UnavailableError: the pool is not measured.
         """
         measurement = await self._gauge.measured(pool_id)
-        return self._plan(self._view(measurement).ledger, self._adjusted(demand))
+        return self._plan(self._view(measurement).ledger, self._obedience.keep_away(demand, self._now_s()))
 
     def changed(self) -> None:
         """Something changed in the world: look again at what waits."""
@@ -281,13 +272,13 @@ class NodeScheduler:
             blocked.append(pending)
         return False
 
-    async def _advance_lease(self, pending: Pending, view: _View, blocked: list[Pending]) -> bool:
+    async def _advance_lease(self, pending: Pending, view: View, blocked: list[Pending]) -> bool:
         return await self._make_room(
             pending, view, pending.demand, blocked, lambda: self._grant(pending, view)
         )
 
-    async def _advance_raise(self, pending: Pending, view: _View, blocked: list[Pending]) -> bool:
-        placed = self._placed(pending.deployment_id)
+    async def _advance_raise(self, pending: Pending, view: View, blocked: list[Pending]) -> bool:
+        placed = placed_deployment(self._world, pending.deployment_id)
         entry = view.ledger.entry(pending.deployment_id)
         if placed is None or entry is None:
             self._fail(pending, UnknownDeploymentError(f"{pending.deployment_id} is gone"))
@@ -314,13 +305,13 @@ class NodeScheduler:
     async def _make_room(
         self,
         pending: Pending,
-        view: _View,
+        view: View,
         demand: Demand,
         blocked: list[Pending],
         finish: Callable[[], None],
     ) -> bool:
         """Take the next step towards room for a demand, or finish if there is room."""
-        outcome = self._plan(view.ledger, self._adjusted(demand))
+        outcome = self._plan(view.ledger, self._obedience.keep_away(demand, self._now_s()))
         if isinstance(outcome, Infeasible):
             if not outcome.retry_when:
                 self._fail(pending, self._infeasible(outcome))
@@ -328,7 +319,7 @@ class NodeScheduler:
             pending.wait(f"{outcome.detail}; waiting until {' and '.join(outcome.retry_when)}")
             return False
         for each in blocked:
-            if not self._may_pass(pending, demand, each, view):
+            if not self._passing.may_pass(pending, demand, each, view):
                 pending.wait(f"it is the turn of {each.demand.holder or each.operation_id}")
                 return False
         if outcome.steps:
@@ -338,7 +329,7 @@ class NodeScheduler:
             pending.planned(outcome)
             await self._take(pending, view.ledger, outcome)
             return True
-        self._count_overtaking(pending, demand, blocked, view)
+        self._passing.passes(pending, demand, blocked, view)
         finish()
         return True
 
@@ -389,7 +380,7 @@ class NodeScheduler:
             self._obedience.carried_out(step, freed_bytes, now_s)
         return freed_bytes, failure
 
-    def _grant(self, pending: Pending, view: _View) -> None:
+    def _grant(self, pending: Pending, view: View) -> None:
         now_s = self._now_s()
         lease = Lease(
             id=self._new_lease_id(),
@@ -422,48 +413,13 @@ class NodeScheduler:
             largest_fit_bytes=str(outcome.largest_fit_bytes),
         )
 
-    # Overtaking.
-
-    def _may_pass(self, pending: Pending, demand: Demand, waiting: Pending, view: _View) -> bool:
-        """Whether a demand may go before one that cannot be served now."""
-        return may_be_overtaken(waiting.queued, self._now_s(), self._options.queue) or not self._takes_from(
-            pending, demand, waiting, view
-        )
-
-    def _takes_from(self, pending: Pending, demand: Demand, waiting: Pending, view: _View) -> bool:
-        theirs = self._adjusted(self._demand_of(waiting, view.ledger))
-        if pending.raises:
-            return not waits_for_leases(view.ledger, theirs, self._plan)
-        return not leaves_room(
-            view.ledger,
-            theirs,
-            taken_bytes=demand.vram_bytes,
-            reservations=view.reservations,
-            overtakers=waiting.overtakers,
-            planner=self._plan,
-        )
-
-    def _count_overtaking(
-        self, pending: Pending, demand: Demand, blocked: list[Pending], view: _View
-    ) -> None:
-        for each in self._room.before(pending):
-            if each not in blocked or self._takes_from(pending, demand, each, view):
-                self._room.overtake(each)
-
-    def _demand_of(self, pending: Pending, ledger: Ledger) -> Demand:
-        placed = self._placed(pending.deployment_id) if pending.raises else None
-        if placed is None:
-            return pending.demand
-        entry = ledger.entry(pending.deployment_id)
-        return msgspec.structs.replace(pending.demand, vram_bytes=missing_bytes(placed, entry))
-
     # Raising.
 
     def _is_rising(self, pending: Pending) -> bool:
         return pending.raises and self._raises.of(pending.pool_id) == pending.deployment_id
 
     def _begin_raise(
-        self, entry: LedgerEntry, placed: PlacedDeployment, view: _View, pending: Pending | None
+        self, entry: LedgerEntry, placed: PlacedDeployment, view: View, pending: Pending | None
     ) -> None:
         assert self._tasks is not None
         self._raises.begin(entry, placed, view.ledger, self._tasks)
@@ -521,36 +477,16 @@ class NodeScheduler:
         self._begin_raise(entry, restored, view, None)
         return True
 
-    # The view.
+    # What is known.
 
-    def _view(self, measurement: Measurement) -> _View:
-        """The ledger with what is promised, leased, in transition, and spent."""
-        ledger, now_s = measurement.ledger, self._now_s()
-        reservations = self._book.reservations(ledger, measurement.measured_s, measurement.taken_bytes)
-        leased = self._book.leased()
-        entries: list[LedgerEntry] = []
-        for entry in ledger.entries:
-            name = entry.deployment_id
-            entry = self._obedience.adjust(entry, now_s)
-            in_flux = entry.in_flux or self._raises.in_flux(name)
-            if name in leased or in_flux != entry.in_flux:
-                entry = msgspec.structs.replace(entry, leased=entry.leased or name in leased, in_flux=in_flux)
-            entries.append(entry)
-        ledger = msgspec.structs.replace(
-            ledger, entries=tuple(entries), reservations=tuple(reservations.values())
+    def _view(self, measurement: Measurement) -> View:
+        return View(
+            measurement,
+            book=self._book,
+            raises=self._raises,
+            obedience=self._obedience,
+            now_s=self._now_s(),
         )
-        return _View(ledger, reservations)
-
-    def _adjusted(self, demand: Demand) -> Demand:
-        """The demand, which also keeps away from those that are left alone."""
-        left_alone = self._obedience.left_alone(self._now_s())
-        if not left_alone:
-            return demand
-        return msgspec.structs.replace(demand, exclude=(*demand.exclude, *left_alone))
-
-    def _placed(self, deployment_id: str) -> PlacedDeployment | None:
-        placed = self._world.deployments()
-        return next((each for each in placed if each.deployment_id == deployment_id), None)
 
     def _expire(self) -> None:
         if self._book.expire(self._now_s()):

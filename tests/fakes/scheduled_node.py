@@ -91,6 +91,14 @@ class Node:
         events = self.scheduler.raise_deployment(deployment_id, priority=priority)
         assert (await everything(events))[-1] == Raised(deployment_id=deployment_id)
 
+    def leases(self) -> list[Lease]:
+        """The leases that are held now."""
+        return list(self.scheduler.leases)
+
+    def residency(self, deployment_id: str) -> Residency:
+        """What has become of a deployment."""
+        return self.pool.engines[deployment_id].residency
+
     def steps(self) -> list[tuple[str, ReclaimAction, int]]:
         """What was done to whom."""
         return [(each.deployment_id, each.action, each.level) for each in self.pool.steps]

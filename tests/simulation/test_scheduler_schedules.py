@@ -5,14 +5,25 @@ A failing seed is named; `RUNG_SEED=1234 pytest tests/simulation -k replayed` pl
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 
 from tests.simulation.schedules import play
 
 BLOCK = 1000
+
+
+@pytest.fixture(autouse=True)
+def small_heap() -> Iterator[None]:
+    """What the test run has loaded is not looked through again with every garbage collection."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize("block", range(10))

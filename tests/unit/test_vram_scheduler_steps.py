@@ -65,7 +65,7 @@ async def test_what_was_not_freed_is_never_granted_and_the_failure_says_who_fell
         ):
             await node.lease(16, grade=ReclaimGrade.STANDARD)
 
-        assert node.scheduler.leases == ()
+        assert node.leases() == []
 
 
 @in_virtual_time
@@ -152,7 +152,7 @@ async def test_a_sleeping_deployment_is_woken_and_others_give_way() -> None:
         began_s = now_s()
         await node.awake("b")
 
-        assert node.pool.engines["b"].residency is Residency.AWAKE
+        assert node.residency("b") is Residency.AWAKE
         assert node.steps() == [("a", SLEEP, 1)]
         assert now_s() - began_s == 2.0 + 3.0
 
@@ -199,7 +199,7 @@ async def test_what_is_coming_up_is_promised_what_it_will_take_and_holds_up_nobo
 
         await rising
         too_large.cancel()
-        assert lease in node.scheduler.leases
+        assert lease in node.leases()
 
 
 @in_virtual_time
@@ -241,7 +241,7 @@ async def test_what_was_given_up_while_coming_up_keeps_its_promise_until_it_has_
         waiting.cancel()
         await asyncio.sleep(60.0)  # the engine has come up after all, and there was room
 
-        assert node.pool.engines["reasoner"].residency is Residency.AWAKE
+        assert node.residency("reasoner") is Residency.AWAKE
         assert node.pool.broken == []
 
 
@@ -309,11 +309,11 @@ async def test_what_is_warm_is_raised_again_when_there_is_room() -> None:
     async with node_of(pinned(), sleeper(warm=True)) as node:
         lease = await node.lease(16)
         await asyncio.sleep(30.0)
-        assert node.pool.engines["reasoner"].residency is Residency.ASLEEP
+        assert node.residency("reasoner") is Residency.ASLEEP
 
         node.scheduler.release(lease.id)
         await asyncio.sleep(5.0)
-        assert node.pool.engines["reasoner"].residency is Residency.AWAKE
+        assert node.residency("reasoner") is Residency.AWAKE
 
 
 @in_virtual_time
@@ -322,7 +322,7 @@ async def test_what_is_not_warm_stays_asleep_until_somebody_needs_it() -> None:
         node.scheduler.release((await node.lease(16)).id)
         await asyncio.sleep(300.0)
 
-        assert node.pool.engines["reasoner"].residency is Residency.ASLEEP
+        assert node.residency("reasoner") is Residency.ASLEEP
 
 
 @in_virtual_time
