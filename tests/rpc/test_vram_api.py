@@ -9,13 +9,22 @@ import pytest
 from msgspec.structs import replace
 
 from rung import AsyncClient
-from rung.errors import InvalidRequestError, NotFoundError, UnavailableError, UnknownNodeError
+from rung.errors import (
+    AlreadyExistsError,
+    InvalidRequestError,
+    NotFoundError,
+    UnavailableError,
+    UnknownLeaseError,
+    UnknownNodeError,
+    VramInfeasibleError,
+)
 from rung.types import (
     Deployment,
     DeploymentSpec,
     Gpu,
     GpuHealth,
     Infeasible,
+    Lease,
     MemorySource,
     NodeState,
     ReclaimAction,
@@ -169,3 +178,44 @@ async def test_a_footprint_is_estimated(client: AsyncClient) -> None:
     assert found.kv_cache_bytes == 2 * GIB
     with pytest.raises(InvalidRequestError):
         await client.estimate_footprint(parameters=-1, bits_per_weight=4)
+
+
+async def test_a_lease_is_held_listed_renewed_and_given_back(client: AsyncClient) -> None:
+    heard: list[object] = []
+    async with client.lease("box/0", 1 * GIB, holder="train.py", on_wait=heard.append) as holding:
+        lease = holding.lease
+        assert (lease.gpu, lease.vram_bytes, lease.grade) == ("box/0", GIB, ReclaimGrade.QUICK)
+        assert [each.holder for each in await client.list_leases()] == ["train.py"]
+        renewed = await client.renew_lease(lease.id)
+        assert renewed.expire_time_s >= lease.expire_time_s
+        # What one was promised is not promised to another: 3 free, 1 kept, 1 leased.
+        second = await client.plan_reclaim("box/0", 2 * GIB, max_grade=ReclaimGrade.QUICK)
+        assert isinstance(second, Infeasible)
+
+    assert await client.list_leases() == ()
+    with pytest.raises(UnknownLeaseError):
+        await client.renew_lease(lease.id)
+    await client.release_lease(lease.id)
+
+
+async def test_the_same_operation_gets_the_same_lease(client: AsyncClient) -> None:
+    async def get(operation_id: str, size_bytes: int = GIB) -> Lease:
+        steps = [step async for step in client.acquire_lease("box/0", size_bytes, operation_id=operation_id)]
+        assert isinstance(steps[-1], Lease)
+        return steps[-1]
+
+    first = await get("mine")
+
+    assert (await get("mine")).id == first.id
+    with pytest.raises(AlreadyExistsError):
+        await get("mine", GIB // 2)
+
+
+async def test_what_can_never_fit_is_refused_at_once(client: AsyncClient) -> None:
+    with pytest.raises(VramInfeasibleError, match="do not fit"):
+        async for _ in client.acquire_lease("box/0", 30 * GIB):
+            pass
+    with pytest.raises(InvalidRequestError):
+        async for _ in client.acquire_lease("box/0", 0):
+            pass
+    assert await client.list_leases() == ()

@@ -13,6 +13,7 @@ All values are `rung.types`, all failures `rung.errors`; the ones that most call
 from rung import errors, types
 from rung._client import AsyncClient
 from rung._client_jobs import JobStream
+from rung._client_leases import HeldLease
 from rung._failure import error_of_failure, reason_of_error
 from rung._sync_client import Client, Stream, SyncJobStream
 from rung.errors import (
@@ -52,6 +53,7 @@ __all__ = [
     "Deployment",
     "Embeddings",
     "FleetSnapshot",
+    "HeldLease",
     "ImagePart",
     "InvalidRequestError",
     "Job",

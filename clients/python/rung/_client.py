@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -14,6 +15,7 @@ from rung import codec, v1
 from rung._client_calls import Connection
 from rung._client_fleet import operate, watch_snapshots
 from rung._client_jobs import JobStream, watch_events
+from rung._client_leases import HeldLease, LeaseStep, acquire, held, release, renew
 from rung.errors import InvalidRequestError
 from rung.transport import ChannelOptions, TlsOptions
 from rung.types import (
@@ -27,10 +29,13 @@ from rung.types import (
     Job,
     JobEvent,
     JobState,
+    Lease,
     LifecycleEvent,
     Model,
     Node,
+    PhaseProgress,
     Policy,
+    Priority,
     ReclaimGrade,
     ReclaimPlan,
     RouteExplanation,
@@ -415,6 +420,73 @@ class AsyncClient:
             return codec.reclaim_plan_from_proto(response.plan)
         return codec.infeasible_from_proto(response.infeasible)
 
+    def acquire_lease(
+        self,
+        gpu: str,
+        vram_bytes: int,
+        *,
+        max_grade: ReclaimGrade = ReclaimGrade.FULL,
+        priority: Priority = Priority.AGENT,
+        holder: str = "",
+        ttl_s: float = 60.0,
+        operation_id: str = "",
+    ) -> AsyncGenerator[LeaseStep, None]:
+        """Wait for memory of a GPU and hear why it takes long; the `Lease` is the last that is yielded.
+
+        Leaving before the grant withdraws the demand. The lease ends after `ttl_s` unless it is renewed;
+        `lease` sees to that.
+
+        Args:
+            gpu: `node/index`.
+            vram_bytes: how much.
+            max_grade: the most that others may be disturbed.
+            priority: order among those who wait.
+            holder: one line for a person about who asks.
+            ttl_s: how long the lease lasts without a renewal.
+            operation_id: the same id joins the same demand, or repeats its lease; empty makes a new one.
+
+        Raises:
+            VramInfeasibleError: it does not fit, and waiting does not help.
+            UnknownNodeError, NotFoundError: no such GPU.
+            UnavailableError: the server, or the node, cannot be reached.
+        """
+        request = _acquire(gpu, vram_bytes, max_grade, priority, holder, ttl_s, operation_id)
+        return acquire(self._connection, request)
+
+    def lease(
+        self,
+        gpu: str,
+        vram_bytes: int,
+        *,
+        max_grade: ReclaimGrade = ReclaimGrade.FULL,
+        priority: Priority = Priority.AGENT,
+        holder: str = "",
+        ttl_s: float = 60.0,
+        on_wait: Callable[[PhaseProgress | ReclaimPlan], None] | None = None,
+    ) -> AbstractAsyncContextManager[HeldLease]:
+        """Hold memory of a GPU: `async with client.lease("workstation/0", 20 << 30): ...`.
+
+        Entered once it is granted, renewed meanwhile, given back at the end. As `acquire_lease`; `on_wait`
+        is called with what is heard until then.
+        """
+        request = _acquire(gpu, vram_bytes, max_grade, priority, holder, ttl_s, "")
+        return held(self._connection, request, ttl_s, on_wait)
+
+    async def renew_lease(self, lease_id: str) -> Lease:
+        """Let a lease last its time again from now. Raises UnknownLeaseError once it has ended."""
+        return await renew(self._connection, lease_id)
+
+    async def release_lease(self, lease_id: str) -> None:
+        """End a lease. Ending one that has ended changes nothing."""
+        await release(self._connection, lease_id)
+
+    async def list_leases(self) -> tuple[Lease, ...]:
+        """Leases that are held, by the time of their grant."""
+        response = await self._connection.unary(
+            self._connection.stubs.vram.ListLeases, v1.ListLeasesRequest()
+        )
+        return tuple(codec.lease_from_proto(lease) for lease in response.leases)
+
     async def estimate_footprint(
         self,
         *,
@@ -454,6 +526,28 @@ class AsyncClient:
         request = v1.ResumeNodeRequest(operation_id=_operation(operation_id), node_id=node_id)
         response = await self._connection.unary(self._connection.stubs.fleet.ResumeNode, request)
         return codec.node_from_proto(response.node)
+
+
+def _acquire(
+    gpu: str,
+    vram_bytes: int,
+    max_grade: ReclaimGrade,
+    priority: Priority,
+    holder: str,
+    ttl_s: float,
+    operation_id: str,
+) -> v1.AcquireLeaseRequest:
+    return v1.AcquireLeaseRequest(
+        operation_id=_operation(operation_id),
+        demand=v1.Demand(
+            gpu=gpu,
+            vram_bytes=vram_bytes,
+            max_grade=codec.RECLAIM_GRADES.to_proto[max_grade],
+            priority=codec.PRIORITIES.to_proto[priority],
+            holder=holder,
+        ),
+        time_to_live=codec.duration_to_proto(ttl_s),
+    )
 
 
 def _operation(operation_id: str) -> str:

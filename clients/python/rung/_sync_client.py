@@ -6,7 +6,16 @@ import asyncio
 import concurrent.futures
 import threading
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Coroutine, Iterator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterator,
+    Sequence,
+)
+from contextlib import AbstractAsyncContextManager, contextmanager
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -19,6 +28,7 @@ from rung._client import (
     OpenAiBody,
 )
 from rung._client_jobs import JobStream
+from rung._client_leases import HeldLease
 from rung.errors import JobCancelledError
 from rung.transport import TlsOptions
 from rung.types import (
@@ -31,10 +41,13 @@ from rung.types import (
     Job,
     JobEvent,
     JobState,
+    Lease,
     LifecycleEvent,
     Model,
     Node,
+    PhaseProgress,
     Policy,
+    Priority,
     ReclaimGrade,
     ReclaimPlan,
     RouteExplanation,
@@ -400,6 +413,46 @@ class Client:
         """See `AsyncClient.plan_reclaim`."""
         return self._thread.run(self._client.plan_reclaim(gpu, vram_bytes, max_grade=max_grade))
 
+    @contextmanager
+    def lease(
+        self,
+        gpu: str,
+        vram_bytes: int,
+        *,
+        max_grade: ReclaimGrade = ReclaimGrade.FULL,
+        priority: Priority = Priority.AGENT,
+        holder: str = "",
+        ttl_s: float = 60.0,
+        on_wait: Callable[[PhaseProgress | ReclaimPlan], None] | None = None,
+    ) -> Iterator[HeldLease]:
+        """See `AsyncClient.lease`; it is renewed in the background, and `on_wait` is called from there."""
+        manager = self._client.lease(
+            gpu,
+            vram_bytes,
+            max_grade=max_grade,
+            priority=priority,
+            holder=holder,
+            ttl_s=ttl_s,
+            on_wait=on_wait,
+        )
+        holding = self._thread.run(_entered(manager))
+        try:
+            yield holding
+        finally:
+            self._thread.run(_left(manager))
+
+    def renew_lease(self, lease_id: str) -> Lease:
+        """See `AsyncClient.renew_lease`."""
+        return self._thread.run(self._client.renew_lease(lease_id))
+
+    def release_lease(self, lease_id: str) -> None:
+        """See `AsyncClient.release_lease`."""
+        self._thread.run(self._client.release_lease(lease_id))
+
+    def list_leases(self) -> tuple[Lease, ...]:
+        """See `AsyncClient.list_leases`."""
+        return self._thread.run(self._client.list_leases())
+
     def estimate_footprint(
         self,
         *,
@@ -433,3 +486,11 @@ class Client:
     def resume_node(self, node_id: str, *, operation_id: str = "") -> Node:
         """See `AsyncClient.resume_node`."""
         return self._thread.run(self._client.resume_node(node_id, operation_id=operation_id))
+
+
+async def _entered(manager: AbstractAsyncContextManager[T]) -> T:
+    return await manager.__aenter__()
+
+
+async def _left(manager: AbstractAsyncContextManager[object]) -> None:
+    await manager.__aexit__(None, None, None)

@@ -8,7 +8,7 @@ from rung.cli.views._fleet import deployments_table, fleet_view, models_table, n
 from rung.cli.views._jobs import describe_event, event_line, jobs_table, phase_words, served_name
 from rung.cli.views._memory import VramShare, bar_cells, vram_bar, vram_legend, vram_shares
 from rung.cli.views._operation import progress_words, show_operation
-from rung.cli.views._reclaim import print_reclaim
+from rung.cli.views._reclaim import leases_table, print_reclaim, wait_words
 from rung.cli.views._words import format_age, format_bytes, format_duration, format_part, printable
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "format_duration",
     "format_part",
     "jobs_table",
+    "leases_table",
     "models_table",
     "node_view",
     "phase_words",
@@ -37,4 +38,5 @@ __all__ = [
     "vram_bar",
     "vram_legend",
     "vram_shares",
+    "wait_words",
 ]

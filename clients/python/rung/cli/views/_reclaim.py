@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from rich.console import Console
+from collections.abc import Sequence
+
+from rich.console import Console, RenderableType
 from rich.text import Text
 
-from rung.cli.views._words import format_bytes, format_duration, printable
-from rung.types import Infeasible, ReclaimAction, ReclaimPlan, ReclaimStep
+from rung.cli.views._fleet import plain_table
+from rung.cli.views._words import format_age, format_bytes, format_duration, printable
+from rung.types import Infeasible, Lease, PhaseProgress, ReclaimAction, ReclaimPlan, ReclaimStep
 
 _WORDS = {
     ReclaimAction.SLEEP: "put to sleep",
@@ -34,6 +37,34 @@ def print_reclaim(console: Console, outcome: ReclaimPlan | Infeasible, *, vram_b
     for place, step in enumerate(outcome.steps, 1):
         console.print(Text(f"  {place}. {_step_words(step)}"))
     console.print(Text(f"then {format_bytes(outcome.expected_free_bytes)} are free"))
+
+
+def wait_words(step: PhaseProgress | ReclaimPlan) -> str:
+    """Why a lease is waited for, in one line."""
+    if isinstance(step, ReclaimPlan):
+        return "making room: " + "; ".join(_step_words(each) for each in step.steps)
+    left = f", about {format_duration(step.remaining_s)} left" if step.remaining_s is not None else ""
+    return f"{printable(step.detail)}{left}"
+
+
+def leases_table(leases: Sequence[Lease], *, now_s: float) -> RenderableType:
+    """Leases, or a sentence when there are none."""
+    if not leases:
+        return Text("No leases are held.", style="dim")
+    table = plain_table(
+        "LEASE", "GPU", "VRAM", "GRADE", "HOLDER", "SINCE", "ENDS IN", right=("VRAM", "ENDS IN")
+    )
+    for lease in leases:
+        table.add_row(
+            Text(lease.id),
+            Text(lease.gpu),
+            format_bytes(lease.vram_bytes),
+            lease.grade.value,
+            Text(printable(lease.holder) or "-"),
+            format_age(lease.grant_time_s, now_s),
+            format_duration(max(0.0, lease.expire_time_s - now_s)),
+        )
+    return table
 
 
 def _step_words(step: ReclaimStep) -> str:
