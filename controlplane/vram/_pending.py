@@ -51,7 +51,7 @@ class Pending:
         self.lease: Lease | None = None
         self.error: RungError | None = None
         self.raised = False
-        self.position = 0
+        self.position = 1
         self._loop = asyncio.get_running_loop()
         self._detail = "its turn has not come"
         self._due_s: float | None = None

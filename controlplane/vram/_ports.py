@@ -60,6 +60,8 @@ class Pools(Protocol):
     async def measure(self, pool_id: str) -> Measurement:
         """The newest measurement of a pool; an old one if there is no newer.
 
+        Its ledger has an entry for each of the pool's `deployments`, stopped ones too.
+
         Raises:
             NotFoundError: the node has no such pool.
             UnavailableError: there is none.

@@ -136,7 +136,7 @@ class WaitingRoom:
         if self._closed:
             raise DrainingError("the scheduler of the node is shutting down")
         self._sequence += 1
-        return Pending(
+        pending = Pending(
             operation_id=key,
             pool_id=pool_id,
             demand=demand,
@@ -150,6 +150,8 @@ class WaitingRoom:
                 group=deployment_id,
             ),
         )
+        pending.position = 1 + sum(each.pool_id == pool_id for each in self)
+        return pending
 
 
 def _raise_key(deployment_id: str) -> str:

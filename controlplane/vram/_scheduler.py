@@ -158,6 +158,8 @@ class NodeScheduler:
             vram_bytes=placed.awake_bytes, priority=priority, exclude=(deployment_id,), holder=deployment_id
         )
         pending = self._room.join_raise(placed.pool_id, demand, deployment_id)
+        if self._is_rising(pending):
+            self._wait_for_raise(pending)
         self._wake.set()
         async with aclosing(self._follow(pending)) as events:
             async for event in events:
@@ -257,11 +259,16 @@ class NodeScheduler:
         """Do one thing for the first demand of a pool for which anything can be done."""
         pool_id = queue[0].pool_id
         try:
-            view = self._view(await self._gauge.measured(pool_id))
+            measurement = await self._gauge.newest(pool_id)
+            if measurement is None:
+                for pending in queue:
+                    pending.wait(f"{pool_id} was not measured lately")
+                measurement = await self._gauge.measured(pool_id)
         except RungError as error:
             for pending in queue:
                 self._fail(pending, error)
             return True
+        view = self._view(measurement)
         blocked: list[Pending] = []
         for pending in queue:
             if pending.over:
@@ -346,7 +353,8 @@ class NodeScheduler:
             self._fail(pending, error)
             return
         began_s = self._now_s()
-        pending.wait(f"{step.action} of {step.deployment_id}", outcome.expected_s)
+        after = " once its requests have ended" if step.drain else ""
+        pending.wait(f"{step.deployment_id} is told to {step.action}{after}", outcome.expected_s)
         pending.tell(Step(step=step, state=StepState.BEGUN))
         freed_bytes, failure = await self._carry_out(pending.pool_id, step)
         pending.tell(

@@ -38,7 +38,7 @@ OPTIONS = SchedulerOptions(
     settle_s=1.0,
 )
 #: Nobody waits longer for an outcome, whatever happens: the slowest faults are over by then.
-LONGEST_WAIT_S = 240.0
+LONGEST_WAIT_S = 150.0
 #: Those who wait hear something at least so often.
 LONGEST_SILENCE_S = OPTIONS.heartbeat_s + 0.1
 #: No lease of a schedule lasts longer than this without a renewal.

@@ -12,6 +12,7 @@ from controlplane.vram import (
     Infeasible,
     Ledger,
     Planned,
+    Raised,
     ReclaimAction,
     ReclaimGrade,
     ReclaimPlan,
@@ -20,6 +21,7 @@ from controlplane.vram import (
     Step,
     StepState,
     VramAlert,
+    Waiting,
 )
 from rung.errors import (
     EngineStartFailedError,
@@ -105,6 +107,18 @@ async def test_a_step_that_fails_with_nobody_to_plan_around_is_an_honest_failure
     async with node_of(pinned(), sleeper(faults=(Fault.FAILS,) * 2)) as node:
         with pytest.raises(VramInfeasibleError, match="reasoner answered 500"):
             await node.lease(16)
+
+
+@in_virtual_time
+async def test_a_busy_deployment_is_drained_first_and_that_is_said() -> None:
+    engine = sleeper()
+    async with node_of(pinned(), engine) as node:
+        engine.active = 1
+        heard = await everything(node.ask(16))
+
+    assert [(each.drain, each.expected_s) for each in node.pool.steps] == [(True, 4.0)]
+    details = {event.detail for event in heard if isinstance(event, Waiting)}
+    assert "reasoner is told to sleep once its requests have ended" in details
 
 
 @in_virtual_time
@@ -270,11 +284,12 @@ async def test_nothing_is_granted_on_old_telemetry() -> None:
         await node.scheduler.preview(POOL, Demand(vram_bytes=1))
         await asyncio.sleep(SchedulerOptions().measurement_age_s + 0.1)
 
-        waiting = asyncio.create_task(node.lease(1, operation="b"))
+        waiting = asyncio.create_task(everything(node.ask(1, operation="b")))
         await asyncio.sleep(5.0)
         assert not waiting.done()
         node.pool.keep_s = 0.0
-        await asyncio.wait_for(waiting, 1.0)
+        heard = await asyncio.wait_for(waiting, 1.0)
+        assert Waiting(detail=f"{POOL} was not measured lately", position=1) in heard
 
 
 @in_virtual_time
@@ -314,6 +329,17 @@ async def test_what_is_warm_is_raised_again_when_there_is_room() -> None:
         node.scheduler.release(lease.id)
         await asyncio.sleep(5.0)
         assert node.residency("reasoner") is Residency.AWAKE
+
+
+@in_virtual_time
+async def test_who_wants_what_is_being_raised_for_warmth_joins_that() -> None:
+    async with node_of(sleeper(residency=Residency.STOPPED, warm=True)) as node:
+        await asyncio.sleep(1.0)
+        heard = await everything(node.scheduler.raise_deployment("reasoner"))
+
+        assert heard[0] == Waiting(detail="reasoner is coming up", position=1, expected_s=9.0)
+        assert heard[-1] == Raised(deployment_id="reasoner")
+        assert node.pool.raised == ["reasoner"]
 
 
 @in_virtual_time
