@@ -278,10 +278,13 @@ class NodeSchedulers:
         loop = asyncio.get_running_loop()
         said: RaisingProgress | None = None
         said_s = 0.0
+        rising: RaisingProgress | None = None
         while not task.done():
             progress = self._fleet.progress_of(deployment_id)
-            rises = progress is not None and progress.residency in _RISING
-            now = _of_lifecycle(progress) if progress is not None and rises else latest[0]
+            if progress is not None and progress.residency in _RISING:
+                rising = _of_lifecycle(progress)
+            # Once it is on its way there is nothing more to be said of memory.
+            now = rising or latest[0]
             if now != said or loop.time() - said_s >= KEEP_ALIVE_S:
                 said, said_s = now, loop.time()
                 yield now
@@ -301,21 +304,23 @@ def _of_lifecycle(step: LifecycleProgress) -> RaisingProgress:
 
 
 def progress_of_event(event: SchedulerEvent) -> RaisingProgress | None:
-    """A scheduler's event in words; None for a grant and the like, which end the waiting."""
+    """A scheduler's event in words; None for a grant and the like, which end the waiting.
+
+    No remaining time: what the scheduler expects is not learnt from this deployment yet.
+    """
     if isinstance(event, Waiting):
-        return RaisingProgress(Phase.VRAM_ACQUIRE, event.detail, None, event.expected_s)
+        return RaisingProgress(Phase.VRAM_ACQUIRE, event.detail)
     if isinstance(event, Planned):
         steps = len(event.plan.steps)
         detail = f"making room: {steps} step{'' if steps == 1 else 's'}, grade {event.plan.grade}"
-        return RaisingProgress(Phase.VRAM_ACQUIRE, detail, None, event.plan.expected_s)
+        return RaisingProgress(Phase.VRAM_ACQUIRE, detail)
     if isinstance(event, Step):
         words = _DOING[event.step.action].format(event.step.deployment_id)
         if event.state is StepState.DONE:
             words = f"{words}: {event.freed_bytes / (1 << 30):.1f} GiB freed"
         elif event.state is StepState.FAILED:
             words = f"{words} did not work: {event.detail}"
-        remaining_s = event.step.expected_s if event.state is StepState.BEGUN else None
-        return RaisingProgress(Phase.VRAM_ACQUIRE, words, None, remaining_s)
+        return RaisingProgress(Phase.VRAM_ACQUIRE, words)
     return None
 
 

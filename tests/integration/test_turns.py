@@ -1,4 +1,4 @@
-"""Models that cannot fit together take turns, with real processes on a simulated GPU that really overflows."""
+"""Models that cannot fit together take turns: real processes on a simulated GPU that really overflows."""
 
 from __future__ import annotations
 

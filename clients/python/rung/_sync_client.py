@@ -28,7 +28,7 @@ from rung._client import (
     OpenAiBody,
 )
 from rung._client_jobs import JobStream
-from rung._client_leases import HeldLease
+from rung._client_leases import HeldLease, LeaseStep
 from rung.errors import JobCancelledError
 from rung.transport import TlsOptions
 from rung.types import (
@@ -412,6 +412,29 @@ class Client:
     ) -> ReclaimPlan | Infeasible:
         """See `AsyncClient.plan_reclaim`."""
         return self._thread.run(self._client.plan_reclaim(gpu, vram_bytes, max_grade=max_grade))
+
+    def acquire_lease(
+        self,
+        gpu: str,
+        vram_bytes: int,
+        *,
+        max_grade: ReclaimGrade = ReclaimGrade.FULL,
+        priority: Priority = Priority.AGENT,
+        holder: str = "",
+        ttl_s: float = 60.0,
+        operation_id: str = "",
+    ) -> Stream[LeaseStep]:
+        """See `AsyncClient.acquire_lease`."""
+        steps = self._client.acquire_lease(
+            gpu,
+            vram_bytes,
+            max_grade=max_grade,
+            priority=priority,
+            holder=holder,
+            ttl_s=ttl_s,
+            operation_id=operation_id,
+        )
+        return Stream(self._thread, steps)
 
     @contextmanager
     def lease(
