@@ -8,11 +8,17 @@ import itertools
 import pytest
 
 from controlplane.vram import (
+    Demand,
     Granted,
+    Measured,
+    Measurement,
+    NodeScheduler,
+    PlacedDeployment,
     Planned,
     QueueRules,
     ReclaimAction,
     ReclaimGrade,
+    ReclaimStep,
     SchedulerEvent,
     SchedulerOptions,
     Step,
@@ -349,3 +355,58 @@ async def test_neighbours_that_need_the_same_deployment_run_together() -> None:
         await everybody
 
         assert node.granted == ["blocker", "b", "d", "a", "c"]
+
+
+# Several pools.
+
+
+class TwoGpus:
+    """Two pools of one node."""
+
+    def __init__(self, *pools: SimulatedPool) -> None:
+        self._pools: dict[str, SimulatedPool] = {}
+        for index, pool in enumerate(pools):
+            pool.pool_id = f"workstation/{index}"
+            self._pools[pool.pool_id] = pool
+
+    async def measure(self, pool_id: str) -> Measurement:
+        return await self._pools[pool_id].measure(pool_id)
+
+    def deployments(self) -> list[PlacedDeployment]:
+        return [each for pool in self._pools.values() for each in pool.deployments()]
+
+    async def carry_out(self, pool_id: str, step: ReclaimStep) -> Measured:
+        return await self._pools[pool_id].carry_out(pool_id, step)
+
+    async def bring_up(self, pool_id: str, deployment_id: str) -> None:
+        await self._pools[pool_id].bring_up(pool_id, deployment_id)
+
+
+@in_virtual_time
+async def test_what_waits_for_one_gpu_does_not_hold_up_the_other() -> None:
+    starting = sleeper("a", 20, residency=Residency.STOPPED)
+    gpus = TwoGpus(SimulatedPool([starting]), SimulatedPool([sleeper("b", 20)]))
+    ids = itertools.count()
+    scheduler = NodeScheduler(
+        pools=gpus, executor=gpus, new_lease_id=lambda: str(next(ids)), alert=lambda alert: None
+    )
+    running = asyncio.create_task(scheduler.run())
+
+    def ask(operation: str, pool_id: str, size_gib: int) -> asyncio.Task[list[SchedulerEvent]]:
+        demand = Demand(vram_bytes=size_gib * GIB)
+        return asyncio.create_task(
+            everything(scheduler.acquire(pool_id, demand, ttl_s=1000.0, operation_id=operation))
+        )
+
+    rising = asyncio.create_task(everything(scheduler.raise_deployment("a")))
+    await asyncio.sleep(1.0)
+    began_s = now_s()
+    blocked, other = ask("blocked", "workstation/0", 25), ask("other", "workstation/1", 25)
+    await other
+    assert now_s() - began_s == 2.0  # "b" has fallen asleep
+    assert not blocked.done()
+
+    await rising
+    await blocked
+    assert [lease.pool_id for lease in scheduler.leases] == ["workstation/1", "workstation/0"]
+    running.cancel()
