@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
-from rung import AsyncClient, JobStream, Policy
+from rung import AsyncClient, HeldLease, JobStream, Policy
 from rung.errors import RungError
 from rung.types import (
     ChatMessage,
@@ -15,9 +16,12 @@ from rung.types import (
     Job,
     JobEvent,
     JobState,
+    Lease,
     LifecycleEvent,
     Model,
     Node,
+    PhaseProgress,
+    Priority,
     ReclaimGrade,
     ReclaimPlan,
     Tool,
@@ -57,6 +61,8 @@ class FakeClient(AsyncClient):
         self.models: tuple[Model, ...] = ()
         self.stream: FakeStream | None = None
         self.plan: ReclaimPlan | Infeasible | None = None
+        self.waits: list[PhaseProgress | ReclaimPlan] = []
+        self.leases: tuple[Lease, ...] = ()
         self.closed = 0
 
     async def aclose(self) -> None:
@@ -67,6 +73,34 @@ class FakeClient(AsyncClient):
         self.asked.append((what, about))
         if self.error is not None:
             raise self.error
+
+    @asynccontextmanager
+    async def lease(
+        self,
+        gpu: str,
+        vram_bytes: int,
+        *,
+        max_grade: ReclaimGrade = ReclaimGrade.FULL,
+        priority: Priority = Priority.AGENT,
+        holder: str = "",
+        ttl_s: float = 60.0,
+        on_wait: Callable[[PhaseProgress | ReclaimPlan], None] | None = None,
+    ) -> AsyncIterator[HeldLease]:
+        self._ask("lease", (gpu, vram_bytes, max_grade, priority, holder, ttl_s))
+        for step in self.waits:
+            assert on_wait is not None
+            on_wait(step)
+        try:
+            yield HeldLease(self.leases[0])
+        finally:
+            self.asked.append(("given back", None))
+
+    async def list_leases(self) -> tuple[Lease, ...]:
+        self._ask("list_leases")
+        return self.leases
+
+    async def release_lease(self, lease_id: str) -> None:
+        self._ask("release_lease", lease_id)
 
     async def plan_reclaim(
         self, gpu: str, vram_bytes: int, *, max_grade: ReclaimGrade = ReclaimGrade.FULL

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -39,6 +40,7 @@ from rung.types import (
     JobFailed,
     JobKind,
     JobState,
+    Lease,
     LifecycleDone,
     LifecycleEvent,
     LifecycleFailed,
@@ -531,6 +533,57 @@ class TestLeases:
     def test_what_is_no_size_is_wrong_usage(self, rung: Terminal) -> None:
         assert rung("lease", "plan", "--vram", "much", "--gpu", "box/0") == ExitCode.USAGE
         assert rung.client.asked == []
+
+    LEASE = Lease(
+        id="lease-1",
+        gpu="box/0",
+        vram_bytes=18 << 30,
+        grade=ReclaimGrade.STANDARD,
+        grant_time_s=1_000.0,
+        expire_time_s=1_060.0,
+        holder="python train.py",
+    )
+
+    def test_a_program_runs_while_its_memory_is_held(self, rung: Terminal, tmp_path: Path) -> None:
+        rung.client.leases = (self.LEASE,)
+        waiting = PhaseProgress(phase=Phase.VRAM_ACQUIRE, detail="putting reasoner to sleep")
+        rung.client.waits = [waiting, waiting]
+        written = tmp_path / "out"
+        program = ("sh", "-c", f"echo $RUNG_LEASE_ID > {written}; exit 7")
+
+        assert rung("lease", "run", "--vram", "18GiB", "--gpu", "box/0", "--", *program) == 7
+
+        assert written.read_text() == "lease-1\n"
+        asked, given_back = rung.client.asked
+        holder = " ".join(program)[:80]
+        assert asked == (
+            "lease",
+            ("box/0", 18 << 30, ReclaimGrade.FULL, Priority.USER, holder, 60.0),
+        )
+        assert given_back == ("given back", None)
+        assert rung.err.splitlines() == [
+            "putting reasoner to sleep",
+            "18.0 GiB of box/0 are yours (lease-1, grade standard)",
+        ]
+
+    def test_a_program_that_is_not_there_leaves_no_lease(self, rung: Terminal) -> None:
+        rung.client.leases = (self.LEASE,)
+
+        assert rung("lease", "run", "--vram", "1GiB", "--gpu", "box/0", "--", "/no/such") != ExitCode.OK
+
+        assert "/no/such cannot be started" in rung.err
+        assert rung.client.asked[-1] == ("given back", None)
+
+    def test_leases_are_listed_and_ended(self, rung: Terminal) -> None:
+        assert rung("lease", "list") == ExitCode.OK
+        assert "No leases" in rung.out
+        rung.client.leases = (self.LEASE,)
+        assert rung("lease", "list", "--json") == ExitCode.OK
+        assert json.loads(rung.out)[0]["holder"] == "python train.py"
+        assert rung("lease", "list") == ExitCode.OK
+        assert "python train.py" in rung.out
+        assert rung("lease", "release", "lease-1") == ExitCode.OK
+        assert rung.client.asked[-1] == ("release_lease", "lease-1")
 
 
 class TestPlugins:
