@@ -88,7 +88,7 @@ class Schedule:
         around = [asyncio.create_task(self._outsider())]
         if rng.random() < 0.25:
             around.append(asyncio.create_task(self._late_telemetry()))
-        demands = rng.randint(3, 7)
+        demands = rng.randint(3, 6)
         async with asyncio.TaskGroup() as clients:
             for number in range(demands):
                 clients.create_task(self._client(number))
