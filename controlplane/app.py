@@ -66,10 +66,11 @@ async def serve(config: Config) -> None:
             deployments=config.deployment_specs(),
             epoch=time.time_ns() // 1_000_000,
             load=slots.load,
+            drained=slots.drained,
             # Without a host of our own, no engine's loopback is ours.
             own_host_id=None if server.direct_relay else "",
         )
-        schedulers = NodeSchedulers(fleet, idle_s=slots.idle_s, drained=slots.drained, alert=log_alert)
+        schedulers = NodeSchedulers(fleet, idle_s=slots.idle_s, alert=log_alert)
         fleet.make_awake = schedulers.make_awake
         client = EngineClient()
         stack.push_async_callback(client.aclose)

@@ -7,7 +7,7 @@ import random
 import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from typing import Protocol
 
 from msgspec.structs import replace
@@ -84,6 +84,7 @@ class Fleet:
         deployments: deployments as configured; each on one of these nodes.
         epoch: fencing number of this control plane; agents refuse a lower one than they have seen.
         load: active and queued requests of a deployment, for draining and for what is shown.
+        drained: lets no request of a deployment begin, and is entered once those that run have ended.
         own_host_id: which loopback interface is ours; None finds out.
 
     Raises:
@@ -97,11 +98,13 @@ class Fleet:
         deployments: Sequence[DeploymentSpec],
         epoch: int,
         load: Callable[[str], tuple[int, int]] = lambda _: (0, 0),
+        drained: Callable[[str], AbstractAsyncContextManager[None]] = lambda _: nullcontext(),
         own_host_id: str | None = None,
     ) -> None:
         _check(nodes, deployments)
         rng = random.SystemRandom()
         self.load = load
+        self.drained = drained
         self.epoch = epoch
         #: How a deployment that is to be kept running is made awake; None starts it at once.
         self.make_awake: Callable[[str], AsyncGenerator[object, None]] | None = None

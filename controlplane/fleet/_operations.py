@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from enum import StrEnum
 from typing import Protocol
 
@@ -60,6 +60,10 @@ class LifecycleAction(StrEnum):
     SLEEP = "sleep"
     WAKE = "wake"
     FREE = "free"
+
+
+#: What ends or harms requests that run.
+_TAKING = frozenset({LifecycleAction.STOP, LifecycleAction.SLEEP, LifecycleAction.FREE})
 
 
 class Operation:
@@ -170,6 +174,16 @@ class OperatedFleet(Protocol):
         """The fleet now."""
         ...
 
+    @property
+    def load(self) -> Callable[[str], tuple[int, int]]:
+        """Active and queued requests of a deployment."""
+        ...
+
+    @property
+    def drained(self) -> Callable[[str], AbstractAsyncContextManager[None]]:
+        """Lets no request of a deployment begin, and is entered once those that run have ended."""
+        ...
+
     def session(self, node_id: str) -> NodeSession:
         """The session of a node."""
         ...
@@ -262,7 +276,7 @@ class Operations:
     async def _drive(self, operation: Operation, target: DeploymentView, *, force: bool, level: int) -> None:
         limit_s = _limit_s(operation.action, target)
         try:
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout(limit_s), self._drained(operation, target, force=force):
                 await self._attach_until_ended(operation, target, force=force, level=level)
         except TimeoutError:
             detail = f"{operation.action} of {operation.deployment_id} did not end within {limit_s:g} s"
@@ -279,6 +293,25 @@ class Operations:
             operation.refuse(
                 DrainingError("the control plane is shutting down; the operation goes on at the node's agent")
             )
+
+    @asynccontextmanager
+    async def _drained(
+        self, operation: Operation, target: DeploymentView, *, force: bool
+    ) -> AsyncIterator[None]:
+        """Let no request begin, and wait for those that run, before something is taken from an engine.
+
+        Requests that go straight to an engine are known here only, and not to its agent.
+        """
+        if operation.action not in _TAKING or force:
+            yield
+            return
+        deployment_id = operation.deployment_id
+        active, _ = self._fleet.load(deployment_id)
+        if active:
+            waits = f"waiting for {active} request{'' if active == 1 else 's'} to end"
+            operation.append(LifecycleProgress(target.deployment.residency, waits))
+        async with self._fleet.drained(deployment_id):
+            yield
 
     async def _attach_until_ended(
         self, operation: Operation, target: DeploymentView, *, force: bool, level: int

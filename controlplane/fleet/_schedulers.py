@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 
 import structlog
 from msgspec import Struct
@@ -35,7 +35,7 @@ from controlplane.vram import (
     reserved_bytes,
 )
 from rung import error_of_failure
-from rung.errors import NotImplementedYetError, UnknownNodeError
+from rung.errors import NotImplementedYetError, RungError, UnknownNodeError
 from rung.types import (
     ExternalRuntime,
     LifecycleDone,
@@ -84,21 +84,12 @@ class NodeWorld:
         fleet: the fleet.
         node_id: the node.
         idle_s: time since a deployment was last used.
-        drained: lets no request of a deployment begin, and is entered once those that run have ended.
     """
 
-    def __init__(
-        self,
-        fleet: Fleet,
-        node_id: str,
-        *,
-        idle_s: Callable[[str], float],
-        drained: Callable[[str], AbstractAsyncContextManager[None]],
-    ) -> None:
+    def __init__(self, fleet: Fleet, node_id: str, *, idle_s: Callable[[str], float]) -> None:
         self._fleet = fleet
         self._node_id = node_id
         self._idle_s = idle_s
-        self._drained = drained
         self._seen_bytes: dict[str, int] = {}
 
     async def measure(self, pool_id: str) -> Measurement:
@@ -130,9 +121,10 @@ class NodeWorld:
         """What it holds when awake: as measured the last time, else as declared, else 0 for not known."""
         deployment = found.deployment
         spec = deployment.spec
-        if deployment.residency is Residency.AWAKE and deployment.vram_bytes:
-            self._seen_bytes[spec.id] = deployment.vram_bytes
         seen_bytes = self._seen_bytes.get(spec.id)
+        if deployment.residency is Residency.AWAKE and deployment.vram_bytes:
+            # The most of it: what has just come up may not have taken all yet.
+            seen_bytes = self._seen_bytes[spec.id] = max(seen_bytes or 0, deployment.vram_bytes)
         if seen_bytes is not None:
             return seen_bytes
         engine = spec.engine.engine
@@ -144,23 +136,23 @@ class NodeWorld:
         return reserved_bytes(engine.gpu_memory_utilization, total_bytes)
 
     async def carry_out(self, pool_id: str, step: ReclaimStep) -> Measured:
-        """Drain, change, measure.
+        """Change it, once it is drained, and measure.
 
         Raises:
             RungError: it did not work.
         """
+        with _only_rung_errors():
+            return await self._carry_out(pool_id, step)
+
+    async def _carry_out(self, pool_id: str, step: ReclaimStep) -> Measured:
         action = _ACTIONS.get(step.action)
         if action is None:
             raise NotImplementedYetError(f"{step.deployment_id} cannot be told to {step.action} yet")
         before = await self.measure(pool_id)
         operation_id = f"reclaim-{step.deployment_id}-{uuid.uuid4().hex[:12]}"
         freed_bytes: int | None = None
-        async with (
-            self._drained(step.deployment_id),
-            aclosing(
-                self._fleet.lifecycle(action, step.deployment_id, operation_id, level=step.level)
-            ) as events,
-        ):
+        steps = self._fleet.lifecycle(action, step.deployment_id, operation_id, level=step.level)
+        async with aclosing(steps) as events:
             async for event in events:
                 if isinstance(event.payload, LifecycleFailed):
                     raise error_of_failure(event.payload)
@@ -183,9 +175,22 @@ class NodeWorld:
 
     async def bring_up(self, pool_id: str, deployment_id: str) -> None:
         """Start or wake. Raises as `Fleet.ensure_awake`."""
-        async with aclosing(self._fleet.ensure_awake(deployment_id)) as progress:
-            async for _ in progress:
-                pass
+        with _only_rung_errors():
+            async with aclosing(self._fleet.ensure_awake(deployment_id)) as progress:
+                async for _ in progress:
+                    pass
+
+
+@contextmanager
+def _only_rung_errors() -> Iterator[None]:
+    """A defect on the way fails the step or the raise, and not the scheduler of the node."""
+    try:
+        yield
+    except RungError:
+        raise
+    except Exception as error:
+        _log.error("vram_defect", exc_info=error)
+        raise RungError("internal error; the server's log has the details") from error
 
 
 class NodeSchedulers:
@@ -196,13 +201,11 @@ class NodeSchedulers:
         fleet: Fleet,
         *,
         idle_s: Callable[[str], float],
-        drained: Callable[[str], AbstractAsyncContextManager[None]],
         alert: Callable[[VramAlert], None],
     ) -> None:
         self._fleet = fleet
         self._schedulers = {
-            node_id: _make(NodeWorld(fleet, node_id, idle_s=idle_s, drained=drained), alert)
-            for node_id in fleet.view.nodes
+            node_id: _make(NodeWorld(fleet, node_id, idle_s=idle_s), alert) for node_id in fleet.view.nodes
         }
         self._tasks: list[asyncio.Task[None]] = []
 

@@ -11,7 +11,6 @@ from prometheus_client import CollectorRegistry
 
 from controlplane.api import build_services
 from controlplane.fleet import Fleet, NodeSchedulers, log_alert
-from controlplane.pipelines import Slots
 from rung.service import CallInterceptor, GrpcServer, ServerOptions
 from rung.transport import ChannelOptions, open_channel
 from rung.types import DeploymentSpec, NodeOwnership
@@ -53,8 +52,7 @@ async def an_api_server(
     )
     jobs = FakeJobs()
     pipelines = FakePipelines(jobs)
-    slots = Slots()
-    schedulers = NodeSchedulers(fleet, idle_s=lambda _: 60.0, drained=slots.drained, alert=log_alert)
+    schedulers = NodeSchedulers(fleet, idle_s=lambda _: 60.0, alert=log_alert)
     services = build_services(fleet, schedulers, jobs, pipelines)
     server = GrpcServer(
         ServerOptions(port=0, max_request_bytes=max_request_bytes),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 
 import pytest
@@ -79,12 +79,14 @@ async def a_fleet(
     deployments: Sequence[DeploymentSpec] = (),
     *,
     load: Callable[[str], tuple[int, int]] = lambda _: (0, 0),
+    drained: Callable[[str], AbstractAsyncContextManager[None]] = lambda _: nullcontext(),
 ) -> AsyncIterator[Fleet]:
     fleet = Fleet(
         nodes=[ANode(agent.node_id, agent.address) for agent in agents],
         deployments=deployments,
         epoch=7,
         load=load,
+        drained=drained,
         own_host_id="host-1",
     )
     await fleet.start()
@@ -456,6 +458,42 @@ async def test_a_sleeper_is_woken_and_not_started(agent: ScriptedAgent) -> None:
         await until(fleet, residency_is(Residency.ASLEEP))
         assert [progress async for progress in fleet.ensure_awake(spec.id)] == []
         assert [call.action for call in agent.calls] == ["wake"]
+
+
+@pytest.mark.parametrize("action", [LifecycleAction.SLEEP, LifecycleAction.STOP, LifecycleAction.FREE])
+async def test_nothing_is_taken_from_an_engine_before_its_requests_have_ended(
+    agent: ScriptedAgent, action: LifecycleAction
+) -> None:
+    ended, holds = asyncio.Event(), list[str]()
+
+    @asynccontextmanager
+    async def drained(deployment_id: str) -> AsyncIterator[None]:
+        await ended.wait()
+        holds.append(deployment_id)
+        yield
+        holds.remove(deployment_id)
+
+    async def obeys(agent: ScriptedAgent, call: Call) -> AsyncIterator[LifecyclePayload]:
+        assert holds == ([] if call.force else ["chat-1"])
+        yield LifecycleDone(agent.deployments["chat-1"])
+
+    spec = a_spec()
+    agent.deployments = {spec.id: a_deployment(spec, Residency.AWAKE)}
+    agent.script = obeys
+    async with a_fleet([agent], [spec], load=lambda _: (2, 0), drained=drained) as fleet:
+        await until(fleet, residency_is(Residency.AWAKE))
+        events = fleet.lifecycle(action, "chat-1", "op-1")
+        first = (await anext(events)).payload
+        assert isinstance(first, LifecycleProgress)
+        assert first.detail == "waiting for 2 requests to end"
+        assert agent.calls == []
+        if action is not LifecycleAction.FREE:
+            # Whoever insists does not wait.
+            forced = fleet.lifecycle(action, "chat-1", "op-2", force=True)
+            assert isinstance([event async for event in forced][-1].payload, LifecycleDone)
+        ended.set()
+        assert isinstance([event async for event in events][-1].payload, LifecycleDone)
+        assert holds == []
 
 
 async def test_a_start_that_fails_is_an_error(agent: ScriptedAgent) -> None:

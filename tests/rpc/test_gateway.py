@@ -58,7 +58,7 @@ async def plane() -> AsyncIterator[Plane]:
         jobs, slots, client = Jobs(MemoryStore()), Slots(), EngineClient()
         await jobs.start()
         registry = CollectorRegistry()
-        schedulers = NodeSchedulers(fleet, idle_s=slots.idle_s, drained=slots.drained, alert=log_alert)
+        schedulers = NodeSchedulers(fleet, idle_s=slots.idle_s, alert=log_alert)
         pipelines = Pipelines(
             jobs=jobs,
             fleet=fleet,
