@@ -19,6 +19,7 @@ from nodeagent.engines._base import (
 from nodeagent.engines._loading import VLLM, recognise
 from nodeagent.engines._mounts import seen_by_engine
 from nodeagent.engines._openai_relay import ask, guarded, parse_models, relay
+from nodeagent.engines._tell import tell
 from rung.errors import EngineFailedError, EngineProtocolError, InvalidRequestError
 from rung.service import EngineClient
 from rung.types import DeploymentSpec, DockerRuntime, VllmEngine
@@ -175,15 +176,12 @@ class VllmAdapter:
     async def _post(
         self, base_url: str, path: str, spec: DeploymentSpec, body: bytes = b"", *, timeout_s: float
     ) -> None:
-        url = base_url.rstrip("/") + path
-        reply = await self._client.post(url, body, what=spec.id, idle_timeout_s=timeout_s)
-        async with reply:
-            answer = await reply.read()
-        if reply.status != 200:
-            said = answer.decode(errors="replace").strip()[:_SHOWN_CHARACTERS]
+        answer = await tell(self._client, base_url, path, body, what=spec.id, timeout_s=timeout_s)
+        if answer.status != 200:
+            said = answer.body.decode(errors="replace").strip()[:_SHOWN_CHARACTERS]
             raise EngineFailedError(
-                f"{spec.id} answers {path} with {reply.status}{': ' if said else ''}{said}",
-                engine_status=str(reply.status),
+                f"{spec.id} answers {path} with {answer.status}{': ' if said else ''}{said}",
+                engine_status=str(answer.status),
             )
 
 
