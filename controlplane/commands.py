@@ -107,7 +107,7 @@ def demo(
         ),
     ] = None,
 ) -> None:
-    """Show everything in half a minute: no GPU needed, nothing downloaded, nothing left behind.
+    """Show everything in under a minute: no GPU needed, nothing downloaded, nothing left behind.
 
     Two machines are simulated, a workstation with an RTX 5090 and a DGX Spark; control plane, agents,
     gRPC, HTTP and the event log are the real ones.

@@ -21,10 +21,19 @@ WORKSTATION = "workstation"
 SPARK = "spark"
 ORCHESTRATOR = "orchestrator"
 THINKER = "thinker"
+REASONER = "reasoner"
+CODER = "coder"
 _ORCHESTRATOR_MODEL = "nemotron-8b"
 _THINKER_MODEL = "qwen3-32b"
 _THINKER_WEIGHTS = "qwen3-32b-fp8"
 _THINKER_LOAD_S = 4.0
+#: Two that need half of the workstation's card each, beside the orchestrator: one of them fits.
+_TURNS = {
+    REASONER: ("deepseek-r1-14b", "deepseek-r1-14b-awq", "sleepable"),
+    CODER: ("qwen2.5-coder-14b", "qwen2.5-coder-14b-awq", "on_demand"),
+}
+_TURN_UTILIZATION = 0.5
+_TURN_LOAD_S = 2.0
 #: A model that a person brings may know less; llama.cpp then takes what the model has.
 _GGUF_CONTEXT_TOKENS = 4096
 
@@ -73,6 +82,11 @@ class Layout(Struct, frozen=True, kw_only=True):
         return _THINKER_MODEL
 
     @property
+    def turn_models(self) -> dict[str, str]:
+        """What the models are called that take turns, by their deployments."""
+        return {deployment_id: model for deployment_id, (model, _, _) in _TURNS.items()}
+
+    @property
     def orchestrator_server(self) -> str:
         """What answers from the workstation's model, in words."""
         if self.llama_cpp is None:
@@ -112,7 +126,7 @@ class Layout(Struct, frozen=True, kw_only=True):
             "nodes": [
                 {"id": node_id, "address": f"127.0.0.1:{port}"} for node_id, port in self.agent_ports.items()
             ],
-            "deployments": [self._orchestrator(), self._thinker()],
+            "deployments": [self._orchestrator(), *map(self._turn, _TURNS), self._thinker()],
         }
 
     def _orchestrator(self) -> dict[str, Any]:
@@ -130,6 +144,23 @@ class Layout(Struct, frozen=True, kw_only=True):
             "slots": 1 if self.llama_cpp is not None else 4,
             "engine": engine,
             "runtime": self._runtime(self._orchestrator_executable, WORKSTATION),
+        }
+
+    def _turn(self, deployment_id: str) -> dict[str, Any]:
+        model, weights, residency_class = _TURNS[deployment_id]
+        return {
+            "id": deployment_id,
+            "node": WORKSTATION,
+            "model": model,
+            "served_model_name": model,
+            "residency_class": residency_class,
+            "engine": {
+                "kind": "vllm",
+                "model": weights,
+                "gpu_memory_utilization": _TURN_UTILIZATION,
+                "sleep_mode": residency_class == "sleepable",
+            },
+            "runtime": self._runtime("vllm", WORKSTATION, RUNG_SIM_LOAD_S=f"{_TURN_LOAD_S:g}"),
         }
 
     def _thinker(self) -> dict[str, Any]:
@@ -159,9 +190,10 @@ class Layout(Struct, frozen=True, kw_only=True):
 
     def _workstation_executables(self) -> dict[str, Any]:
         found = self.llama_cpp
+        vllm = {"vllm": _simulator("vllm", ())}
         if found is None:
-            return {self._orchestrator_executable: _simulator("llama_server", ())}
-        return {
+            return {self._orchestrator_executable: _simulator("llama_server", ())} | vllm
+        return vllm | {
             self._orchestrator_executable: {
                 "path": found.path,
                 "arguments_prefix": list(found.arguments_prefix),

@@ -13,7 +13,15 @@ from typing import Any
 
 from rich.text import Text
 
-from controlplane.demo._layout import ORCHESTRATOR, SPEED, THINKER, DemoOptions
+from controlplane.demo._layout import (
+    CODER,
+    ORCHESTRATOR,
+    REASONER,
+    SPEED,
+    THINKER,
+    WORKSTATION,
+    DemoOptions,
+)
 from controlplane.demo._screen import Screen
 from controlplane.demo._stage import Stage
 from controlplane.local import wait_for_nodes
@@ -24,7 +32,9 @@ from rung.cli.views import (
     fleet_view,
     format_duration,
     jobs_table,
+    node_view,
     print_answer,
+    print_reclaim,
     show_operation,
 )
 from rung.errors import UnavailableError
@@ -72,6 +82,8 @@ async def tell(screen: Screen, stage: Stage, client: AsyncClient) -> None:
             "Why take the larger model?",
             "chat that starts a model",
         )
+    with screen.act("Two models that cannot fit together take turns"):
+        await _take_turns(screen, stage, client)
     with screen.act("The same through the OpenAI API"):
         await _call_http(screen, stage)
     with screen.act("What was written down"):
@@ -131,6 +143,38 @@ async def _use_found(screen: Screen, client: AsyncClient, found: Deployment) -> 
     await _chat(
         screen, client, found.spec.id, "Say hello in one sentence.", "chat with the engine found here"
     )
+
+
+async def _take_turns(screen: Screen, stage: Stage, client: AsyncClient) -> None:
+    models = stage.layout.turn_models
+    screen.say(
+        f"{REASONER} and {CODER} need half of the workstation's card each, and {ORCHESTRATOR}, which is "
+        "pinned, holds a third. Who asks for one of them need not care."
+    )
+    for deployment_id, question, name in (
+        (REASONER, "Why take turns?", f"{REASONER}, started"),
+        (CODER, "And now you?", f"{CODER}, in its place"),
+        (REASONER, "You again?", f"{REASONER}, woken"),
+    ):
+        await _chat(screen, client, models[deployment_id], question, name)
+        async with aclosing(client.watch_fleet()) as snapshots:
+            snapshot = await anext(snapshots)
+        deployments = [each for each in snapshot.deployments if each.spec.node_id == WORKSTATION]
+        for node in snapshot.nodes:
+            if node.id == WORKSTATION:
+                screen.show(
+                    node_view(
+                        node,
+                        deployments,
+                        now_s=time.time(),
+                        ascii_only=screen.console.options.ascii_only,
+                    )
+                )
+        screen.show("")
+    gpu, size_bytes = f"{WORKSTATION}/0", 12 << 30
+    screen.command(f"rung lease plan --vram 12GiB --gpu {gpu}")
+    outcome = await client.plan_reclaim(gpu, size_bytes)
+    print_reclaim(screen.console, outcome, vram_bytes=size_bytes, gpu=gpu)
 
 
 async def _call_http(screen: Screen, stage: Stage) -> None:

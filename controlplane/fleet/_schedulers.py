@@ -63,7 +63,7 @@ _DOING = {
 }
 _RISING = frozenset({Residency.STARTING, Residency.WAKING})
 #: An agent samples once a second, and what it says was measured up to this long before it is heard.
-_SAMPLE_AGE_S = 1.5
+_SAMPLE_AGE_S = 0.8
 #: How long to wait for a measurement of after a step.
 _FRESH_S = 4.0
 
@@ -158,11 +158,13 @@ class NodeWorld:
                     raise error_of_failure(event.payload)
                 if isinstance(event.payload, LifecycleDone):
                     freed_bytes = event.payload.freed_bytes
+        if freed_bytes is not None:
+            # The agent measured it. What is free now is measured once more before anything is granted.
+            after = await self.measure(pool_id)
+            return Measured(freed_bytes=freed_bytes, free_bytes=after.ledger.free_bytes)
         after = await self._measured_after(pool_id, asyncio.get_running_loop().time())
         free_bytes = after.ledger.free_bytes
-        if freed_bytes is None:
-            freed_bytes = max(0, free_bytes - before.ledger.free_bytes)
-        return Measured(freed_bytes=freed_bytes, free_bytes=free_bytes)
+        return Measured(freed_bytes=max(0, free_bytes - before.ledger.free_bytes), free_bytes=free_bytes)
 
     async def _measured_after(self, pool_id: str, time_s: float) -> Measurement:
         loop = asyncio.get_running_loop()

@@ -53,7 +53,7 @@ class Pending:
         self.raised = False
         self.position = 1
         self._loop = asyncio.get_running_loop()
-        self._detail = "its turn has not come"
+        self._detail = "waiting for its turn"
         self._due_s: float | None = None
         self._told_steps: tuple[ReclaimStep, ...] = ()
         self._log: list[SchedulerEvent] = []

@@ -19,7 +19,7 @@ import pytest
 from controlplane.demo._sweeper import MARK
 from tests.integration.tiny_gguf import write_tiny_gguf
 
-_PATIENCE_S = 60.0
+_PATIENCE_S = 100.0
 
 
 class Demo:
