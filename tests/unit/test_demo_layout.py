@@ -8,6 +8,9 @@ import pytest
 
 from controlplane.config import load_config
 from controlplane.demo._layout import (
+    CODER,
+    REASONER,
+)(
     ORCHESTRATOR,
     SPARK,
     THINKER,
@@ -44,8 +47,11 @@ def test_simulated(tmp_path: Path) -> None:
         (SPARK, "127.0.0.1:42"),
     ]
     specs = {spec.id: spec for spec in config.deployment_specs()}
-    assert set(specs) == {ORCHESTRATOR, THINKER}
+    assert set(specs) == {ORCHESTRATOR, REASONER, CODER, THINKER}
     assert specs[ORCHESTRATOR].residency_class is ResidencyClass.PINNED
+    assert specs[REASONER].residency_class is ResidencyClass.SLEEPABLE
+    # The requests of the story name what the engines serve.
+    assert {key: specs[key].engine_model_name for key in (REASONER, CODER)} == layout.turn_models
     for spec in specs.values():
         runtime = spec.engine.runtime
         assert isinstance(runtime, ProcessRuntime)
