@@ -9,9 +9,8 @@ import pytest
 from controlplane.config import load_config
 from controlplane.demo._layout import (
     CODER,
-    REASONER,
-)(
     ORCHESTRATOR,
+    REASONER,
     SPARK,
     THINKER,
     WORKSTATION,
