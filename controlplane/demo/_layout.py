@@ -33,7 +33,7 @@ _TURNS = {
     CODER: ("qwen2.5-coder-14b", "qwen2.5-coder-14b-awq", "on_demand"),
 }
 _TURN_UTILIZATION = 0.5
-_TURN_LOAD_S = 2.0
+_TURN_LOAD_S = 1.5
 #: A model that a person brings may know less; llama.cpp then takes what the model has.
 _GGUF_CONTEXT_TOKENS = 4096
 

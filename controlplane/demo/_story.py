@@ -152,9 +152,9 @@ async def _take_turns(screen: Screen, stage: Stage, client: AsyncClient) -> None
         "pinned, holds a third. Who asks for one of them need not care."
     )
     for deployment_id, question, name in (
-        (REASONER, "Why take turns?", f"{REASONER}, started"),
-        (CODER, "And now you?", f"{CODER}, in its place"),
-        (REASONER, "You again?", f"{REASONER}, woken"),
+        (REASONER, "Count to 2", f"{REASONER}, started"),
+        (CODER, "Count to 3", f"{CODER}, in its place"),
+        (REASONER, "Count to 4", f"{REASONER}, woken"),
     ):
         await _chat(screen, client, models[deployment_id], question, name)
         async with aclosing(client.watch_fleet()) as snapshots:

@@ -118,7 +118,7 @@ async def test_demo(tmp_path: Path) -> None:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(110):
         output, errors = await process.communicate()
     said = output.decode()
     assert process.returncode == 0, said
