@@ -118,8 +118,13 @@ async def test_demo(tmp_path: Path) -> None:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    async with asyncio.timeout(110):
-        output, errors = await process.communicate()
+    try:
+        async with asyncio.timeout(110):
+            output, errors = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            await process.communicate()
     said = output.decode()
     assert process.returncode == 0, said
     assert errors == b""
