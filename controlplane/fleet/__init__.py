@@ -3,8 +3,8 @@
 from controlplane.fleet._agent_client import AgentClient, AgentRun
 from controlplane.fleet._fleet import ConfiguredNode, Fleet
 from controlplane.fleet._operations import LifecycleAction
-from controlplane.fleet._pools import find_gpu, ledger_of
-from controlplane.fleet._schedulers import NodeSchedulers, RaisingProgress, log_alert, progress_of_event
+from controlplane.fleet._pools import find_gpu
+from controlplane.fleet._schedulers import NodeSchedulers, log_alert, progress_of_event
 from controlplane.fleet._view import DeploymentView, FleetView, build_view, models
 
 __all__ = [
@@ -16,10 +16,8 @@ __all__ = [
     "FleetView",
     "LifecycleAction",
     "NodeSchedulers",
-    "RaisingProgress",
     "build_view",
     "find_gpu",
-    "ledger_of",
     "log_alert",
     "models",
     "progress_of_event",

@@ -7,7 +7,6 @@ node that has none, and one that somebody else runs, is left to its agent.
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -337,5 +336,4 @@ def log_alert(alert: VramAlert) -> None:
         pool=alert.pool_id,
         free_bytes=alert.free_bytes,
         limit_bytes=alert.limit_bytes,
-        time_s=time.time(),
     )

@@ -12,7 +12,6 @@ from controlplane.vram._footprint import (
     OVERHEAD_BYTES,
     WEIGHT_FORMATS,
     Architecture,
-    Footprint,
     KvFormat,
     ProfileShare,
     WeightFormat,
@@ -35,8 +34,8 @@ from controlplane.vram._ledger import (
     build_entry,
     build_ledger,
 )
-from controlplane.vram._options import GRADES, ReclaimAction, ReclaimGrade
-from controlplane.vram._plan import Demand, Infeasible, ReclaimPlan, ReclaimStep, apply, plan
+from controlplane.vram._options import GRADES
+from controlplane.vram._plan import Demand, apply, plan
 from controlplane.vram._ports import (
     Executor,
     Measured,
@@ -48,6 +47,7 @@ from controlplane.vram._ports import (
 )
 from controlplane.vram._queue import Planner, QueueRules
 from controlplane.vram._scheduler import NodeScheduler
+from rung.types import Footprint, Infeasible, ReclaimAction, ReclaimGrade, ReclaimPlan, ReclaimStep
 
 __all__ = [
     "ARCHITECTURES",

@@ -7,7 +7,7 @@ from enum import StrEnum
 from msgspec import Struct
 
 from controlplane.vram._leases import Lease
-from controlplane.vram._plan import ReclaimPlan, ReclaimStep
+from rung.types import ReclaimPlan, ReclaimStep
 
 
 class Waiting(Struct, frozen=True, kw_only=True, tag="waiting", tag_field="event"):

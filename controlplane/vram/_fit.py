@@ -10,11 +10,11 @@ from controlplane.vram._footprint import (
     KV_FORMATS,
     WEIGHT_FORMATS,
     Architecture,
-    Footprint,
     KvFormat,
     WeightFormat,
     estimate_footprint,
 )
+from rung.types import Footprint
 
 
 class Fit(Struct, frozen=True, kw_only=True):

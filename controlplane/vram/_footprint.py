@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 from rung.errors import ConfigError, InvalidRequestError
-from rung.types import Footprint as Footprint
+from rung.types import Footprint
 
 GIB = 1 << 30
 

@@ -18,10 +18,9 @@ import msgspec
 from msgspec import Struct
 
 from controlplane.vram._ledger import Ledger, Reservation
-from controlplane.vram._options import ReclaimGrade
 from controlplane.vram._plan import Demand
 from rung.errors import InvalidRequestError, UnknownLeaseError
-from rung.types import Residency
+from rung.types import ReclaimGrade, Residency
 
 _SETTLED = frozenset({Residency.AWAKE, Residency.ASLEEP, Residency.STOPPED, Residency.FAILED})
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import msgspec
 
 from controlplane.vram._ledger import GIB, LedgerEntry
-from controlplane.vram._options import ReclaimAction
-from controlplane.vram._plan import Demand, ReclaimStep
+from controlplane.vram._plan import Demand
+from rung.types import ReclaimAction, ReclaimStep
 
 #: A step that freed less than this share of what it promised fell short.
 _ENOUGH = 0.9

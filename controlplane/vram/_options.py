@@ -35,9 +35,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from controlplane.vram._ledger import LedgerEntry
-from rung.types import ReclaimAction as ReclaimAction
-from rung.types import ReclaimGrade as ReclaimGrade
-from rung.types import Residency, ResidencyClass
+from rung.types import ReclaimAction, ReclaimGrade, Residency, ResidencyClass
 
 RECENCY_S = 300.0
 BUSY_HARM_S = 30.0

@@ -7,10 +7,11 @@ from collections.abc import AsyncGenerator
 
 from controlplane.vram._events import Granted, Planned, Raised, SchedulerEvent, Waiting
 from controlplane.vram._leases import Lease
-from controlplane.vram._options import GRADES, ReclaimGrade
-from controlplane.vram._plan import Demand, ReclaimPlan, ReclaimStep
+from controlplane.vram._options import GRADES
+from controlplane.vram._plan import Demand
 from controlplane.vram._queue import Queued
 from rung.errors import RungError
+from rung.types import ReclaimGrade, ReclaimPlan, ReclaimStep
 
 
 class Pending:

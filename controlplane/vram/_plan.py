@@ -15,10 +15,16 @@ from controlplane.vram._ledger import GIB, Ledger, LedgerEntry
 from controlplane.vram._options import GRADES, Option, options_of
 from controlplane.vram._search import Item, cheapest, most_freed_bytes
 from rung.errors import InvalidRequestError, NotAllowedError, PinnedDeploymentError, UnknownDeploymentError
-from rung.types import Infeasible as Infeasible
-from rung.types import Priority, ReclaimAction, ReclaimGrade, Residency, ResidencyClass
-from rung.types import ReclaimPlan as ReclaimPlan
-from rung.types import ReclaimStep as ReclaimStep
+from rung.types import (
+    Infeasible,
+    Priority,
+    ReclaimAction,
+    ReclaimGrade,
+    ReclaimPlan,
+    ReclaimStep,
+    Residency,
+    ResidencyClass,
+)
 
 
 class Demand(Struct, frozen=True, kw_only=True):

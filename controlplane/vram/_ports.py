@@ -12,8 +12,8 @@ import msgspec
 from msgspec import Struct
 
 from controlplane.vram._ledger import GIB, Ledger
-from controlplane.vram._plan import ReclaimStep
 from controlplane.vram._queue import QueueRules
+from rung.types import ReclaimStep
 
 
 class Measurement(Struct, frozen=True, kw_only=True):

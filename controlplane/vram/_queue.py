@@ -19,8 +19,8 @@ import msgspec
 from msgspec import Struct
 
 from controlplane.vram._ledger import Ledger, LedgerEntry, Reservation
-from controlplane.vram._plan import Demand, Infeasible, ReclaimPlan
-from rung.types import Priority, Residency
+from controlplane.vram._plan import Demand
+from rung.types import Infeasible, Priority, ReclaimPlan, Residency
 
 #: Makes a plan for a demand; `plan` unless another policy is tried out.
 Planner = Callable[[Ledger, Demand], ReclaimPlan | Infeasible]

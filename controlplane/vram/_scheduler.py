@@ -24,7 +24,7 @@ from controlplane.vram._ledger import Ledger, LedgerEntry
 from controlplane.vram._obedience import Obedience
 from controlplane.vram._passing import Passing
 from controlplane.vram._pending import Pending
-from controlplane.vram._plan import Demand, Infeasible, ReclaimPlan, ReclaimStep, apply, plan
+from controlplane.vram._plan import Demand, apply, plan
 from controlplane.vram._ports import (
     Executor,
     Measurement,
@@ -47,7 +47,7 @@ from rung.errors import (
     UnknownDeploymentError,
     VramInfeasibleError,
 )
-from rung.types import Priority, Residency
+from rung.types import Infeasible, Priority, ReclaimPlan, ReclaimStep, Residency
 
 _DEFAULTS = SchedulerOptions()
 

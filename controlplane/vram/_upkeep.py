@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from controlplane.vram._ledger import Ledger, LedgerEntry
-from controlplane.vram._options import ReclaimAction
-from controlplane.vram._plan import ReclaimStep
 from controlplane.vram._ports import PlacedDeployment, SchedulerOptions, VramAlert
-from rung.types import Residency, ResidencyClass
+from rung.types import ReclaimAction, ReclaimStep, Residency, ResidencyClass
 
 
 def missing_bytes(placed: PlacedDeployment, entry: LedgerEntry | None) -> int:
