@@ -100,6 +100,7 @@ class _EmbeddingAnswer(Struct):
 
 _head_decoder = msgspec.json.Decoder(RequestHead)
 _answer_decoder = msgspec.json.Decoder(_Answer)
+_answers_decoder = msgspec.json.Decoder(list[_Answer])
 _embedding_decoder = msgspec.json.Decoder(_EmbeddingAnswer)
 _fields_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _encode = msgspec.json.encode
@@ -173,13 +174,15 @@ class AnswerReader:
     """Reads an answer into a job's events, and says which bytes of a stream to pass on.
 
     Only whole events are passed on, so that an engine that breaks in mid-event never leaves half of
-    one with the caller; `[DONE]` is held back until it is known that the answer is complete.
+    one with the caller; `[DONE]` is held back until it is known that the answer is complete. Text that
+    comes in one piece is one event of the job, however many tokens it has.
     """
 
-    __slots__ = ("_failure", "_finish_reason", "_job", "_keep_usage", "_splitter", "_what")
+    __slots__ = ("_failure", "_finish_reason", "_job", "_keep_usage", "_splitter", "_text", "_what")
 
     def __init__(self, job: LiveJob, what: str, *, keep_usage: bool) -> None:
         self._job = job
+        self._text: TokenDelta | None = None
         self._what = what
         self._keep_usage = keep_usage
         self._splitter = SseSplitter()
@@ -229,10 +232,32 @@ class AnswerReader:
         if answer is None or not answer.choices:
             raise EngineProtocolError(f"{self._what} sent an answer without choices", engine=self._what)
         self._take(answer)
+        self._put_text()
 
     def _events(self, whole: bytes) -> bytes:
         if not whole or self._ended_badly():
             return b""
+        try:
+            return whole if self._take_deltas(whole) else self._each_event(whole)
+        finally:
+            self._put_text()
+
+    def _take_deltas(self, whole: bytes) -> bool:
+        """Take a piece that has nothing but deltas, decoded at once; False, with nothing taken, for others."""
+        if not whole.startswith(b"data: {"):
+            return False
+        data = whole[6:-2].split(b"\n\ndata: ")
+        try:
+            answers = _answers_decoder.decode(b"[%b]" % b",".join(data))
+        except msgspec.DecodeError:
+            return False
+        if len(answers) != len(data) or any(each.error is not None or each.usage for each in answers):
+            return False
+        for answer in answers:
+            self._take(answer)
+        return True
+
+    def _each_event(self, whole: bytes) -> bytes:
         events = whole.split(b"\n\n")
         dropped = False
         for place, event in enumerate(events):
@@ -290,6 +315,7 @@ class AnswerReader:
             if choice.finish_reason is not None:
                 self._finish_reason = choice.finish_reason
         if answer.usage is not None:
+            self._put_text()
             self._job.consumed(answer.usage.value())
             return bool(answer.choices) or self._keep_usage
         return True
@@ -297,8 +323,9 @@ class AnswerReader:
     def _take_delta(self, choice: int, delta: _Delta) -> None:
         reasoning = delta.reasoning_content or delta.reasoning or ""
         if delta.content or reasoning:
-            self._job.text(TokenDelta(delta.content or "", reasoning, choice))
+            self._add_text(delta.content or "", reasoning, choice)
         for place, call in enumerate(delta.tool_calls or ()):
+            self._put_text()
             function = call.function or _Function()
             self._job.tool_call(
                 ToolCallDelta(
@@ -309,6 +336,21 @@ class AnswerReader:
                     choice=choice,
                 )
             )
+
+    def _add_text(self, content: str, reasoning: str, choice: int) -> None:
+        text = self._text
+        if text is not None:
+            # Joined, unless that would say that the reasoning of a later token came before an earlier answer.
+            if text.choice == choice and not (text.content and reasoning):
+                content, reasoning = text.content + content, text.reasoning + reasoning
+            else:
+                self._put_text()
+        self._text = TokenDelta(content, reasoning, choice)
+
+    def _put_text(self) -> None:
+        text, self._text = self._text, None
+        if text is not None:
+            self._job.text(text)
 
 
 def read_embeddings(body: bytes, what: str) -> tuple[tuple[tuple[float, ...], ...], Usage | None]:

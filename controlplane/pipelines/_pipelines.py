@@ -25,15 +25,15 @@ from controlplane.pipelines._slots import Slots
 from controlplane.pipelines._wish import Wish
 from rung import reason_of_error
 from rung.errors import EngineProtocolError, InvalidRequestError, JobCancelledError, RungError
-from rung.service import EngineClient
+from rung.service import EngineClient, StreamPacer
 from rung.types import Embeddings, FailureReason, Job, JobKind, RouteExplanation
 
 _log = structlog.get_logger("rung.pipelines")
 
-#: Up to here each piece is passed on by itself; beyond, what comes of a stream within so long for each
-#: stream there is goes together: 20 ms at 64 streams, which a reader does not see.
+#: What comes of a stream within so long for each stream there is goes together: 20 ms at 64 streams, which
+#: a reader does not see.
 _UNPACED_STREAMS = 16
-_INTERVAL_A_STREAM_S = 0.0003
+_INTERVAL_PER_STREAM_S = 0.0003
 
 #: Takes bytes of a stream for the caller.
 OnBytes = Callable[[bytes], Awaitable[None]]
@@ -75,7 +75,9 @@ class Pipelines:
         )
         self._metrics = PipelineMetrics(registry, jobs)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._streams = 0
+        self._pacer = StreamPacer(
+            unpaced_streams=_UNPACED_STREAMS, interval_per_stream_s=_INTERVAL_PER_STREAM_S
+        )
 
     def begin(self, wish: Wish) -> Begun:
         """Accept a wish.
@@ -188,23 +190,17 @@ class Pipelines:
                     f"{what} answered a stream with {reply.content_type or 'no content type'}", engine=what
                 )
             reader = AnswerReader(job, what, keep_usage=keep_usage)
-            self._streams += 1
-            try:
-                async for chunk in reply.chunks(self._interval_s):
+            with self._pacer:
+                async for chunk in reply.chunks(self._pacer.interval_s):
                     whole = reader.feed(chunk)
                     if whole and on_bytes is not None:
                         await on_bytes(whole)
                     if reader.failed:
                         break
-            finally:
-                self._streams -= 1
             left = reader.finish()
             if left and on_bytes is not None:
                 await on_bytes(left)
         job.done(reader.finish_reason)
-
-    def _interval_s(self) -> float:
-        return self._streams * _INTERVAL_A_STREAM_S if self._streams > _UNPACED_STREAMS else 0.0
 
     async def _answer(self, begun: Begun) -> bytes:
         job, wish = begun.job, begun.wish

@@ -14,6 +14,7 @@ from nodeagent.supervisor import Command, Operation, Supervisor
 from nodeagent.telemetry import Telemetry
 from rung import codec, reason_of_error, v1
 from rung.errors import InvalidRequestError, RungError
+from rung.service import StreamPacer
 from rung.types import Deployment
 
 if TYPE_CHECKING:
@@ -31,10 +32,10 @@ _DEFAULT_IDLE_TIMEOUT_S = 600.0
 _DEFAULT_DRAIN_TIMEOUT_S = 600.0
 _DEFAULT_TAIL_LINES = 100
 _STATUS_INTERVAL_S = 1.0
-#: Up to here each piece is a message of its own; beyond, a stream waits this long for each stream there is
-#: between its messages: 40 ms at 64 streams, which a reader does not see.
+#: A stream waits so long between its messages for each stream there is: 48 ms at 64 streams, two frames of
+#: a film, which a reader does not see. A message costs more than its bytes, on both sides.
 _UNPACED_STREAMS = 8
-_PACE_S = 0.0006
+_INTERVAL_PER_STREAM_S = 0.00075
 #: Most bytes in one message; what an engine sends in a larger piece is split.
 _MAX_DATA_BYTES = 256 * 1024
 
@@ -46,7 +47,9 @@ class NodeAgentServicer:
         self._supervisor = supervisor
         self._telemetry = telemetry
         self._agent_instance_id = agent_instance_id
-        self._streams = 0
+        self._pacer = StreamPacer(
+            unpaced_streams=_UNPACED_STREAMS, interval_per_stream_s=_INTERVAL_PER_STREAM_S
+        )
 
     async def Watch(self, request: v1.WatchRequest, context: Context) -> AsyncIterator[v1.WatchResponse]:
         """A snapshot, then whatever differs from what was sent; a slow reader skips what is superseded."""
@@ -116,17 +119,25 @@ class NodeAgentServicer:
         self, request: v1.SleepEngineRequest, context: Context
     ) -> AsyncIterator[v1.SleepEngineResponse]:
         """Sleep, with progress."""
-        # None, whatever its type says, for a caller without a deadline.
-        remaining_s = context.time_remaining() or _DEFAULT_DRAIN_TIMEOUT_S
         operation = self._supervisor.sleep(
             _command(request.command),
             request.deployment_id,
             level=request.level,
             force=request.force,
-            drain_timeout_s=min(remaining_s, _DEFAULT_DRAIN_TIMEOUT_S),
+            drain_timeout_s=_drain_timeout_s(context),
         )
         async for event in _events(operation):
             yield v1.SleepEngineResponse(event=event)
+
+    async def ShrinkEngine(
+        self, request: v1.ShrinkEngineRequest, context: Context
+    ) -> AsyncIterator[v1.ShrinkEngineResponse]:
+        """Shrink, with progress."""
+        operation = self._supervisor.shrink(
+            _command(request.command), request.deployment_id, drain_timeout_s=_drain_timeout_s(context)
+        )
+        async for event in _events(operation):
+            yield v1.ShrinkEngineResponse(event=event)
 
     async def WakeEngine(
         self, request: v1.WakeEngineRequest, context: Context
@@ -184,21 +195,16 @@ class NodeAgentServicer:
                 for data in early[1:]:
                     yield v1.RunResponse(data=data)
                 is_stream = reply.content_type.startswith("text/event-stream")
-                self._streams += 1
                 try:
-                    async for chunk in reply.chunks(self._pace_s if is_stream else None):
-                        for data in _split(chunk):
-                            yield v1.RunResponse(data=data)
+                    with self._pacer:
+                        async for chunk in reply.chunks(self._pacer.interval_s if is_stream else None):
+                            for data in _split(chunk):
+                                yield v1.RunResponse(data=data)
                 except RungError as error:
                     failed = v1.RunFailed(
                         reason=codec.FAILURE_REASONS.to_proto[reason_of_error(error)], detail=error.message
                     )
                     yield v1.RunResponse(failed=failed)
-                finally:
-                    self._streams -= 1
-
-    def _pace_s(self) -> float:
-        return self._streams * _PACE_S if self._streams > _UNPACED_STREAMS else 0.0
 
     async def ReadEngineLog(
         self, request: v1.ReadEngineLogRequest, context: Context
@@ -215,6 +221,12 @@ def _split(chunk: bytes) -> Sequence[bytes]:
     if len(chunk) <= _MAX_DATA_BYTES:
         return (chunk,)
     return [chunk[start : start + _MAX_DATA_BYTES] for start in range(0, len(chunk), _MAX_DATA_BYTES)]
+
+
+def _drain_timeout_s(context: Context) -> float:
+    # None, whatever its type says, for a caller without a deadline.
+    remaining_s = context.time_remaining() or _DEFAULT_DRAIN_TIMEOUT_S
+    return min(remaining_s, _DEFAULT_DRAIN_TIMEOUT_S)
 
 
 def _command(command: v1.Command) -> Command:

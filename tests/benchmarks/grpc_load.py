@@ -1,7 +1,7 @@
 """A gRPC load: CONCURRENCY streams in a closed loop. `grpc_load PORT KIND CONCURRENCY SECONDS MODEL`.
 
 KIND is `generate` (Rung's InferenceService) or `run` (a bare agent). Prints JSON as `load` does; a chunk is
-a token event, or a piece of bytes with at least one chunk in it.
+a token of the stub engine, however many of them a message has.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import uvloop
 from rung import v1
 
 _BODY = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "stream": True}).encode()
+_TOKEN = " token"
 
 
 async def main() -> None:
@@ -38,7 +39,7 @@ async def main() -> None:
                     request = v1.GenerateRequest(model=model, chat=v1.ChatInput(openai_json=_BODY))
                     async for answer in inference.Generate(request):
                         if answer.event.HasField("token"):
-                            chunks += 1
+                            chunks += answer.event.token.content.count(_TOKEN)
                             if not seen:
                                 seen = True
                                 first.append(time.monotonic() - began)

@@ -494,7 +494,7 @@ async def test_many_streams_are_paced_and_what_is_no_stream_is_not(plane: Plane)
 
     # Two pieces of each stream; none of the answer that is no stream.
     assert len(reply.intervals_s) == 2 * 9
-    assert max(reply.intervals_s) == pytest.approx(10 * 0.0006)
+    assert max(reply.intervals_s) == pytest.approx(10 * 0.00075)
     reply.content_type = "text/event-stream"
     async for _ in await begin():
         pass

@@ -28,6 +28,10 @@ def _frame(**fields: object) -> bytes:
     return b"data: " + json.dumps(fields).encode() + b"\n\n"
 
 
+def _texts(job: LiveJob) -> list[TokenDelta]:
+    return [event.payload for event in job.unstored() if isinstance(event.payload, TokenDelta)]
+
+
 def _delta(finish: str | None = None, **delta: object) -> bytes:
     return _frame(choices=[{"index": 0, "delta": delta, "finish_reason": finish}])
 
@@ -68,10 +72,59 @@ def test_reasoning_comes_under_either_name() -> None:
     job = _job()
     reader = AnswerReader(job, "engine", keep_usage=False)
 
-    reader.feed(_delta(reasoning_content="a") + _delta(reasoning="b") + _delta(content="c"))
+    for delta in (_delta(reasoning_content="a"), _delta(reasoning="b"), _delta(content="c")):
+        reader.feed(delta)
 
-    deltas = [event.payload for event in job.unstored() if isinstance(event.payload, TokenDelta)]
-    assert deltas == [TokenDelta("", "a"), TokenDelta("", "b"), TokenDelta("c")]
+    assert _texts(job) == [TokenDelta("", "a"), TokenDelta("", "b"), TokenDelta("c")]
+
+
+def test_text_that_comes_together_is_one_event() -> None:
+    job = _job()
+    reader = AnswerReader(job, "engine", keep_usage=False)
+
+    reader.feed(_delta(reasoning="a") + _delta(reasoning="b") + _delta(content="c") + _delta(content="d"))
+    reader.feed(_delta(content="e") + _delta(reasoning="f") + _delta(content="g", finish="stop") + USAGE)
+    reader.finish()
+
+    assert _texts(job) == [TokenDelta("cd", "ab"), TokenDelta("e"), TokenDelta("g", "f")]
+    assert job.delivered_characters == 4
+    assert isinstance(job.unstored()[-1].payload, UsageReported)
+
+
+def test_text_of_several_choices_is_kept_apart() -> None:
+    job = _job()
+    reader = AnswerReader(job, "engine", keep_usage=False)
+    other = _frame(choices=[{"index": 1, "delta": {"content": "x"}}])
+
+    reader.feed(_delta(content="a") + other + other + _delta(content="b"))
+
+    assert _texts(job) == [TokenDelta("a"), TokenDelta("xx", choice=1), TokenDelta("b")]
+
+
+def test_text_before_a_tool_call_stands_before_it() -> None:
+    job = _job()
+    reader = AnswerReader(job, "engine", keep_usage=False)
+    call = {"index": 0, "id": "call", "function": {"name": "look", "arguments": "{}"}}
+
+    reader.feed(_delta(content="Let me ") + _delta(content="see", tool_calls=[call]) + _delta(content="!"))
+
+    payloads = [event.payload for event in job.unstored()][1:]
+    assert payloads == [
+        TokenDelta("Let me see"),
+        ToolCallDelta(index=0, id="call", name="look", arguments="{}"),
+        TokenDelta("!"),
+    ]
+
+
+def test_two_chunks_in_one_event_are_not_understood() -> None:
+    job = _job()
+    reader = AnswerReader(job, "engine", keep_usage=False)
+    two = _delta(content="a").removesuffix(b"\n\n") + b"," + _delta(content="b").removeprefix(b"data: ")
+
+    reader.feed(two)
+
+    assert reader.failed
+    assert _texts(job) == []
 
 
 def test_tool_calls_are_noted_by_index() -> None:

@@ -8,6 +8,7 @@ from rung.service._logging import configure_logging
 from rung.service._server import GrpcServer, ServerOptions, require_loopback
 from rung.service._services import add_service
 from rung.service._signal import Signal
+from rung.service._stream_pacer import StreamPacer
 
 __all__ = [
     "ByteSize",
@@ -19,6 +20,7 @@ __all__ = [
     "GrpcServer",
     "ServerOptions",
     "Signal",
+    "StreamPacer",
     "add_service",
     "configure_logging",
     "host_id",
