@@ -9,6 +9,7 @@ from nodeagent.engines._base import (
     LoadProgress,
     Probe,
     RunKind,
+    ShrinkControl,
     SleepControl,
 )
 from nodeagent.engines._choose import adapter_for
@@ -36,6 +37,7 @@ __all__ = [
     "Probe",
     "ProbeOnlyAdapter",
     "RunKind",
+    "ShrinkControl",
     "SleepControl",
     "VllmAdapter",
     "adapter_for",

@@ -151,6 +151,33 @@ class SleepControl(Protocol):
 
 
 @runtime_checkable
+class ShrinkControl(SleepControl, Protocol):
+    """What an adapter has whose engine, where it can sleep, can also give up its KV cache alone.
+
+    While it is shrunk it answers no request, and says that it sleeps; its weights stay on the GPU.
+    """
+
+    def kv_cache_bytes(self, line: str) -> int | None:
+        """The size of its KV cache, if a line of the engine's output tells it."""
+        ...
+
+    async def shrink(self, base_url: str, spec: DeploymentSpec) -> None:
+        """Have the engine give up its KV cache, and return once it says that it sleeps.
+
+        On the way its weights are in host memory. One that breaks off half-way may leave them there.
+        Raises as `sleep`.
+        """
+        ...
+
+    async def grow(self, base_url: str, spec: DeploymentSpec) -> None:
+        """Give a shrunk engine its KV cache again, and return once it says that it is awake.
+
+        Also one whose weights a shrink left in host memory. Raises as `sleep`.
+        """
+        ...
+
+
+@runtime_checkable
 class FreeControl(Protocol):
     """What an adapter has whose engine keeps models as a cache, and gives their memory back when asked."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractAsyncContextManager
 
 import msgspec
@@ -33,6 +34,8 @@ _RELOAD_TIMEOUT_S = 600.0
 #: Requests that run, and those that wait for a place.
 _REQUESTS = frozenset({"vllm:num_requests_running", "vllm:num_requests_waiting"})
 _SHOWN_CHARACTERS = 300
+_KV_CACHE = re.compile(r"Available KV cache memory: ([\d.]+) GiB")
+_GIB = 1 << 30
 
 
 class _Sleeping(Struct):
@@ -133,6 +136,30 @@ class VllmAdapter:
             reload = msgspec.json.encode({"method": "reload_weights"})
             await self._post(base_url, "/collective_rpc", spec, reload, timeout_s=_RELOAD_TIMEOUT_S)
             await self._post(base_url, "/wake_up?tags=kv_cache", spec, timeout_s=_COPY_TIMEOUT_S)
+        await self._require(base_url, spec, asleep=False)
+
+    def kv_cache_bytes(self, line: str) -> int | None:
+        """See `ShrinkControl.kv_cache_bytes`."""
+        found = _KV_CACHE.search(line)
+        return None if found is None else int(float(found[1]) * _GIB)
+
+    async def shrink(self, base_url: str, spec: DeploymentSpec) -> None:
+        """See `ShrinkControl.shrink`: it sleeps, and its weights alone are woken.
+
+        There is no call that gives up the KV cache and keeps the weights.
+        """
+        await self._post(base_url, "/sleep?level=1", spec, timeout_s=_COPY_TIMEOUT_S)
+        await self._post(base_url, "/wake_up?tags=weights", spec, timeout_s=_COPY_TIMEOUT_S)
+        await self._require(base_url, spec, asleep=True)
+
+    async def grow(self, base_url: str, spec: DeploymentSpec) -> None:
+        """See `ShrinkControl.grow`.
+
+        The weights first, by their name: a call to wake what is awake already is ignored, and one to wake
+        everything would map the weights a second time.
+        """
+        await self._post(base_url, "/wake_up?tags=weights", spec, timeout_s=_COPY_TIMEOUT_S)
+        await self._post(base_url, "/wake_up?tags=kv_cache", spec, timeout_s=_COPY_TIMEOUT_S)
         await self._require(base_url, spec, asleep=False)
 
     async def _probe(self, base_url: str, spec: DeploymentSpec) -> Probe:

@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager, contextmanager
 
 from msgspec.structs import replace
 
-from nodeagent.engines import EngineAdapter, FreeControl, SleepControl
+from nodeagent.engines import EngineAdapter, FreeControl, ShrinkControl, SleepControl
 from nodeagent.runtimes import EngineRuntime, RunningEngine
 from nodeagent.supervisor._gpus import GpuTurns
 from nodeagent.supervisor._lifecycle import RUNNING, EngineLifecycle
@@ -298,8 +298,34 @@ class EngineSupervisor:
                 )
             return LifecycleDone(self.deployment, freed_bytes)
 
+    async def shrink(self, emit: Emit, *, drain_timeout_s: float) -> LifecycleDone:
+        """Have the engine give up its KV cache after its running requests; at once if it has.
+
+        Also a pinned one, if its own record says that it may be shrunk.
+
+        Raises:
+            PinnedDeploymentError, FailedPreconditionError: by this agent's own record it may not be shrunk.
+            NotOursError: somebody else runs it.
+            FailedPreconditionError: its engine cannot shrink, or sleeps.
+            NotAwakeError, DeadlineExceededError, RungError: as `sleep`.
+        """
+        self._require_shrinkable()
+        async with self._turns.turn("shrinking", emit):
+            control = self._require_shrinkable()
+            if self.residency is Residency.ASLEEP:
+                if self.deployment.shrunk:
+                    return LifecycleDone(self.deployment)
+                raise FailedPreconditionError(
+                    f"{self.id} sleeps, from where it cannot be shrunk; wake it first", deployment=self.id
+                )
+            async with self._gpu_turn("shrinking", emit):
+                self._require_awake()
+                await self._lifecycle.stop_tending()
+                freed_bytes = await self._sleep.shrink(control, emit, drain_timeout_s=drain_timeout_s)
+            return LifecycleDone(self.deployment, freed_bytes)
+
     async def wake(self, emit: Emit) -> LifecycleDone:
-        """Wake the engine; at once if it is awake.
+        """Wake the engine, or give it its KV cache again if it is shrunk; at once if it is awake.
 
         Raises:
             NotOursError: somebody else runs it.
@@ -368,11 +394,11 @@ class EngineSupervisor:
             )
 
     def _require_level(self, level: int) -> None:
-        found = self._state.record.sleep_level
-        if found != level:
+        record = self._state.record
+        if record.shrunk or record.sleep_level != level:
+            found = "is shrunk" if record.shrunk else f"sleeps at level {record.sleep_level}"
             raise FailedPreconditionError(
-                f"{self.id} sleeps at level {found}, from which there is no way to level {level}; "
-                "wake it first, or stop it",
+                f"{self.id} {found}, from which there is no way to level {level}; wake it first, or stop it",
                 deployment=self.id,
             )
 
@@ -380,15 +406,32 @@ class EngineSupervisor:
         self._require_ours("put it to sleep where it was started")
         self._require_unpinned(force=force)
         control = self._sleep_control()
+        levels = self._require_levels(control)
+        if level not in levels:
+            known = " or ".join(map(str, levels))
+            raise InvalidRequestError(f"{self.id} sleeps at level {known}, not {level}", deployment=self.id)
+        return control
+
+    def _require_levels(self, control: SleepControl) -> tuple[int, ...]:
         levels = control.sleep_levels(self._state.record.spec)
         if not levels:
             raise FailedPreconditionError(
                 f"{self.id} was not started so that it can sleep; stop it instead", deployment=self.id
             )
-        if level not in levels:
-            known = " or ".join(map(str, levels))
-            raise InvalidRequestError(f"{self.id} sleeps at level {known}, not {level}", deployment=self.id)
-        return control
+        return levels
+
+    def _require_shrinkable(self) -> ShrinkControl:
+        self._require_ours("shrink it where it was started")
+        if not self._state.record.spec.shrinkable:
+            self._require_unpinned(force=False)
+            raise FailedPreconditionError(
+                f"{self.id} has not opted in to being shrunk (shrinkable)", deployment=self.id
+            )
+        adapter = self.adapter
+        if not isinstance(adapter, ShrinkControl):
+            raise FailedPreconditionError(f"the engine of {self.id} cannot shrink", deployment=self.id)
+        self._require_levels(adapter)
+        return adapter
 
     def _sleep_control(self) -> SleepControl:
         if not isinstance(self.adapter, SleepControl):

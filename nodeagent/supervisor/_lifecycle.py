@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from msgspec.structs import replace
 
-from nodeagent.engines import EngineAdapter
+from nodeagent.engines import EngineAdapter, ShrinkControl
 from nodeagent.runtimes import EngineRuntime, LaunchPlan
 from nodeagent.supervisor._loading import until_ready
 from nodeagent.supervisor._planning import usual_s
@@ -17,9 +17,11 @@ from nodeagent.supervisor._state import DeploymentState, has_process
 from nodeagent.supervisor._tending import tend
 from nodeagent.supervisor._turns import Start
 from rung import reason_of_error
-from rung.errors import FailedPreconditionError, RungError
+from rung.errors import FailedPreconditionError, RungError, UnavailableError
 from rung.types import ExternalRuntime, FailureReason, LifecycleProgress, Residency
 
+#: What an engine prints while it loads is within its last so many lines when it is ready.
+_LOADING_LINES = 2000
 #: Where an engine runs and nothing is being done to it.
 RUNNING = frozenset({Residency.STARTING, Residency.AWAKE, Residency.ASLEEP})
 
@@ -62,6 +64,7 @@ class EngineLifecycle:
                     state.record = replace(state.record, running=running)
                     state.save(Residency.STARTING)
                 await self._until_ready(progress)
+                await self._learn_of_cache()
         except BaseException as error:
             # An agent that ends leaves an engine that loads to the next one.
             if not self.closing:
@@ -79,6 +82,18 @@ class EngineLifecycle:
         await until_ready(
             record.running, record.spec, runtime=self.runtime, adapter=self.adapter, progress=progress
         )
+
+    async def _learn_of_cache(self) -> None:
+        """Note the size of the KV cache, if the engine told it while it loaded."""
+        state, adapter = self._state, self.adapter
+        running = state.record.running
+        if running is None or self.external or not isinstance(adapter, ShrinkControl):
+            return
+        with suppress(UnavailableError):
+            async for line in self.runtime.log(running, tail_lines=_LOADING_LINES, follow=False):
+                found = adapter.kv_cache_bytes(line)
+                if found is not None:
+                    state.record = replace(state.record, kv_cache_bytes=found)
 
     async def _give_up(self, error: BaseException, emit: Emit) -> None:
         """A start has failed or was called off: leave nothing running."""

@@ -29,6 +29,8 @@ class EngineRecord(Struct, frozen=True, kw_only=True):
     residency STARTING and no PID in `running`, the agent was about to start it. `last_run` is the
     engine that ran before, whose output can still be read. `sleep_level` is that of an engine that
     sleeps, falls asleep or wakes; with one of these residencies the agent may have left it half-way.
+    `shrunk` stands in its place where only the KV cache is given up. `kv_cache_bytes` is what the engine
+    said of that when it loaded.
     """
 
     spec: DeploymentSpec
@@ -40,6 +42,8 @@ class EngineRecord(Struct, frozen=True, kw_only=True):
     load_times_s: tuple[float, ...] = ()
     adopted: bool = False
     sleep_level: int = 0
+    shrunk: bool = False
+    kv_cache_bytes: int | None = None
 
 
 class Records:

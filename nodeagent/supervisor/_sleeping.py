@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from msgspec.structs import replace
 
-from nodeagent.engines import EngineHealth, SleepControl
+from nodeagent.engines import EngineHealth, ShrinkControl, SleepControl
 from nodeagent.runtimes import EngineExit
 from nodeagent.supervisor._lifecycle import EngineLifecycle
 from nodeagent.supervisor._loading import exit_of
@@ -18,7 +18,7 @@ from nodeagent.supervisor._progress import Emit, Progress
 from nodeagent.supervisor._state import DeploymentState
 from nodeagent.supervisor._tending import note_lost
 from rung.errors import DeadlineExceededError, EngineUnreachableError, RungError
-from rung.types import FailureReason, Residency
+from rung.types import DeploymentSpec, FailureReason, Residency
 
 T = TypeVar("T")
 
@@ -32,6 +32,14 @@ _DYING_S = 1.0
 _SETTLE_PATIENCE_S = 60.0
 #: A level that is not known is taken for the one whose way back is right for all.
 _DEEPEST_LEVEL = 2
+
+
+class _Way(NamedTuple):
+    """A way to sleep: what it is called while it goes on and afterwards, and the calls that it takes."""
+
+    doing: str
+    done: str
+    take: Callable[[str, DeploymentSpec], Awaitable[None]]
 
 
 class _GoneError(Exception):
@@ -80,27 +88,43 @@ class EngineSleep:
             EngineUnreachableError: it ended, or neither answers nor ends; it has FAILED.
             RungError: it did not fall asleep; it is awake.
         """
+        self._state.record = replace(self._state.record, sleep_level=level, shrunk=False)
+
+        async def take(base_url: str, spec: DeploymentSpec) -> None:
+            await control.sleep(base_url, spec, level)
+
+        way = _Way(f"putting it to sleep at level {level}", f"asleep at level {level}", take)
+        return await self._leave(control, way, emit, drain_timeout_s)
+
+    async def shrink(self, control: ShrinkControl, emit: Emit, *, drain_timeout_s: float) -> int | None:
+        """Have an engine that is awake give up its KV cache; as `fall_asleep`."""
+        self._state.record = replace(self._state.record, sleep_level=0, shrunk=True)
+        way = _Way("shrinking it to its weights", "shrunk to its weights", control.shrink)
+        return await self._leave(control, way, emit, drain_timeout_s)
+
+    async def _leave(
+        self, control: SleepControl, way: _Way, emit: Emit, drain_timeout_s: float
+    ) -> int | None:
         state = self._state
-        state.record = replace(state.record, sleep_level=level)
         # From here on no request is taken, and an agent that dies leaves it to the next to find out.
-        state.show(Residency.FALLING_ASLEEP, "going to sleep")
+        state.show(Residency.FALLING_ASLEEP, way.doing)
         state.save(Residency.FALLING_ASLEEP)
         async with self._watched() as watch:
             with Progress(self._lifecycle.telling(emit), Residency.FALLING_ASLEEP) as progress:
                 before = await watch.unless_gone(
-                    self._put_to_sleep(watch, control, level, progress, drain_timeout_s)
+                    self._put_to_sleep(watch, control, way, progress, drain_timeout_s)
                 )
                 progress.say("measuring what it gave back")
                 expected_bytes = self._expected_bytes(before)
                 freed_bytes = await watch.unless_gone(
                     self._meter.freed(before, expected_bytes=expected_bytes)
                 )
-        state.asleep(_how_asleep(level, freed_bytes, expected_bytes))
+        state.asleep(_how_asleep(way.done, freed_bytes, expected_bytes))
         self._lifecycle.tend()
         return freed_bytes
 
     async def _put_to_sleep(
-        self, watch: _Watch, control: SleepControl, level: int, progress: Progress, drain_timeout_s: float
+        self, watch: _Watch, control: SleepControl, way: _Way, progress: Progress, drain_timeout_s: float
     ) -> Memory | None:
         """Drain it and have it sleep; returns what it held before."""
         state = self._state
@@ -111,8 +135,8 @@ class EngineSleep:
             async with asyncio.timeout(drain_timeout_s):
                 await self._drained(control, progress)
             before = await self._meter.read()
-            progress.say(f"putting it to sleep at level {level}")
-            await control.sleep(running.base_url, spec, level)
+            progress.say(way.doing)
+            await way.take(running.base_url, spec)
         except TimeoutError:
             self._lifecycle.awake()
             raise DeadlineExceededError(
@@ -141,6 +165,8 @@ class EngineSleep:
 
     def _expected_bytes(self, before: Memory | None) -> int | None:
         """What a sleep should free, if that can be said."""
+        if self._state.record.shrunk:
+            return self._state.record.kv_cache_bytes
         held_bytes = before.held_bytes if before is not None else None
         held_bytes = held_bytes or self._state.record.spec.vram_bytes or None
         return None if held_bytes is None else max(held_bytes - _HELD_ASLEEP_BYTES, 0)
@@ -153,16 +179,12 @@ class EngineSleep:
             RungError: it did not wake; it is asleep.
         """
         state = self._state
-        running, spec = state.record.running, state.record.spec
-        assert running is not None
-        level = state.record.sleep_level or _DEEPEST_LEVEL
         state.show(Residency.WAKING, "waking")
         state.save(Residency.WAKING)
         async with self._watched() as watch:
             with Progress(self._lifecycle.telling(emit), Residency.WAKING) as progress:
-                progress.say(f"waking it from level {level}")
                 try:
-                    await watch.unless_gone(control.wake(running.base_url, spec, level))
+                    await watch.unless_gone(self._come_back(control, progress))
                 except RungError as error:
                     if await self._settled(watch, progress, after_failure=True) is EngineHealth.ASLEEP:
                         state.asleep(f"it did not wake: {error.message}")
@@ -170,6 +192,17 @@ class EngineSleep:
                         raise
                 await watch.unless_gone(self._meter.read())
         self._lifecycle.awake()
+
+    async def _come_back(self, control: SleepControl, progress: Progress) -> None:
+        record = self._state.record
+        assert record.running is not None
+        if record.shrunk and isinstance(control, ShrinkControl):
+            progress.say("giving it its KV cache again")
+            await control.grow(record.running.base_url, record.spec)
+            return
+        level = record.sleep_level or _DEEPEST_LEVEL
+        progress.say(f"waking it from level {level}")
+        await control.wake(record.running.base_url, record.spec, level)
 
     async def find_out(self) -> None:
         """After a restart of the agent: whether an engine that slept, or was about to, is asleep or awake.
@@ -182,9 +215,8 @@ class EngineSleep:
             with Progress(self._lifecycle.telling(lambda _: None), state.residency) as progress:
                 health = await self._settled(watch, progress, after_failure=False)
         if health is EngineHealth.ASLEEP:
-            state.asleep(
-                f"asleep at level {state.record.sleep_level}; taken back after a restart of the agent"
-            )
+            how = "shrunk" if state.record.shrunk else f"asleep at level {state.record.sleep_level}"
+            state.asleep(f"{how}; taken back after a restart of the agent")
             self._lifecycle.tend()
             return
         if state.residency is Residency.ASLEEP:
@@ -236,11 +268,11 @@ def _requests(count: int) -> str:
     return f"{count} running {'request' if count == 1 else 'requests'}"
 
 
-def _how_asleep(level: int, freed_bytes: int | None, expected_bytes: int | None) -> str:
+def _how_asleep(done: str, freed_bytes: int | None, expected_bytes: int | None) -> str:
     """What a person should know of a sleep; one that freed too little says so."""
     if freed_bytes is None:
-        return f"asleep at level {level}; what it gave back could not be measured"
-    detail = f"asleep at level {level}; gave back {freed_bytes / _GIB:.1f} GiB"
+        return f"{done}; what it gave back could not be measured"
+    detail = f"{done}; gave back {freed_bytes / _GIB:.1f} GiB"
     if expected_bytes is not None and freed_bytes < ENOUGH * expected_bytes:
         detail += f" where {expected_bytes / _GIB:.1f} GiB were expected"
     return detail

@@ -78,6 +78,8 @@ class DeploymentState:
             pid=running.pid if running else 0,
             container_id=running.container_id if running else "",
             asleep_level=self.record.sleep_level if residency in _SLEEPS else 0,
+            shrunk=self.record.shrunk and residency in _SLEEPS,
+            kv_cache_bytes=self.record.kv_cache_bytes,
             residency_time_s=current.residency_time_s if residency is current.residency else time.time(),
         )
         self._on_change()
@@ -93,12 +95,12 @@ class DeploymentState:
 
     def awake(self) -> None:
         """It answers requests."""
-        self.record = replace(self.record, sleep_level=0)
+        self.record = replace(self.record, sleep_level=0, shrunk=False)
         self.show(Residency.AWAKE, "ready")
         self.save(Residency.AWAKE)
 
     def asleep(self, detail: str) -> None:
-        """It sleeps, at the level of its record."""
+        """It sleeps, at the level of its record, or is shrunk."""
         self.show(Residency.ASLEEP, detail)
         self.save(Residency.ASLEEP)
 
@@ -116,7 +118,9 @@ class DeploymentState:
         """Note that the engine is gone. What it printed can still be read."""
         running = self.record.running
         last_run = running if has_process(running) else self.record.last_run
-        self.record = replace(self.record, running=None, last_run=last_run, sleep_level=0)
+        self.record = replace(
+            self.record, running=None, last_run=last_run, sleep_level=0, shrunk=False, kv_cache_bytes=None
+        )
 
     def count(self, change: int) -> None:
         """Add to the running requests.

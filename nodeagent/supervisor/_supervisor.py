@@ -207,6 +207,15 @@ class Supervisor:
             ),
         )
 
+    def shrink(self, command: Command, deployment_id: str, *, drain_timeout_s: float) -> Operation:
+        """Have an engine give up its KV cache. Raises as `stop`."""
+        self.raise_epoch(command.epoch)
+        return self._operations.join_or_begin(
+            command.operation_id,
+            f"shrink {deployment_id}",
+            lambda emit: self.engine(deployment_id).shrink(emit, drain_timeout_s=drain_timeout_s),
+        )
+
     def wake(self, command: Command, deployment_id: str) -> Operation:
         """Wake an engine. Raises as `stop`."""
         self.raise_epoch(command.epoch)

@@ -247,6 +247,12 @@ class _Servicer:
         ):
             yield v1.SleepEngineResponse(event=event)
 
+    async def ShrinkEngine(
+        self, request: v1.ShrinkEngineRequest, context: Context
+    ) -> AsyncIterator[v1.ShrinkEngineResponse]:
+        async for event in self._operate("shrink", request.command, request.deployment_id):
+            yield v1.ShrinkEngineResponse(event=event)
+
     async def WakeEngine(
         self, request: v1.WakeEngineRequest, context: Context
     ) -> AsyncIterator[v1.WakeEngineResponse]:

@@ -239,6 +239,13 @@ class AnAgent:
             drain_timeout_s=drain_timeout_s,
         )
 
+    def shrink(
+        self, deployment_id: str = "chat-1", operation_id: str = "", *, drain_timeout_s: float = 30.0
+    ) -> Operation:
+        return self.supervisor.shrink(
+            self.command(operation_id), deployment_id, drain_timeout_s=drain_timeout_s
+        )
+
     def wake(self, deployment_id: str = "chat-1", operation_id: str = "") -> Operation:
         return self.supervisor.wake(self.command(operation_id), deployment_id)
 

@@ -26,6 +26,7 @@ from tests.fakes.engines import ScriptedAdapter, open_gate
 GIB = 1 << 30
 AWAKE_BYTES = 14 * GIB
 ASLEEP_BYTES = 1 * GIB
+SHRUNK_BYTES = 6 * GIB
 
 
 async def _nothing() -> None:
@@ -116,6 +117,23 @@ class SleepyAdapter(ScriptedAdapter):
             self._hold(spec.id, AWAKE_BYTES)
         self._fail()
 
+    def kv_cache_bytes(self, line: str) -> int | None:
+        return int(line.removeprefix("KV ")) if line.startswith("KV ") else None
+
+    async def shrink(self, base_url: str, spec: DeploymentSpec) -> None:
+        await self._called(f"shrink {spec.id}")
+        if self.has_effect:
+            self.asleep.add(spec.id)
+            self._hold(spec.id, SHRUNK_BYTES)
+        self._fail()
+
+    async def grow(self, base_url: str, spec: DeploymentSpec) -> None:
+        await self._called(f"grow {spec.id}")
+        if self.has_effect:
+            self.asleep.discard(spec.id)
+            self._hold(spec.id, AWAKE_BYTES)
+        self._fail()
+
     async def free(self, base_url: str, spec: DeploymentSpec) -> None:
         await self._called(f"free {spec.id}")
         if self.has_effect:
@@ -136,11 +154,15 @@ class SleepyAdapter(ScriptedAdapter):
 
 
 def a_sleeper(
-    deployment_id: str = "chat-1", *, gpus: tuple[str, ...] = (), pinned: bool = False
+    deployment_id: str = "chat-1",
+    *,
+    gpus: tuple[str, ...] = (),
+    pinned: bool = False,
+    shrinkable: bool = False,
 ) -> DeploymentSpec:
     """A deployment that may sleep."""
     spec = a_spec(
         deployment_id, residency_class=ResidencyClass.PINNED if pinned else ResidencyClass.SLEEPABLE
     )
     engine: EngineSpec = replace(spec.engine, gpus=gpus)
-    return replace(spec, engine=engine)
+    return replace(spec, engine=engine, shrinkable=shrinkable)

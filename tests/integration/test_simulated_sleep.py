@@ -238,6 +238,46 @@ async def test_level_2_drops_them_and_wakes_step_by_step(machine: Machine) -> No
         assert machine.held(engine) == (16 * GIB, 0)
 
 
+async def test_a_shrunk_one_keeps_its_weights_and_gives_up_its_kv_cache(machine: Machine) -> None:
+    async with machine.start() as engine:
+        await machine.ready(engine)
+        await machine.adapter.shrink(engine.base_url, VLLM)
+        assert machine.held(engine) == (GIB + WEIGHTS, 0)
+        assert (await machine.adapter.probe(engine.base_url, VLLM)).health is EngineHealth.ASLEEP
+        parked = asyncio.create_task(answer(engine))
+        while await machine.adapter.requests(engine.base_url, VLLM) != 1:
+            assert not parked.done()
+
+        await machine.adapter.grow(engine.base_url, VLLM)
+
+        assert machine.held(engine) == (16 * GIB, 0)
+        async with asyncio.timeout(10):
+            assert await parked == ("1 2 3", "stop")
+
+
+async def test_one_whose_shrinking_broke_off_grows_with_the_same_calls(machine: Machine) -> None:
+    async with machine.start() as engine:
+        await machine.ready(engine)
+        await call(engine, "POST", "/sleep?level=1")
+
+        await machine.adapter.grow(engine.base_url, VLLM)
+
+        assert machine.held(engine) == (16 * GIB, 0)
+        assert await answer(engine) == ("1 2 3", "stop")
+
+
+async def test_growing_where_there_is_no_room_kills_the_engine(machine: Machine) -> None:
+    async with machine.start() as engine:
+        await machine.ready(engine)
+        await machine.adapter.shrink(engine.base_url, VLLM)
+        machine.gpus.set_unattributed(0, 20 * GIB)
+
+        with pytest.raises(RungError):
+            await machine.adapter.grow(engine.base_url, VLLM)
+
+        assert await engine.exit_code() == 1
+
+
 async def test_waking_where_there_is_no_room_kills_the_engine(machine: Machine) -> None:
     async with machine.start() as engine:
         await machine.ready(engine)

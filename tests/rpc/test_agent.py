@@ -224,6 +224,7 @@ MUTATIONS: dict[str, Callable[[v1.Command], Any]] = {
     ),
     "StopEngine": lambda command: v1.StopEngineRequest(command=command, deployment_id="chat-1"),
     "SleepEngine": lambda command: v1.SleepEngineRequest(command=command, deployment_id="chat-1"),
+    "ShrinkEngine": lambda command: v1.ShrinkEngineRequest(command=command, deployment_id="chat-1"),
     "WakeEngine": lambda command: v1.WakeEngineRequest(command=command, deployment_id="chat-1"),
     "FreeEngine": lambda command: v1.FreeEngineRequest(command=command, deployment_id="chat-1"),
     "ForgetEngine": lambda command: v1.ForgetEngineRequest(command=command, deployment_id="chat-1"),
@@ -243,7 +244,7 @@ async def test_a_mutation_of_a_lower_epoch_is_refused_and_changes_nothing(plane:
     assert plane.agent.runtime.stops == []
 
 
-@pytest.mark.parametrize("method", ["SleepEngine", "FreeEngine"])
+@pytest.mark.parametrize("method", ["SleepEngine", "ShrinkEngine", "FreeEngine"])
 async def test_what_an_engine_cannot_do_is_refused(plane: Plane, method: str) -> None:
     await done(plane.agent.start(a_spec()))
 

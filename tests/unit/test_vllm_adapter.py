@@ -11,7 +11,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from msgspec.structs import replace
 
-from nodeagent.engines import EngineHealth, FreeControl, SleepControl, VllmAdapter
+from nodeagent.engines import EngineHealth, FreeControl, ShrinkControl, SleepControl, VllmAdapter
 from rung.errors import EngineFailedError, EngineProtocolError, EngineUnreachableError, InvalidRequestError
 from rung.service import EngineClient
 from rung.types import (
@@ -201,6 +201,38 @@ async def test_from_level_2_the_weights_are_read_again_before_it_can_answer(adap
         "/wake_up?tags=kv_cache",
     ]
     assert server.bodies[2] == b'{"method":"reload_weights"}'
+
+
+async def test_to_shrink_is_to_sleep_and_to_wake_the_weights_alone(adapter: VllmAdapter) -> None:
+    assert isinstance(adapter, ShrinkControl)
+    async with a_server(Server()) as server:
+        await adapter.shrink(server.url, SPEC)
+        assert server.sleeping
+        await adapter.grow(server.url, SPEC)
+
+    assert server.calls == [
+        "/sleep?level=1",
+        "/wake_up?tags=weights",
+        # Ignored by an engine whose weights are there. One that broke off half-way needs it.
+        "/wake_up?tags=weights",
+        "/wake_up?tags=kv_cache",
+    ]
+
+
+async def test_one_that_does_not_shrink_or_grow_says_so(adapter: VllmAdapter) -> None:
+    async with a_server(Server(deaf=True)) as server:
+        with pytest.raises(EngineFailedError, match="still awake"):
+            await adapter.shrink(server.url, SPEC)
+        server.sleeping = True
+        with pytest.raises(EngineFailedError, match="still asleep"):
+            await adapter.grow(server.url, SPEC)
+
+
+async def test_the_size_of_the_kv_cache_is_read_off_the_output(adapter: VllmAdapter) -> None:
+    line = "INFO 11-20 10:00:00 [gpu_worker.py:298] Available KV cache memory: 7.25 GiB"
+
+    assert adapter.kv_cache_bytes(line) == int(7.25 * (1 << 30))
+    assert adapter.kv_cache_bytes("INFO GPU KV cache size: 58,000 tokens") is None
 
 
 async def test_a_refusal_is_told_with_what_the_engine_said(adapter: VllmAdapter) -> None:

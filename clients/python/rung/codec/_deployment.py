@@ -321,6 +321,8 @@ def deployment_to_proto(value: Deployment) -> v1.Deployment:
         pid=value.pid,
         container_id=value.container_id,
         asleep_level=value.asleep_level,
+        shrunk=value.shrunk,
+        kv_cache_bytes=value.kv_cache_bytes,
     )
 
 
@@ -343,6 +345,8 @@ def deployment_from_proto(message: v1.Deployment) -> Deployment:
         pid=message.pid,
         container_id=message.container_id,
         asleep_level=message.asleep_level,
+        shrunk=message.shrunk,
+        kv_cache_bytes=message.kv_cache_bytes if has("kv_cache_bytes") else None,
     )
 
 

@@ -290,7 +290,9 @@ class DeploymentSpec(Struct, frozen=True, kw_only=True):
 class Deployment(Struct, frozen=True, kw_only=True):
     """A deployment as it is. `generation` grows with every start of its engine.
 
-    `asleep_level` is that at which it sleeps, falls asleep or from which it wakes; else 0.
+    `asleep_level` is that at which it sleeps, falls asleep or from which it wakes; else 0. `shrunk` stands
+    in its place where only the KV cache is given up, about `kv_cache_bytes`, and the weights stay on the
+    GPU.
     """
 
     spec: DeploymentSpec
@@ -308,6 +310,8 @@ class Deployment(Struct, frozen=True, kw_only=True):
     pid: int = 0
     container_id: str = ""
     asleep_level: int = 0
+    shrunk: bool = False
+    kv_cache_bytes: int | None = None
 
 
 class FleetSnapshot(Struct, frozen=True):

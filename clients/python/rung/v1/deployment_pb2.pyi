@@ -39,7 +39,7 @@ class _ResidencyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Residency.V
     RESIDENCY_FALLING_ASLEEP: _Residency.ValueType  # 4
     """On the way from VRAM to host memory."""
     RESIDENCY_ASLEEP: _Residency.ValueType  # 5
-    """In host memory."""
+    """In host memory; of a shrunk deployment in VRAM. No requests are answered."""
     RESIDENCY_WAKING: _Residency.ValueType  # 6
     """On the way from host memory to VRAM."""
     RESIDENCY_STOPPING: _Residency.ValueType  # 7
@@ -61,7 +61,7 @@ RESIDENCY_AWAKE: Residency.ValueType  # 3
 RESIDENCY_FALLING_ASLEEP: Residency.ValueType  # 4
 """On the way from VRAM to host memory."""
 RESIDENCY_ASLEEP: Residency.ValueType  # 5
-"""In host memory."""
+"""In host memory; of a shrunk deployment in VRAM. No requests are answered."""
 RESIDENCY_WAKING: Residency.ValueType  # 6
 """On the way from host memory to VRAM."""
 RESIDENCY_STOPPING: Residency.ValueType  # 7
@@ -748,6 +748,8 @@ class Deployment(_message.Message):
     PID_FIELD_NUMBER: _builtins.int
     CONTAINER_ID_FIELD_NUMBER: _builtins.int
     ASLEEP_LEVEL_FIELD_NUMBER: _builtins.int
+    SHRUNK_FIELD_NUMBER: _builtins.int
+    KV_CACHE_BYTES_FIELD_NUMBER: _builtins.int
     residency: Global___Residency.ValueType
     """Where its weights are. Output only."""
     detail: _builtins.str
@@ -772,6 +774,12 @@ class Deployment(_message.Message):
     """Container id of the engine; empty without one."""
     asleep_level: _builtins.int
     """Level at which it sleeps, or falls asleep, or from which it wakes; 0 if it does none of these."""
+    shrunk: _builtins.bool
+    """It sleeps, falls asleep or wakes, and only its KV cache is given up: its weights stay on the GPU."""
+    kv_cache_bytes: _builtins.int
+    """Size of its KV cache as its engine told when it loaded: about what shrinking it frees; unset if it
+    did not tell.
+    """
     @_builtins.property
     def spec(self) -> Global___DeploymentSpec:
         """As configured, or as the agent found it."""
@@ -802,15 +810,21 @@ class Deployment(_message.Message):
         pid: _builtins.int = ...,
         container_id: _builtins.str = ...,
         asleep_level: _builtins.int = ...,
+        shrunk: _builtins.bool = ...,
+        kv_cache_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_load_percent", b"_load_percent", "_vram_bytes", b"_vram_bytes", "endpoint", b"endpoint", "load_percent", b"load_percent", "residency_time", b"residency_time", "spec", b"spec", "vram_bytes", b"vram_bytes"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_kv_cache_bytes", b"_kv_cache_bytes", "_load_percent", b"_load_percent", "_vram_bytes", b"_vram_bytes", "endpoint", b"endpoint", "kv_cache_bytes", b"kv_cache_bytes", "load_percent", b"load_percent", "residency_time", b"residency_time", "spec", b"spec", "vram_bytes", b"vram_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_load_percent", b"_load_percent", "_vram_bytes", b"_vram_bytes", "active_requests", b"active_requests", "adopted", b"adopted", "asleep_level", b"asleep_level", "container_id", b"container_id", "detail", b"detail", "endpoint", b"endpoint", "failure_reason", b"failure_reason", "generation", b"generation", "load_percent", b"load_percent", "pid", b"pid", "queued_requests", b"queued_requests", "residency", b"residency", "residency_time", b"residency_time", "spec", b"spec", "vram_bytes", b"vram_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_cache_bytes", b"_kv_cache_bytes", "_load_percent", b"_load_percent", "_vram_bytes", b"_vram_bytes", "active_requests", b"active_requests", "adopted", b"adopted", "asleep_level", b"asleep_level", "container_id", b"container_id", "detail", b"detail", "endpoint", b"endpoint", "failure_reason", b"failure_reason", "generation", b"generation", "kv_cache_bytes", b"kv_cache_bytes", "load_percent", b"load_percent", "pid", b"pid", "queued_requests", b"queued_requests", "residency", b"residency", "residency_time", b"residency_time", "shrunk", b"shrunk", "spec", b"spec", "vram_bytes", b"vram_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__kv_cache_bytes: _TypeAlias = _typing.Literal["kv_cache_bytes"]  # noqa: Y015
+    _WhichOneofArgType__kv_cache_bytes: _TypeAlias = _typing.Literal["_kv_cache_bytes", b"_kv_cache_bytes"]  # noqa: Y015
     _WhichOneofReturnType__load_percent: _TypeAlias = _typing.Literal["load_percent"]  # noqa: Y015
     _WhichOneofArgType__load_percent: _TypeAlias = _typing.Literal["_load_percent", b"_load_percent"]  # noqa: Y015
     _WhichOneofReturnType__vram_bytes: _TypeAlias = _typing.Literal["vram_bytes"]  # noqa: Y015
     _WhichOneofArgType__vram_bytes: _TypeAlias = _typing.Literal["_vram_bytes", b"_vram_bytes"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_cache_bytes) -> _WhichOneofReturnType__kv_cache_bytes | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__load_percent) -> _WhichOneofReturnType__load_percent | None: ...
     @_typing.overload
@@ -917,7 +931,7 @@ class LifecycleDone(_message.Message):
     DEPLOYMENT_FIELD_NUMBER: _builtins.int
     FREED_BYTES_FIELD_NUMBER: _builtins.int
     freed_bytes: _builtins.int
-    """GPU memory that a stop, a sleep or a flush gave back, as measured after it; unset if it was not
+    """GPU memory that a stop, a sleep, a shrink or a flush gave back, as measured after it; unset if it was not
     measured, or nothing was to be given back.
     """
     @_builtins.property

@@ -29,15 +29,15 @@ from rung.v1 import job_pb2 as rung_dot_v1_dot_job__pb2
 from rung.v1 import node_pb2 as rung_dot_v1_dot_node__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n rung/v1/node_agent_service.proto\x12\x07rung.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18rung/v1/deployment.proto\x1a\x11rung/v1/job.proto\x1a\x12rung/v1/node.proto\".\n\x07\x43ommand\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"\x1d\n\x0cWatchRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\"\xc8\x01\n\rWatchResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12)\n\x08snapshot\x18\x02 \x01(\x0b\x32\x15.rung.v1.NodeSnapshotH\x00\x12%\n\x06status\x18\x03 \x01(\x0b\x32\x13.rung.v1.NodeStatusH\x00\x12)\n\ndeployment\x18\x04 \x01(\x0b\x32\x13.rung.v1.DeploymentH\x00\x12\x1f\n\x15removed_deployment_id\x18\x05 \x01(\tH\x00\x42\x07\n\x05\x65vent\"\x98\x01\n\x0cNodeSnapshot\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x19\n\x11\x61gent_instance_id\x18\x02 \x01(\t\x12#\n\x06status\x18\x03 \x01(\x0b\x32\x13.rung.v1.NodeStatus\x12(\n\x0b\x64\x65ployments\x18\x04 \x03(\x0b\x32\x13.rung.v1.Deployment\x12\r\n\x05\x65poch\x18\x05 \x01(\x03\"^\n\x12StartEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12%\n\x04spec\x18\x02 \x01(\x0b\x32\x17.rung.v1.DeploymentSpec\"=\n\x13StartEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"\\\n\x11StopEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\"<\n\x12StopEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"l\n\x12SleepEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\x12\r\n\x05level\x18\x03 \x01(\x05\x12\r\n\x05\x66orce\x18\x04 \x01(\x08\"=\n\x13SleepEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"M\n\x11WakeEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\"<\n\x12WakeEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"M\n\x11\x46reeEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\"<\n\x12\x46reeEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"O\n\x13\x46orgetEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\"\x16\n\x14\x46orgetEngineResponse\"\x92\x01\n\nRunRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\x12\x1e\n\x04kind\x18\x03 \x01(\x0e\x32\x10.rung.v1.RunKind\x12\x0c\n\x04\x62ody\x18\x04 \x01(\x0c\x12/\n\x0cidle_timeout\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"n\n\x0bRunResponse\x12 \n\x04head\x18\x01 \x01(\x0b\x32\x10.rung.v1.RunHeadH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12$\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x12.rung.v1.RunFailedH\x00\x42\x07\n\x05\x65vent\"W\n\x07RunHead\x12\x13\n\x0bstatus_code\x18\x01 \x01(\x05\x12\x14\n\x0c\x63ontent_type\x18\x02 \x01(\t\x12\x13\n\x0bretry_after\x18\x03 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"C\n\tRunFailed\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.rung.v1.FailureReason\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"Q\n\x14ReadEngineLogRequest\x12\x15\n\rdeployment_id\x18\x01 \x01(\t\x12\x12\n\ntail_lines\x18\x02 \x01(\x05\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"&\n\x15ReadEngineLogResponse\x12\r\n\x05lines\x18\x01 \x03(\t\"N\n\x0e\x41rtifactSource\x12\x0b\n\x03url\x18\x01 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x94\x01\n\x13PullArtifactRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x0c\n\x04path\x18\x02 \x01(\t\x12(\n\x07sources\x18\x03 \x03(\x0b\x32\x17.rung.v1.ArtifactSource\x12\x0e\n\x06sha256\x18\x04 \x01(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\"m\n\x14PullArtifactResponse\x12)\n\x08progress\x18\x01 \x01(\x0b\x32\x15.rung.v1.PullProgressH\x00\x12!\n\x04\x64one\x18\x02 \x01(\x0b\x32\x11.rung.v1.ArtifactH\x00\x42\x07\n\x05\x65vent\"d\n\x0cPullProgress\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x03\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x18\n\x10\x62ytes_per_second\x18\x03 \x01(\x01\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\"<\n\x08\x41rtifact\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"\x16\n\x14ListArtifactsRequest\"=\n\x15ListArtifactsResponse\x12$\n\tartifacts\x18\x01 \x03(\x0b\x32\x11.rung.v1.Artifact*u\n\x07RunKind\x12\x18\n\x14RUN_KIND_UNSPECIFIED\x10\x00\x12\x1d\n\x19RUN_KIND_CHAT_COMPLETIONS\x10\x01\x12\x18\n\x14RUN_KIND_COMPLETIONS\x10\x02\x12\x17\n\x13RUN_KIND_EMBEDDINGS\x10\x03\x32\xb1\x06\n\x10NodeAgentService\x12\x38\n\x05Watch\x12\x15.rung.v1.WatchRequest\x1a\x16.rung.v1.WatchResponse0\x01\x12J\n\x0bStartEngine\x12\x1b.rung.v1.StartEngineRequest\x1a\x1c.rung.v1.StartEngineResponse0\x01\x12G\n\nStopEngine\x12\x1a.rung.v1.StopEngineRequest\x1a\x1b.rung.v1.StopEngineResponse0\x01\x12J\n\x0bSleepEngine\x12\x1b.rung.v1.SleepEngineRequest\x1a\x1c.rung.v1.SleepEngineResponse0\x01\x12G\n\nWakeEngine\x12\x1a.rung.v1.WakeEngineRequest\x1a\x1b.rung.v1.WakeEngineResponse0\x01\x12G\n\nFreeEngine\x12\x1a.rung.v1.FreeEngineRequest\x1a\x1b.rung.v1.FreeEngineResponse0\x01\x12K\n\x0c\x46orgetEngine\x12\x1c.rung.v1.ForgetEngineRequest\x1a\x1d.rung.v1.ForgetEngineResponse\x12\x32\n\x03Run\x12\x13.rung.v1.RunRequest\x1a\x14.rung.v1.RunResponse0\x01\x12P\n\rReadEngineLog\x12\x1d.rung.v1.ReadEngineLogRequest\x1a\x1e.rung.v1.ReadEngineLogResponse0\x01\x12M\n\x0cPullArtifact\x12\x1c.rung.v1.PullArtifactRequest\x1a\x1d.rung.v1.PullArtifactResponse0\x01\x12N\n\rListArtifacts\x12\x1d.rung.v1.ListArtifactsRequest\x1a\x1e.rung.v1.ListArtifactsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n rung/v1/node_agent_service.proto\x12\x07rung.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18rung/v1/deployment.proto\x1a\x11rung/v1/job.proto\x1a\x12rung/v1/node.proto\".\n\x07\x43ommand\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"\x1d\n\x0cWatchRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\"\xc8\x01\n\rWatchResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12)\n\x08snapshot\x18\x02 \x01(\x0b\x32\x15.rung.v1.NodeSnapshotH\x00\x12%\n\x06status\x18\x03 \x01(\x0b\x32\x13.rung.v1.NodeStatusH\x00\x12)\n\ndeployment\x18\x04 \x01(\x0b\x32\x13.rung.v1.DeploymentH\x00\x12\x1f\n\x15removed_deployment_id\x18\x05 \x01(\tH\x00\x42\x07\n\x05\x65vent\"\x98\x01\n\x0cNodeSnapshot\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x19\n\x11\x61gent_instance_id\x18\x02 \x01(\t\x12#\n\x06status\x18\x03 \x01(\x0b\x32\x13.rung.v1.NodeStatus\x12(\n\x0b\x64\x65ployments\x18\x04 \x03(\x0b\x32\x13.rung.v1.Deployment\x12\r\n\x05\x65poch\x18\x05 \x01(\x03\"^\n\x12StartEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12%\n\x04spec\x18\x02 \x01(\x0b\x32\x17.rung.v1.DeploymentSpec\"=\n\x13StartEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"\\\n\x11StopEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\"<\n\x12StopEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"l\n\x12SleepEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\x12\r\n\x05level\x18\x03 \x01(\x05\x12\r\n\x05\x66orce\x18\x04 \x01(\x08\"=\n\x13SleepEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"M\n\x11WakeEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\"<\n\x12WakeEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"O\n\x13ShrinkEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\">\n\x14ShrinkEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"M\n\x11\x46reeEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\"<\n\x12\x46reeEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"O\n\x13\x46orgetEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\"\x16\n\x14\x46orgetEngineResponse\"\x92\x01\n\nRunRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\x12\x1e\n\x04kind\x18\x03 \x01(\x0e\x32\x10.rung.v1.RunKind\x12\x0c\n\x04\x62ody\x18\x04 \x01(\x0c\x12/\n\x0cidle_timeout\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"n\n\x0bRunResponse\x12 \n\x04head\x18\x01 \x01(\x0b\x32\x10.rung.v1.RunHeadH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12$\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x12.rung.v1.RunFailedH\x00\x42\x07\n\x05\x65vent\"W\n\x07RunHead\x12\x13\n\x0bstatus_code\x18\x01 \x01(\x05\x12\x14\n\x0c\x63ontent_type\x18\x02 \x01(\t\x12\x13\n\x0bretry_after\x18\x03 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"C\n\tRunFailed\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.rung.v1.FailureReason\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"Q\n\x14ReadEngineLogRequest\x12\x15\n\rdeployment_id\x18\x01 \x01(\t\x12\x12\n\ntail_lines\x18\x02 \x01(\x05\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"&\n\x15ReadEngineLogResponse\x12\r\n\x05lines\x18\x01 \x03(\t\"N\n\x0e\x41rtifactSource\x12\x0b\n\x03url\x18\x01 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x94\x01\n\x13PullArtifactRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x0c\n\x04path\x18\x02 \x01(\t\x12(\n\x07sources\x18\x03 \x03(\x0b\x32\x17.rung.v1.ArtifactSource\x12\x0e\n\x06sha256\x18\x04 \x01(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\"m\n\x14PullArtifactResponse\x12)\n\x08progress\x18\x01 \x01(\x0b\x32\x15.rung.v1.PullProgressH\x00\x12!\n\x04\x64one\x18\x02 \x01(\x0b\x32\x11.rung.v1.ArtifactH\x00\x42\x07\n\x05\x65vent\"d\n\x0cPullProgress\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x03\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x18\n\x10\x62ytes_per_second\x18\x03 \x01(\x01\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\"<\n\x08\x41rtifact\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"\x16\n\x14ListArtifactsRequest\"=\n\x15ListArtifactsResponse\x12$\n\tartifacts\x18\x01 \x03(\x0b\x32\x11.rung.v1.Artifact*u\n\x07RunKind\x12\x18\n\x14RUN_KIND_UNSPECIFIED\x10\x00\x12\x1d\n\x19RUN_KIND_CHAT_COMPLETIONS\x10\x01\x12\x18\n\x14RUN_KIND_COMPLETIONS\x10\x02\x12\x17\n\x13RUN_KIND_EMBEDDINGS\x10\x03\x32\x80\x07\n\x10NodeAgentService\x12\x38\n\x05Watch\x12\x15.rung.v1.WatchRequest\x1a\x16.rung.v1.WatchResponse0\x01\x12J\n\x0bStartEngine\x12\x1b.rung.v1.StartEngineRequest\x1a\x1c.rung.v1.StartEngineResponse0\x01\x12G\n\nStopEngine\x12\x1a.rung.v1.StopEngineRequest\x1a\x1b.rung.v1.StopEngineResponse0\x01\x12J\n\x0bSleepEngine\x12\x1b.rung.v1.SleepEngineRequest\x1a\x1c.rung.v1.SleepEngineResponse0\x01\x12G\n\nWakeEngine\x12\x1a.rung.v1.WakeEngineRequest\x1a\x1b.rung.v1.WakeEngineResponse0\x01\x12M\n\x0cShrinkEngine\x12\x1c.rung.v1.ShrinkEngineRequest\x1a\x1d.rung.v1.ShrinkEngineResponse0\x01\x12G\n\nFreeEngine\x12\x1a.rung.v1.FreeEngineRequest\x1a\x1b.rung.v1.FreeEngineResponse0\x01\x12K\n\x0c\x46orgetEngine\x12\x1c.rung.v1.ForgetEngineRequest\x1a\x1d.rung.v1.ForgetEngineResponse\x12\x32\n\x03Run\x12\x13.rung.v1.RunRequest\x1a\x14.rung.v1.RunResponse0\x01\x12P\n\rReadEngineLog\x12\x1d.rung.v1.ReadEngineLogRequest\x1a\x1e.rung.v1.ReadEngineLogResponse0\x01\x12M\n\x0cPullArtifact\x12\x1c.rung.v1.PullArtifactRequest\x1a\x1d.rung.v1.PullArtifactResponse0\x01\x12N\n\rListArtifacts\x12\x1d.rung.v1.ListArtifactsRequest\x1a\x1e.rung.v1.ListArtifactsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rung.v1.node_agent_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RUNKIND']._serialized_start=2622
-  _globals['_RUNKIND']._serialized_end=2739
+  _globals['_RUNKIND']._serialized_start=2767
+  _globals['_RUNKIND']._serialized_end=2884
   _globals['_COMMAND']._serialized_start=175
   _globals['_COMMAND']._serialized_end=221
   _globals['_WATCHREQUEST']._serialized_start=223
@@ -62,40 +62,44 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WAKEENGINEREQUEST']._serialized_end=1177
   _globals['_WAKEENGINERESPONSE']._serialized_start=1179
   _globals['_WAKEENGINERESPONSE']._serialized_end=1239
-  _globals['_FREEENGINEREQUEST']._serialized_start=1241
-  _globals['_FREEENGINEREQUEST']._serialized_end=1318
-  _globals['_FREEENGINERESPONSE']._serialized_start=1320
-  _globals['_FREEENGINERESPONSE']._serialized_end=1380
-  _globals['_FORGETENGINEREQUEST']._serialized_start=1382
-  _globals['_FORGETENGINEREQUEST']._serialized_end=1461
-  _globals['_FORGETENGINERESPONSE']._serialized_start=1463
-  _globals['_FORGETENGINERESPONSE']._serialized_end=1485
-  _globals['_RUNREQUEST']._serialized_start=1488
-  _globals['_RUNREQUEST']._serialized_end=1634
-  _globals['_RUNRESPONSE']._serialized_start=1636
-  _globals['_RUNRESPONSE']._serialized_end=1746
-  _globals['_RUNHEAD']._serialized_start=1748
-  _globals['_RUNHEAD']._serialized_end=1835
-  _globals['_RUNFAILED']._serialized_start=1837
-  _globals['_RUNFAILED']._serialized_end=1904
-  _globals['_READENGINELOGREQUEST']._serialized_start=1906
-  _globals['_READENGINELOGREQUEST']._serialized_end=1987
-  _globals['_READENGINELOGRESPONSE']._serialized_start=1989
-  _globals['_READENGINELOGRESPONSE']._serialized_end=2027
-  _globals['_ARTIFACTSOURCE']._serialized_start=2029
-  _globals['_ARTIFACTSOURCE']._serialized_end=2107
-  _globals['_PULLARTIFACTREQUEST']._serialized_start=2110
-  _globals['_PULLARTIFACTREQUEST']._serialized_end=2258
-  _globals['_PULLARTIFACTRESPONSE']._serialized_start=2260
-  _globals['_PULLARTIFACTRESPONSE']._serialized_end=2369
-  _globals['_PULLPROGRESS']._serialized_start=2371
-  _globals['_PULLPROGRESS']._serialized_end=2471
-  _globals['_ARTIFACT']._serialized_start=2473
-  _globals['_ARTIFACT']._serialized_end=2533
-  _globals['_LISTARTIFACTSREQUEST']._serialized_start=2535
-  _globals['_LISTARTIFACTSREQUEST']._serialized_end=2557
-  _globals['_LISTARTIFACTSRESPONSE']._serialized_start=2559
-  _globals['_LISTARTIFACTSRESPONSE']._serialized_end=2620
-  _globals['_NODEAGENTSERVICE']._serialized_start=2742
-  _globals['_NODEAGENTSERVICE']._serialized_end=3559
+  _globals['_SHRINKENGINEREQUEST']._serialized_start=1241
+  _globals['_SHRINKENGINEREQUEST']._serialized_end=1320
+  _globals['_SHRINKENGINERESPONSE']._serialized_start=1322
+  _globals['_SHRINKENGINERESPONSE']._serialized_end=1384
+  _globals['_FREEENGINEREQUEST']._serialized_start=1386
+  _globals['_FREEENGINEREQUEST']._serialized_end=1463
+  _globals['_FREEENGINERESPONSE']._serialized_start=1465
+  _globals['_FREEENGINERESPONSE']._serialized_end=1525
+  _globals['_FORGETENGINEREQUEST']._serialized_start=1527
+  _globals['_FORGETENGINEREQUEST']._serialized_end=1606
+  _globals['_FORGETENGINERESPONSE']._serialized_start=1608
+  _globals['_FORGETENGINERESPONSE']._serialized_end=1630
+  _globals['_RUNREQUEST']._serialized_start=1633
+  _globals['_RUNREQUEST']._serialized_end=1779
+  _globals['_RUNRESPONSE']._serialized_start=1781
+  _globals['_RUNRESPONSE']._serialized_end=1891
+  _globals['_RUNHEAD']._serialized_start=1893
+  _globals['_RUNHEAD']._serialized_end=1980
+  _globals['_RUNFAILED']._serialized_start=1982
+  _globals['_RUNFAILED']._serialized_end=2049
+  _globals['_READENGINELOGREQUEST']._serialized_start=2051
+  _globals['_READENGINELOGREQUEST']._serialized_end=2132
+  _globals['_READENGINELOGRESPONSE']._serialized_start=2134
+  _globals['_READENGINELOGRESPONSE']._serialized_end=2172
+  _globals['_ARTIFACTSOURCE']._serialized_start=2174
+  _globals['_ARTIFACTSOURCE']._serialized_end=2252
+  _globals['_PULLARTIFACTREQUEST']._serialized_start=2255
+  _globals['_PULLARTIFACTREQUEST']._serialized_end=2403
+  _globals['_PULLARTIFACTRESPONSE']._serialized_start=2405
+  _globals['_PULLARTIFACTRESPONSE']._serialized_end=2514
+  _globals['_PULLPROGRESS']._serialized_start=2516
+  _globals['_PULLPROGRESS']._serialized_end=2616
+  _globals['_ARTIFACT']._serialized_start=2618
+  _globals['_ARTIFACT']._serialized_end=2678
+  _globals['_LISTARTIFACTSREQUEST']._serialized_start=2680
+  _globals['_LISTARTIFACTSREQUEST']._serialized_end=2702
+  _globals['_LISTARTIFACTSRESPONSE']._serialized_start=2704
+  _globals['_LISTARTIFACTSRESPONSE']._serialized_end=2765
+  _globals['_NODEAGENTSERVICE']._serialized_start=2887
+  _globals['_NODEAGENTSERVICE']._serialized_end=3783
 # @@protoc_insertion_point(module_scope)

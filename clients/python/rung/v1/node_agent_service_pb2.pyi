@@ -413,6 +413,58 @@ class WakeEngineResponse(_message.Message):
 Global___WakeEngineResponse: _TypeAlias = WakeEngineResponse  # noqa: Y015
 
 @_typing.final
+class ShrinkEngineRequest(_message.Message):
+    """ShrinkEngineRequest says what to shrink."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMMAND_FIELD_NUMBER: _builtins.int
+    DEPLOYMENT_ID_FIELD_NUMBER: _builtins.int
+    deployment_id: _builtins.str
+    """Deployment."""
+    @_builtins.property
+    def command(self) -> Global___Command:
+        """Identity and fence."""
+
+    def __init__(
+        self,
+        *,
+        command: Global___Command | None = ...,
+        deployment_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "deployment_id", b"deployment_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShrinkEngineRequest: _TypeAlias = ShrinkEngineRequest  # noqa: Y015
+
+@_typing.final
+class ShrinkEngineResponse(_message.Message):
+    """ShrinkEngineResponse is one step."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def event(self) -> _deployment_pb2.LifecycleEvent:
+        """The step."""
+
+    def __init__(
+        self,
+        *,
+        event: _deployment_pb2.LifecycleEvent | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShrinkEngineResponse: _TypeAlias = ShrinkEngineResponse  # noqa: Y015
+
+@_typing.final
 class FreeEngineRequest(_message.Message):
     """FreeEngineRequest says what to free."""
 

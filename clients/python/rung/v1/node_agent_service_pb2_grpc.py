@@ -63,6 +63,11 @@ class NodeAgentServiceStub:
                 request_serializer=rung_dot_v1_dot_node__agent__service__pb2.WakeEngineRequest.SerializeToString,
                 response_deserializer=rung_dot_v1_dot_node__agent__service__pb2.WakeEngineResponse.FromString,
                 _registered_method=True)
+        self.ShrinkEngine = channel.unary_stream(
+                '/rung.v1.NodeAgentService/ShrinkEngine',
+                request_serializer=rung_dot_v1_dot_node__agent__service__pb2.ShrinkEngineRequest.SerializeToString,
+                response_deserializer=rung_dot_v1_dot_node__agent__service__pb2.ShrinkEngineResponse.FromString,
+                _registered_method=True)
         self.FreeEngine = channel.unary_stream(
                 '/rung.v1.NodeAgentService/FreeEngine',
                 request_serializer=rung_dot_v1_dot_node__agent__service__pb2.FreeEngineRequest.SerializeToString,
@@ -144,9 +149,23 @@ class NodeAgentServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WakeEngine(self, request, context):
-        """WakeEngine moves the weights back, or reads them again, and ends when the engine answers requests.
+        """WakeEngine moves the weights back, or reads them again, gives a shrunk engine its KV cache again, and
+        ends when the engine answers requests.
         That there is room on the GPU is for the caller to see to: an engine that finds none dies of it.
         FAILED_PRECONDITION if it is neither asleep nor awake, and for an external engine.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ShrinkEngine(self, request, context):
+        """ShrinkEngine lets running requests finish, takes no more, and has the engine give up its KV cache;
+        its weights stay on the GPU. Then it sleeps, and is `shrunk`; WakeEngine makes its cache anew.
+        On the way the weights are in host memory, for which there has to be room. `done` and failures as
+        SleepEngine.
+
+        Errors: FAILED_PRECONDITION for a deployment, pinned or not, that by the agent's own record is not
+        `shrinkable`, for an external engine, and if the engine cannot shrink or sleeps.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -228,6 +247,11 @@ def add_NodeAgentServiceServicer_to_server(servicer, server):
                     servicer.WakeEngine,
                     request_deserializer=rung_dot_v1_dot_node__agent__service__pb2.WakeEngineRequest.FromString,
                     response_serializer=rung_dot_v1_dot_node__agent__service__pb2.WakeEngineResponse.SerializeToString,
+            ),
+            'ShrinkEngine': grpc.unary_stream_rpc_method_handler(
+                    servicer.ShrinkEngine,
+                    request_deserializer=rung_dot_v1_dot_node__agent__service__pb2.ShrinkEngineRequest.FromString,
+                    response_serializer=rung_dot_v1_dot_node__agent__service__pb2.ShrinkEngineResponse.SerializeToString,
             ),
             'FreeEngine': grpc.unary_stream_rpc_method_handler(
                     servicer.FreeEngine,
@@ -399,6 +423,33 @@ class NodeAgentService:
             '/rung.v1.NodeAgentService/WakeEngine',
             rung_dot_v1_dot_node__agent__service__pb2.WakeEngineRequest.SerializeToString,
             rung_dot_v1_dot_node__agent__service__pb2.WakeEngineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ShrinkEngine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/rung.v1.NodeAgentService/ShrinkEngine',
+            rung_dot_v1_dot_node__agent__service__pb2.ShrinkEngineRequest.SerializeToString,
+            rung_dot_v1_dot_node__agent__service__pb2.ShrinkEngineResponse.FromString,
             options,
             channel_credentials,
             insecure,

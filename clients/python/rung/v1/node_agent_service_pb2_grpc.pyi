@@ -63,9 +63,19 @@ class NodeAgentServiceStub:
     level; INVALID_ARGUMENT for a level that it does not know.
     """
     WakeEngine: _grpc.UnaryStreamMultiCallable[_node_agent_service_pb2.WakeEngineRequest, _node_agent_service_pb2.WakeEngineResponse]
-    """WakeEngine moves the weights back, or reads them again, and ends when the engine answers requests.
+    """WakeEngine moves the weights back, or reads them again, gives a shrunk engine its KV cache again, and
+    ends when the engine answers requests.
     That there is room on the GPU is for the caller to see to: an engine that finds none dies of it.
     FAILED_PRECONDITION if it is neither asleep nor awake, and for an external engine.
+    """
+    ShrinkEngine: _grpc.UnaryStreamMultiCallable[_node_agent_service_pb2.ShrinkEngineRequest, _node_agent_service_pb2.ShrinkEngineResponse]
+    """ShrinkEngine lets running requests finish, takes no more, and has the engine give up its KV cache;
+    its weights stay on the GPU. Then it sleeps, and is `shrunk`; WakeEngine makes its cache anew.
+    On the way the weights are in host memory, for which there has to be room. `done` and failures as
+    SleepEngine.
+
+    Errors: FAILED_PRECONDITION for a deployment, pinned or not, that by the agent's own record is not
+    `shrinkable`, for an external engine, and if the engine cannot shrink or sleeps.
     """
     FreeEngine: _grpc.UnaryStreamMultiCallable[_node_agent_service_pb2.FreeEngineRequest, _node_agent_service_pb2.FreeEngineResponse]
     """FreeEngine asks a caching engine, also an external one, to give back its memory; it stays awake.
@@ -124,9 +134,19 @@ class NodeAgentServiceAsyncStub(NodeAgentServiceStub):
     level; INVALID_ARGUMENT for a level that it does not know.
     """
     WakeEngine: _aio.UnaryStreamMultiCallable[_node_agent_service_pb2.WakeEngineRequest, _node_agent_service_pb2.WakeEngineResponse]  # type: ignore[assignment]
-    """WakeEngine moves the weights back, or reads them again, and ends when the engine answers requests.
+    """WakeEngine moves the weights back, or reads them again, gives a shrunk engine its KV cache again, and
+    ends when the engine answers requests.
     That there is room on the GPU is for the caller to see to: an engine that finds none dies of it.
     FAILED_PRECONDITION if it is neither asleep nor awake, and for an external engine.
+    """
+    ShrinkEngine: _aio.UnaryStreamMultiCallable[_node_agent_service_pb2.ShrinkEngineRequest, _node_agent_service_pb2.ShrinkEngineResponse]  # type: ignore[assignment]
+    """ShrinkEngine lets running requests finish, takes no more, and has the engine give up its KV cache;
+    its weights stay on the GPU. Then it sleeps, and is `shrunk`; WakeEngine makes its cache anew.
+    On the way the weights are in host memory, for which there has to be room. `done` and failures as
+    SleepEngine.
+
+    Errors: FAILED_PRECONDITION for a deployment, pinned or not, that by the agent's own record is not
+    `shrinkable`, for an external engine, and if the engine cannot shrink or sleeps.
     """
     FreeEngine: _aio.UnaryStreamMultiCallable[_node_agent_service_pb2.FreeEngineRequest, _node_agent_service_pb2.FreeEngineResponse]  # type: ignore[assignment]
     """FreeEngine asks a caching engine, also an external one, to give back its memory; it stays awake.
@@ -212,9 +232,25 @@ class NodeAgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_agent_service_pb2.WakeEngineRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_node_agent_service_pb2.WakeEngineResponse], _abc.AsyncIterator[_node_agent_service_pb2.WakeEngineResponse]]:
-        """WakeEngine moves the weights back, or reads them again, and ends when the engine answers requests.
+        """WakeEngine moves the weights back, or reads them again, gives a shrunk engine its KV cache again, and
+        ends when the engine answers requests.
         That there is room on the GPU is for the caller to see to: an engine that finds none dies of it.
         FAILED_PRECONDITION if it is neither asleep nor awake, and for an external engine.
+        """
+
+    @_abc_1.abstractmethod
+    def ShrinkEngine(
+        self,
+        request: _node_agent_service_pb2.ShrinkEngineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_node_agent_service_pb2.ShrinkEngineResponse], _abc.AsyncIterator[_node_agent_service_pb2.ShrinkEngineResponse]]:
+        """ShrinkEngine lets running requests finish, takes no more, and has the engine give up its KV cache;
+        its weights stay on the GPU. Then it sleeps, and is `shrunk`; WakeEngine makes its cache anew.
+        On the way the weights are in host memory, for which there has to be room. `done` and failures as
+        SleepEngine.
+
+        Errors: FAILED_PRECONDITION for a deployment, pinned or not, that by the agent's own record is not
+        `shrinkable`, for an external engine, and if the engine cannot shrink or sleeps.
         """
 
     @_abc_1.abstractmethod

@@ -27,51 +27,51 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from rung.v1 import job_pb2 as rung_dot_v1_dot_job__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1arung/v1/vram_service.proto\x12\x07rung.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x11rung/v1/job.proto\"\x88\x01\n\x06\x44\x65mand\x12\x0b\n\x03gpu\x18\x01 \x01(\t\x12\x12\n\nvram_bytes\x18\x02 \x01(\x03\x12#\n\x08priority\x18\x03 \x01(\x0e\x32\x11.rung.v1.Priority\x12(\n\tmax_grade\x18\x04 \x01(\x0e\x32\x15.rung.v1.ReclaimGrade\x12\x0e\n\x06holder\x18\x05 \x01(\t\"\xbb\x01\n\x05Lease\x12\n\n\x02id\x18\x01 \x01(\t\x12\x1f\n\x06\x64\x65mand\x18\x02 \x01(\x0b\x32\x0f.rung.v1.Demand\x12$\n\x05grade\x18\x03 \x01(\x0e\x32\x15.rung.v1.ReclaimGrade\x12.\n\ngrant_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xd4\x01\n\x0bReclaimPlan\x12$\n\x05grade\x18\x01 \x01(\x0e\x32\x15.rung.v1.ReclaimGrade\x12#\n\x05steps\x18\x02 \x03(\x0b\x32\x14.rung.v1.ReclaimStep\x12\x1b\n\x13\x65xpected_free_bytes\x18\x03 \x01(\x03\x12+\n\x08\x65xpected\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rexpected_harm\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xe2\x01\n\x0bReclaimStep\x12\x15\n\rdeployment_id\x18\x01 \x01(\t\x12&\n\x06\x61\x63tion\x18\x02 \x01(\x0e\x32\x16.rung.v1.ReclaimAction\x12\x16\n\x0e\x65xpected_bytes\x18\x03 \x01(\x03\x12+\n\x08\x65xpected\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05level\x18\x05 \x01(\x05\x12\r\n\x05\x64rain\x18\x06 \x01(\x08\x12\x31\n\x0e\x65xpected_drain\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x93\x01\n\nInfeasible\x12\x0e\n\x06\x64\x65tail\x18\x01 \x01(\t\x12\x15\n\rmissing_bytes\x18\x02 \x01(\x03\x12\x10\n\x08remedies\x18\x03 \x03(\t\x12\x1d\n\x15missing_at_full_bytes\x18\x04 \x01(\x03\x12\x19\n\x11largest_fit_bytes\x18\x05 \x01(\x03\x12\x12\n\nretry_when\x18\x06 \x03(\t\"}\n\x13\x41\x63quireLeaseRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x1f\n\x06\x64\x65mand\x18\x02 \x01(\x0b\x32\x0f.rung.v1.Demand\x12/\n\x0ctime_to_live\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa6\x01\n\x14\x41\x63quireLeaseResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12*\n\x08progress\x18\x02 \x01(\x0b\x32\x16.rung.v1.PhaseProgressH\x00\x12$\n\x04plan\x18\x03 \x01(\x0b\x32\x14.rung.v1.ReclaimPlanH\x00\x12!\n\x07granted\x18\x04 \x01(\x0b\x32\x0e.rung.v1.LeaseH\x00\x42\x07\n\x05\x65vent\"%\n\x11RenewLeaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"3\n\x12RenewLeaseResponse\x12\x1d\n\x05lease\x18\x01 \x01(\x0b\x32\x0e.rung.v1.Lease\"\'\n\x13ReleaseLeaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"\x16\n\x14ReleaseLeaseResponse\"\x13\n\x11ListLeasesRequest\"4\n\x12ListLeasesResponse\x12\x1e\n\x06leases\x18\x01 \x03(\x0b\x32\x0e.rung.v1.Lease\"5\n\x12PlanReclaimRequest\x12\x1f\n\x06\x64\x65mand\x18\x01 \x01(\x0b\x32\x0f.rung.v1.Demand\"q\n\x13PlanReclaimResponse\x12$\n\x04plan\x18\x01 \x01(\x0b\x32\x14.rung.v1.ReclaimPlanH\x00\x12)\n\ninfeasible\x18\x02 \x01(\x0b\x32\x13.rung.v1.InfeasibleH\x00\x42\t\n\x07outcome\"\xc4\x01\n\x18\x45stimateFootprintRequest\x12\x17\n\x0fparameter_count\x18\x01 \x01(\x03\x12\x17\n\x0f\x62its_per_weight\x18\x02 \x01(\x01\x12\x0e\n\x06layers\x18\x03 \x01(\x05\x12\x17\n\x0fkey_value_heads\x18\x04 \x01(\x05\x12\x11\n\thead_size\x18\x05 \x01(\x05\x12\x0f\n\x07kv_bits\x18\x06 \x01(\x01\x12\x16\n\x0e\x63ontext_tokens\x18\x07 \x01(\x03\x12\x11\n\tsequences\x18\x08 \x01(\x05\"~\n\x19\x45stimateFootprintResponse\x12\x15\n\rweights_bytes\x18\x01 \x01(\x03\x12\x16\n\x0ekv_cache_bytes\x18\x02 \x01(\x03\x12\x16\n\x0eoverhead_bytes\x18\x03 \x01(\x03\x12\x1a\n\x12kv_bytes_per_token\x18\x04 \x01(\x03*z\n\x0cReclaimGrade\x12\x1d\n\x19RECLAIM_GRADE_UNSPECIFIED\x10\x00\x12\x17\n\x13RECLAIM_GRADE_QUICK\x10\x01\x12\x1a\n\x16RECLAIM_GRADE_STANDARD\x10\x02\x12\x16\n\x12RECLAIM_GRADE_FULL\x10\x03*\x96\x01\n\rReclaimAction\x12\x1e\n\x1aRECLAIM_ACTION_UNSPECIFIED\x10\x00\x12\x18\n\x14RECLAIM_ACTION_SLEEP\x10\x01\x12\x17\n\x13RECLAIM_ACTION_STOP\x10\x02\x12\x17\n\x13RECLAIM_ACTION_FREE\x10\x03\x12\x19\n\x15RECLAIM_ACTION_SHRINK\x10\x04\x32\xdd\x03\n\x0bVramService\x12M\n\x0c\x41\x63quireLease\x12\x1c.rung.v1.AcquireLeaseRequest\x1a\x1d.rung.v1.AcquireLeaseResponse0\x01\x12\x45\n\nRenewLease\x12\x1a.rung.v1.RenewLeaseRequest\x1a\x1b.rung.v1.RenewLeaseResponse\x12K\n\x0cReleaseLease\x12\x1c.rung.v1.ReleaseLeaseRequest\x1a\x1d.rung.v1.ReleaseLeaseResponse\x12\x45\n\nListLeases\x12\x1a.rung.v1.ListLeasesRequest\x1a\x1b.rung.v1.ListLeasesResponse\x12H\n\x0bPlanReclaim\x12\x1b.rung.v1.PlanReclaimRequest\x1a\x1c.rung.v1.PlanReclaimResponse\x12Z\n\x11\x45stimateFootprint\x12!.rung.v1.EstimateFootprintRequest\x1a\".rung.v1.EstimateFootprintResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1arung/v1/vram_service.proto\x12\x07rung.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x11rung/v1/job.proto\"\x9f\x01\n\x06\x44\x65mand\x12\x0b\n\x03gpu\x18\x01 \x01(\t\x12\x12\n\nvram_bytes\x18\x02 \x01(\x03\x12#\n\x08priority\x18\x03 \x01(\x0e\x32\x11.rung.v1.Priority\x12(\n\tmax_grade\x18\x04 \x01(\x0e\x32\x15.rung.v1.ReclaimGrade\x12\x0e\n\x06holder\x18\x05 \x01(\t\x12\x15\n\rdeployment_id\x18\x06 \x01(\t\"\xbb\x01\n\x05Lease\x12\n\n\x02id\x18\x01 \x01(\t\x12\x1f\n\x06\x64\x65mand\x18\x02 \x01(\x0b\x32\x0f.rung.v1.Demand\x12$\n\x05grade\x18\x03 \x01(\x0e\x32\x15.rung.v1.ReclaimGrade\x12.\n\ngrant_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xd4\x01\n\x0bReclaimPlan\x12$\n\x05grade\x18\x01 \x01(\x0e\x32\x15.rung.v1.ReclaimGrade\x12#\n\x05steps\x18\x02 \x03(\x0b\x32\x14.rung.v1.ReclaimStep\x12\x1b\n\x13\x65xpected_free_bytes\x18\x03 \x01(\x03\x12+\n\x08\x65xpected\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rexpected_harm\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xe2\x01\n\x0bReclaimStep\x12\x15\n\rdeployment_id\x18\x01 \x01(\t\x12&\n\x06\x61\x63tion\x18\x02 \x01(\x0e\x32\x16.rung.v1.ReclaimAction\x12\x16\n\x0e\x65xpected_bytes\x18\x03 \x01(\x03\x12+\n\x08\x65xpected\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05level\x18\x05 \x01(\x05\x12\r\n\x05\x64rain\x18\x06 \x01(\x08\x12\x31\n\x0e\x65xpected_drain\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x93\x01\n\nInfeasible\x12\x0e\n\x06\x64\x65tail\x18\x01 \x01(\t\x12\x15\n\rmissing_bytes\x18\x02 \x01(\x03\x12\x10\n\x08remedies\x18\x03 \x03(\t\x12\x1d\n\x15missing_at_full_bytes\x18\x04 \x01(\x03\x12\x19\n\x11largest_fit_bytes\x18\x05 \x01(\x03\x12\x12\n\nretry_when\x18\x06 \x03(\t\"}\n\x13\x41\x63quireLeaseRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x1f\n\x06\x64\x65mand\x18\x02 \x01(\x0b\x32\x0f.rung.v1.Demand\x12/\n\x0ctime_to_live\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa6\x01\n\x14\x41\x63quireLeaseResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12*\n\x08progress\x18\x02 \x01(\x0b\x32\x16.rung.v1.PhaseProgressH\x00\x12$\n\x04plan\x18\x03 \x01(\x0b\x32\x14.rung.v1.ReclaimPlanH\x00\x12!\n\x07granted\x18\x04 \x01(\x0b\x32\x0e.rung.v1.LeaseH\x00\x42\x07\n\x05\x65vent\"%\n\x11RenewLeaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"3\n\x12RenewLeaseResponse\x12\x1d\n\x05lease\x18\x01 \x01(\x0b\x32\x0e.rung.v1.Lease\"\'\n\x13ReleaseLeaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"\x16\n\x14ReleaseLeaseResponse\"\x13\n\x11ListLeasesRequest\"4\n\x12ListLeasesResponse\x12\x1e\n\x06leases\x18\x01 \x03(\x0b\x32\x0e.rung.v1.Lease\"5\n\x12PlanReclaimRequest\x12\x1f\n\x06\x64\x65mand\x18\x01 \x01(\x0b\x32\x0f.rung.v1.Demand\"q\n\x13PlanReclaimResponse\x12$\n\x04plan\x18\x01 \x01(\x0b\x32\x14.rung.v1.ReclaimPlanH\x00\x12)\n\ninfeasible\x18\x02 \x01(\x0b\x32\x13.rung.v1.InfeasibleH\x00\x42\t\n\x07outcome\"\xc4\x01\n\x18\x45stimateFootprintRequest\x12\x17\n\x0fparameter_count\x18\x01 \x01(\x03\x12\x17\n\x0f\x62its_per_weight\x18\x02 \x01(\x01\x12\x0e\n\x06layers\x18\x03 \x01(\x05\x12\x17\n\x0fkey_value_heads\x18\x04 \x01(\x05\x12\x11\n\thead_size\x18\x05 \x01(\x05\x12\x0f\n\x07kv_bits\x18\x06 \x01(\x01\x12\x16\n\x0e\x63ontext_tokens\x18\x07 \x01(\x03\x12\x11\n\tsequences\x18\x08 \x01(\x05\"~\n\x19\x45stimateFootprintResponse\x12\x15\n\rweights_bytes\x18\x01 \x01(\x03\x12\x16\n\x0ekv_cache_bytes\x18\x02 \x01(\x03\x12\x16\n\x0eoverhead_bytes\x18\x03 \x01(\x03\x12\x1a\n\x12kv_bytes_per_token\x18\x04 \x01(\x03*z\n\x0cReclaimGrade\x12\x1d\n\x19RECLAIM_GRADE_UNSPECIFIED\x10\x00\x12\x17\n\x13RECLAIM_GRADE_QUICK\x10\x01\x12\x1a\n\x16RECLAIM_GRADE_STANDARD\x10\x02\x12\x16\n\x12RECLAIM_GRADE_FULL\x10\x03*\x96\x01\n\rReclaimAction\x12\x1e\n\x1aRECLAIM_ACTION_UNSPECIFIED\x10\x00\x12\x18\n\x14RECLAIM_ACTION_SLEEP\x10\x01\x12\x17\n\x13RECLAIM_ACTION_STOP\x10\x02\x12\x17\n\x13RECLAIM_ACTION_FREE\x10\x03\x12\x19\n\x15RECLAIM_ACTION_SHRINK\x10\x04\x32\xdd\x03\n\x0bVramService\x12M\n\x0c\x41\x63quireLease\x12\x1c.rung.v1.AcquireLeaseRequest\x1a\x1d.rung.v1.AcquireLeaseResponse0\x01\x12\x45\n\nRenewLease\x12\x1a.rung.v1.RenewLeaseRequest\x1a\x1b.rung.v1.RenewLeaseResponse\x12K\n\x0cReleaseLease\x12\x1c.rung.v1.ReleaseLeaseRequest\x1a\x1d.rung.v1.ReleaseLeaseResponse\x12\x45\n\nListLeases\x12\x1a.rung.v1.ListLeasesRequest\x1a\x1b.rung.v1.ListLeasesResponse\x12H\n\x0bPlanReclaim\x12\x1b.rung.v1.PlanReclaimRequest\x1a\x1c.rung.v1.PlanReclaimResponse\x12Z\n\x11\x45stimateFootprint\x12!.rung.v1.EstimateFootprintRequest\x1a\".rung.v1.EstimateFootprintResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rung.v1.vram_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RECLAIMGRADE']._serialized_start=2071
-  _globals['_RECLAIMGRADE']._serialized_end=2193
-  _globals['_RECLAIMACTION']._serialized_start=2196
-  _globals['_RECLAIMACTION']._serialized_end=2346
+  _globals['_RECLAIMGRADE']._serialized_start=2094
+  _globals['_RECLAIMGRADE']._serialized_end=2216
+  _globals['_RECLAIMACTION']._serialized_start=2219
+  _globals['_RECLAIMACTION']._serialized_end=2369
   _globals['_DEMAND']._serialized_start=124
-  _globals['_DEMAND']._serialized_end=260
-  _globals['_LEASE']._serialized_start=263
-  _globals['_LEASE']._serialized_end=450
-  _globals['_RECLAIMPLAN']._serialized_start=453
-  _globals['_RECLAIMPLAN']._serialized_end=665
-  _globals['_RECLAIMSTEP']._serialized_start=668
-  _globals['_RECLAIMSTEP']._serialized_end=894
-  _globals['_INFEASIBLE']._serialized_start=897
-  _globals['_INFEASIBLE']._serialized_end=1044
-  _globals['_ACQUIRELEASEREQUEST']._serialized_start=1046
-  _globals['_ACQUIRELEASEREQUEST']._serialized_end=1171
-  _globals['_ACQUIRELEASERESPONSE']._serialized_start=1174
-  _globals['_ACQUIRELEASERESPONSE']._serialized_end=1340
-  _globals['_RENEWLEASEREQUEST']._serialized_start=1342
-  _globals['_RENEWLEASEREQUEST']._serialized_end=1379
-  _globals['_RENEWLEASERESPONSE']._serialized_start=1381
-  _globals['_RENEWLEASERESPONSE']._serialized_end=1432
-  _globals['_RELEASELEASEREQUEST']._serialized_start=1434
-  _globals['_RELEASELEASEREQUEST']._serialized_end=1473
-  _globals['_RELEASELEASERESPONSE']._serialized_start=1475
-  _globals['_RELEASELEASERESPONSE']._serialized_end=1497
-  _globals['_LISTLEASESREQUEST']._serialized_start=1499
-  _globals['_LISTLEASESREQUEST']._serialized_end=1518
-  _globals['_LISTLEASESRESPONSE']._serialized_start=1520
-  _globals['_LISTLEASESRESPONSE']._serialized_end=1572
-  _globals['_PLANRECLAIMREQUEST']._serialized_start=1574
-  _globals['_PLANRECLAIMREQUEST']._serialized_end=1627
-  _globals['_PLANRECLAIMRESPONSE']._serialized_start=1629
-  _globals['_PLANRECLAIMRESPONSE']._serialized_end=1742
-  _globals['_ESTIMATEFOOTPRINTREQUEST']._serialized_start=1745
-  _globals['_ESTIMATEFOOTPRINTREQUEST']._serialized_end=1941
-  _globals['_ESTIMATEFOOTPRINTRESPONSE']._serialized_start=1943
-  _globals['_ESTIMATEFOOTPRINTRESPONSE']._serialized_end=2069
-  _globals['_VRAMSERVICE']._serialized_start=2349
-  _globals['_VRAMSERVICE']._serialized_end=2826
+  _globals['_DEMAND']._serialized_end=283
+  _globals['_LEASE']._serialized_start=286
+  _globals['_LEASE']._serialized_end=473
+  _globals['_RECLAIMPLAN']._serialized_start=476
+  _globals['_RECLAIMPLAN']._serialized_end=688
+  _globals['_RECLAIMSTEP']._serialized_start=691
+  _globals['_RECLAIMSTEP']._serialized_end=917
+  _globals['_INFEASIBLE']._serialized_start=920
+  _globals['_INFEASIBLE']._serialized_end=1067
+  _globals['_ACQUIRELEASEREQUEST']._serialized_start=1069
+  _globals['_ACQUIRELEASEREQUEST']._serialized_end=1194
+  _globals['_ACQUIRELEASERESPONSE']._serialized_start=1197
+  _globals['_ACQUIRELEASERESPONSE']._serialized_end=1363
+  _globals['_RENEWLEASEREQUEST']._serialized_start=1365
+  _globals['_RENEWLEASEREQUEST']._serialized_end=1402
+  _globals['_RENEWLEASERESPONSE']._serialized_start=1404
+  _globals['_RENEWLEASERESPONSE']._serialized_end=1455
+  _globals['_RELEASELEASEREQUEST']._serialized_start=1457
+  _globals['_RELEASELEASEREQUEST']._serialized_end=1496
+  _globals['_RELEASELEASERESPONSE']._serialized_start=1498
+  _globals['_RELEASELEASERESPONSE']._serialized_end=1520
+  _globals['_LISTLEASESREQUEST']._serialized_start=1522
+  _globals['_LISTLEASESREQUEST']._serialized_end=1541
+  _globals['_LISTLEASESRESPONSE']._serialized_start=1543
+  _globals['_LISTLEASESRESPONSE']._serialized_end=1595
+  _globals['_PLANRECLAIMREQUEST']._serialized_start=1597
+  _globals['_PLANRECLAIMREQUEST']._serialized_end=1650
+  _globals['_PLANRECLAIMRESPONSE']._serialized_start=1652
+  _globals['_PLANRECLAIMRESPONSE']._serialized_end=1765
+  _globals['_ESTIMATEFOOTPRINTREQUEST']._serialized_start=1768
+  _globals['_ESTIMATEFOOTPRINTREQUEST']._serialized_end=1964
+  _globals['_ESTIMATEFOOTPRINTRESPONSE']._serialized_start=1966
+  _globals['_ESTIMATEFOOTPRINTRESPONSE']._serialized_end=2092
+  _globals['_VRAMSERVICE']._serialized_start=2372
+  _globals['_VRAMSERVICE']._serialized_end=2849
 # @@protoc_insertion_point(module_scope)

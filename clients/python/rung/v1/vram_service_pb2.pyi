@@ -93,6 +93,7 @@ class Demand(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     MAX_GRADE_FIELD_NUMBER: _builtins.int
     HOLDER_FIELD_NUMBER: _builtins.int
+    DEPLOYMENT_ID_FIELD_NUMBER: _builtins.int
     gpu: _builtins.str
     """GPU as `node/index`."""
     vram_bytes: _builtins.int
@@ -103,6 +104,11 @@ class Demand(_message.Message):
     """Most that others may be disturbed; unset means FULL."""
     holder: _builtins.str
     """One line for a person about who asks."""
+    deployment_id: _builtins.str
+    """Deployment on the GPU whose engine will take the memory, such as the ComfyUI that a prompt is about
+    to be sent to: what it takes then counts once, and it is left alone while the lease is held. Empty
+    for any other program.
+    """
     def __init__(
         self,
         *,
@@ -111,10 +117,11 @@ class Demand(_message.Message):
         priority: _job_pb2.Priority.ValueType = ...,
         max_grade: Global___ReclaimGrade.ValueType = ...,
         holder: _builtins.str = ...,
+        deployment_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu", b"gpu", "holder", b"holder", "max_grade", b"max_grade", "priority", b"priority", "vram_bytes", b"vram_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment_id", b"deployment_id", "gpu", b"gpu", "holder", b"holder", "max_grade", b"max_grade", "priority", b"priority", "vram_bytes", b"vram_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
