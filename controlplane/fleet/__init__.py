@@ -1,10 +1,12 @@
 """Nodes and their agents: dial, watch, reconcile; the fleet as one immutable view."""
 
 from controlplane.fleet._agent_client import AgentClient, AgentRun
+from controlplane.fleet._division import Division, utilization_of
 from controlplane.fleet._fleet import ConfiguredNode, Fleet
 from controlplane.fleet._operations import LifecycleAction
-from controlplane.fleet._pools import find_gpu
-from controlplane.fleet._schedulers import NodeSchedulers, log_alert, progress_of_event
+from controlplane.fleet._pools import find_gpu, ledger_of, pool_of
+from controlplane.fleet._raising import progress_of_event
+from controlplane.fleet._schedulers import NodeSchedulers, log_alert
 from controlplane.fleet._view import DeploymentView, FleetView, build_view, models
 
 __all__ = [
@@ -12,13 +14,17 @@ __all__ = [
     "AgentRun",
     "ConfiguredNode",
     "DeploymentView",
+    "Division",
     "Fleet",
     "FleetView",
     "LifecycleAction",
     "NodeSchedulers",
     "build_view",
     "find_gpu",
+    "ledger_of",
     "log_alert",
     "models",
+    "pool_of",
     "progress_of_event",
+    "utilization_of",
 ]

@@ -7,20 +7,24 @@ import random
 import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Protocol
 
 from msgspec.structs import replace
 
 from controlplane.fleet._agent_client import AgentRun
+from controlplane.fleet._division import Division, divided
 from controlplane.fleet._node_session import NodeSession
 from controlplane.fleet._operations import KEEP_ALIVE_S, LifecycleAction, Operation, Operations
+from controlplane.fleet._pools import is_scheduled
+from controlplane.fleet._raising import RaisingProgress
 from controlplane.fleet._reconcile import Reconciler
 from controlplane.fleet._view import DeploymentView, FleetView, build_view, replace_node
 from rung.errors import (
     ConfigError,
     EngineStartFailedError,
     FailedPreconditionError,
+    HeldByProfileError,
     InvalidRequestError,
     NodeUnreachableError,
     NotOursError,
@@ -36,7 +40,6 @@ from rung.types import (
     ExternalRuntime,
     FailureReason,
     JobKind,
-    LifecycleDone,
     LifecycleEvent,
     LifecycleFailed,
     LifecycleProgress,
@@ -52,6 +55,8 @@ _DRAINING = frozenset({NodeState.DRAINING, NodeState.DRAINED})
 #: Residencies on the way out: they are waited for, since what comes after them decides what to do.
 _LEAVING = frozenset({Residency.FALLING_ASLEEP, Residency.STOPPING})
 _RAISING = frozenset({LifecycleAction.START, LifecycleAction.WAKE})
+_RESTING = frozenset({LifecycleAction.STOP, LifecycleAction.SLEEP})
+_SLEEPING = frozenset({Residency.FALLING_ASLEEP, Residency.ASLEEP, Residency.WAKING})
 #: How often `ensure_awake` looks again when others change the deployment at the same time.
 _ENSURE_ROUNDS = 4
 _SETTLING_PATIENCE_S = 120.0
@@ -106,10 +111,12 @@ class Fleet:
         self.load = load
         self.drained = drained
         self.epoch = epoch
-        #: How a deployment that is to be kept running is made awake; None starts it at once.
-        self.make_awake: Callable[[str], AsyncGenerator[object, None]] | None = None
+        #: How a deployment on a GPU is made awake, with room made for it; None leaves it to its agent.
+        self.make_awake: Callable[[str], AsyncGenerator[RaisingProgress, None]] | None = None
         self._nodes = {node.id: node for node in nodes}
-        self._deployments = tuple(deployments)
+        self._configured = tuple(deployments)
+        self._deployments = self._configured
+        self._division = Division()
         self._own_host_id = host_id() if own_host_id is None else own_host_id
         self._sessions = {
             node.id: NodeSession(
@@ -135,8 +142,30 @@ class Fleet:
 
     @property
     def held(self) -> set[str]:
-        """Deployments that an operator stopped: they stay so until somebody needs or starts them."""
-        return self._held
+        """Deployments that an operator stopped, or a profile: they stay so until somebody needs or starts them."""
+        return self._held | self._division.down
+
+    @property
+    def configured(self) -> tuple[DeploymentSpec, ...]:
+        """The deployments as configured, whatever a profile asks."""
+        return self._configured
+
+    @property
+    def division(self) -> Division:
+        """What a profile asks of the fleet now."""
+        return self._division
+
+    def divide(self, division: Division) -> None:
+        """Let a profile's division hold from now on. Nothing that runs is changed by that."""
+        self._division = division
+        self._deployments = divided(self._configured, division)
+        self._rebuild()
+
+    def require_raisable(self, deployment_id: str) -> None:
+        """Raise EngineStartFailedError if a profile wants a deployment that is down to stay so."""
+        found = self._view.deployments.get(deployment_id)
+        if found is not None and found.hold and found.deployment.residency is not Residency.AWAKE:
+            raise EngineStartFailedError(f"{deployment_id}: {found.hold}", deployment=deployment_id)
 
     @property
     def busy(self) -> set[str]:
@@ -195,11 +224,13 @@ class Fleet:
         *,
         force: bool = False,
         level: int = 0,
+        makes_room: bool = False,
     ) -> AsyncGenerator[LifecycleEvent, None]:
         """Carry out an operation and follow it from its first event.
 
         The same operation id joins the operation, or repeats its events. A reader that leaves ends
-        nothing.
+        nothing. What is to come up on a GPU goes through its node's scheduler, which makes room for it
+        first and tells of that; a stop or a sleep that was asked for calls off starts that wait there.
 
         Args:
             action: what to do.
@@ -207,6 +238,7 @@ class Fleet:
             operation_id: the caller's own id of the operation.
             force: do it to a pinned deployment too.
             level: vLLM's sleep level; 0 lets the agent choose.
+            makes_room: the scheduler wants it, for another deployment or a lease.
 
         Raises:
             InvalidRequestError: no operation id.
@@ -215,7 +247,9 @@ class Fleet:
             NotOursError: the engine is run by somebody else.
             PinnedDeploymentError: it is pinned and `force` is not set.
             NodeUnreachableError: its node does not answer.
-            FailedPreconditionError: its node drains, or the agent refuses.
+            HeldByProfileError: it is to come up, and the profile wants it down.
+            FailedPreconditionError: its node drains, the agent refuses, or it was called off.
+            VramInfeasibleError: there is no room for it, and waiting does not help.
         """
         if not operation_id:
             raise InvalidRequestError("an operation needs an operation_id of the caller's choice")
@@ -227,7 +261,12 @@ class Fleet:
                 self._held.add(deployment_id)
             elif action in _RAISING:
                 self._held.discard(deployment_id)
-            operation = self._operations.begin(action, target, operation_id, force=force, level=level)
+            if action in _RESTING and not makes_room:
+                self._operations.call_off(deployment_id, action)
+            raising = self._raising(action, target)
+            operation = self._operations.begin(
+                action, target, operation_id, force=force, level=level, raising=raising
+            )
         async for event in operation.events():
             yield event
 
@@ -237,18 +276,22 @@ class Fleet:
         target = self._target(deployment_id)
         if _is_external(target.deployment.spec):
             return self._operations.begin(LifecycleAction.START, target, operation_id).events()
-        if self.make_awake is not None:
-            return self._made_awake(self.make_awake(deployment_id), deployment_id, operation_id)
         return self.lifecycle(LifecycleAction.START, deployment_id, operation_id)
 
-    async def _made_awake(
-        self, steps: AsyncGenerator[object, None], deployment_id: str, operation_id: str
-    ) -> AsyncGenerator[LifecycleEvent, None]:
-        async with aclosing(steps):
-            async for _ in steps:
-                pass
-        done = LifecycleDone(self._target(deployment_id).deployment)
-        yield LifecycleEvent(operation_id, 1, 0.0, done)
+    def _raising(
+        self, action: LifecycleAction, target: DeploymentView
+    ) -> AsyncGenerator[RaisingProgress, None] | None:
+        """How an action goes through the node's scheduler; None if it is for the agent alone.
+
+        One that is awake needs no room. Waking one that does not sleep is for its agent to refuse.
+        """
+        residency = target.deployment.residency
+        if self.make_awake is None or action not in _RAISING or not is_scheduled(target):
+            return None
+        asleep = residency in _SLEEPING
+        if residency is Residency.AWAKE or (action is LifecycleAction.WAKE and not asleep):
+            return None
+        return self.make_awake(target.deployment.spec.id)
 
     async def ensure_awake(self, deployment_id: str) -> AsyncGenerator[LifecycleProgress, None]:
         """Start or wake a deployment unless it is awake, and say how far that is; ends once it is awake.
@@ -361,7 +404,7 @@ class Fleet:
     def _rebuild(self) -> None:
         nodes = {node_id: self._node(session) for node_id, session in self._sessions.items()}
         reported = {node_id: session.report.deployments for node_id, session in self._sessions.items()}
-        self._view = build_view(nodes, self._deployments, reported, self._own_host_id)
+        self._view = build_view(nodes, self._deployments, reported, self._own_host_id, self._division)
         if self._held:
             # A stop that was refused, or a start by somebody else: nothing is held any more.
             busy = self.busy
@@ -424,6 +467,8 @@ def _require_permitted(action: LifecycleAction, target: DeploymentView, *, force
         )
     if node.state in _AWAY:
         raise NodeUnreachableError(f"{node.id} does not answer: {node.detail or node.state}", node=node.id)
+    if target.hold and action in _RAISING and target.deployment.residency is not Residency.AWAKE:
+        raise HeldByProfileError(f"{spec.id}: {target.hold}", deployment=spec.id)
     if _is_external(spec) and action in (
         LifecycleAction.START,
         LifecycleAction.STOP,

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from enum import StrEnum
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -18,12 +19,16 @@ from msgspec.structs import replace
 
 from controlplane.fleet._agent_client import AgentClient
 from controlplane.fleet._node_session import NodeSession, backoff_s
+from controlplane.fleet._raising import RaisingProgress
 from controlplane.fleet._view import DeploymentView, FleetView
+from rung import reason_of_error
 from rung.errors import (
     AlreadyExistsError,
     DrainingError,
+    FailedPreconditionError,
     NodeUnreachableError,
     RungError,
+    UnavailableError,
     UnknownDeploymentError,
 )
 from rung.service import Signal
@@ -46,6 +51,8 @@ KEEP_ALIVE_S = 0.9
 REATTACH_S = 60.0
 #: Beyond what the deployment itself allows for its start or stop.
 _MARGIN_S = 60.0
+#: Whoever starts something waits for room no longer: a model that comes up hours later surprises.
+_ROOM_PATIENCE_S = 600.0
 _KEPT_OPERATIONS = 512
 _KEPT_EVENTS = 2000
 #: The agent's watch tells of a residency a moment after the operation that changed it has ended.
@@ -70,6 +77,9 @@ class Operation:
     """The log of one operation, from its first event to its last, and those who read it.
 
     A keep-alive repeats what is under way whenever nothing else was said for `KEEP_ALIVE_S`.
+
+    Attributes:
+        scheduled: it waits for the node's scheduler, which makes room and has another operation carried out.
     """
 
     def __init__(
@@ -78,8 +88,11 @@ class Operation:
         action: LifecycleAction,
         deployment_id: str,
         now: Callable[[], Deployment | None],
+        *,
+        scheduled: bool,
     ) -> None:
         self.id = operation_id
+        self.scheduled = scheduled
         self.action = action
         self.deployment_id = deployment_id
         self.ended = False
@@ -105,6 +118,10 @@ class Operation:
         if isinstance(payload, LifecycleProgress):
             self._said = (payload, self._loop.time())
         self._add(payload)
+
+    def say(self, detail: str, *, percent: float | None, remaining_s: float | None) -> None:
+        """Add what is under way while the deployment is as it is."""
+        self.append(LifecycleProgress(self._residency(), detail, percent, remaining_s))
 
     def refuse(self, error: RungError) -> None:
         """End the operation with an error that is raised to its readers."""
@@ -152,8 +169,7 @@ class Operation:
         self._signal.fire()
 
     def _keep_alive(self) -> None:
-        deployment = self._now()
-        residency = deployment.residency if deployment is not None else Residency.UNKNOWN
+        residency = self._residency()
         if self._said is None:
             self._add(
                 LifecycleProgress(residency, f"waiting for the agent to {self.action} {self.deployment_id}")
@@ -164,6 +180,10 @@ class Operation:
         if remaining_s is not None:
             remaining_s = max(0.0, remaining_s - (self._loop.time() - when_s))
         self._add(replace(said, residency=residency, remaining_s=remaining_s))
+
+    def _residency(self) -> Residency:
+        deployment = self._now()
+        return deployment.residency if deployment is not None else Residency.UNKNOWN
 
 
 class OperatedFleet(Protocol):
@@ -219,12 +239,21 @@ class Operations:
         return found
 
     def running_on(self, deployment_id: str) -> Operation | None:
-        """The newest operation on a deployment that has not ended."""
+        """The newest operation that is carried out on a deployment, and has not ended."""
         for operation_id in reversed(self._tasks):
             operation = self._operations[operation_id]
-            if operation.deployment_id == deployment_id and not operation.ended:
+            if operation.deployment_id == deployment_id and not (operation.ended or operation.scheduled):
                 return operation
         return None
+
+    def call_off(self, deployment_id: str, by: LifecycleAction) -> None:
+        """End the starts of a deployment that wait for its scheduler, because of another action."""
+        for operation_id, task in tuple(self._tasks.items()):
+            operation = self._operations[operation_id]
+            if operation.deployment_id == deployment_id and operation.scheduled:
+                called_off = f"the {operation.action} of {deployment_id} was called off: it was told to {by}"
+                operation.refuse(FailedPreconditionError(called_off))
+                task.cancel()
 
     @property
     def busy(self) -> set[str]:
@@ -239,8 +268,18 @@ class Operations:
         *,
         force: bool = False,
         level: int = 0,
+        raising: AsyncGenerator[RaisingProgress, None] | None = None,
     ) -> Operation:
-        """Begin an operation, or join the one with this id."""
+        """Begin an operation, or join the one with this id.
+
+        Args:
+            action: what to do.
+            target: to what.
+            operation_id: the caller's own id of the operation.
+            force: do it to a pinned deployment too.
+            level: vLLM's sleep level; 0 lets the agent choose.
+            raising: makes it awake through its node's scheduler; None leaves the action to the agent.
+        """
         deployment_id = target.deployment.spec.id
         found = self.find(operation_id, action, deployment_id)
         if found is not None:
@@ -250,10 +289,14 @@ class Operations:
             view = self._fleet.view.deployments.get(deployment_id)
             return view.deployment if view is not None else None
 
-        operation = Operation(operation_id, action, deployment_id, now)
+        operation = Operation(operation_id, action, deployment_id, now, scheduled=raising is not None)
         self._operations[operation_id] = operation
         self._forget_old()
-        drive = self._drive(operation, target, force=force, level=level)
+        if raising is None:
+            carry_out = partial(self._through_agent, operation, target, force=force, level=level)
+        else:
+            carry_out = partial(self._through_scheduler, operation, raising)
+        drive = self._drive(operation, target, carry_out)
         task = asyncio.create_task(drive, name=f"{action}-{deployment_id}")
         self._tasks[operation_id] = task
         task.add_done_callback(lambda _: self._tasks.pop(operation_id, None))
@@ -273,11 +316,13 @@ class Operations:
             for key in ended[:surplus]:
                 del self._operations[key]
 
-    async def _drive(self, operation: Operation, target: DeploymentView, *, force: bool, level: int) -> None:
-        limit_s = _limit_s(operation.action, target)
+    async def _drive(
+        self, operation: Operation, target: DeploymentView, carry_out: Callable[[], Awaitable[None]]
+    ) -> None:
+        limit_s = _limit_s(operation.action, target) + (_ROOM_PATIENCE_S if operation.scheduled else 0.0)
         try:
-            async with asyncio.timeout(limit_s), self._drained(operation, target, force=force):
-                await self._attach_until_ended(operation, target, force=force, level=level)
+            async with asyncio.timeout(limit_s):
+                await carry_out()
         except TimeoutError:
             detail = f"{operation.action} of {operation.deployment_id} did not end within {limit_s:g} s"
             operation.append(LifecycleFailed(FailureReason.TIMEOUT, detail))
@@ -293,6 +338,34 @@ class Operations:
             operation.refuse(
                 DrainingError("the control plane is shutting down; the operation goes on at the node's agent")
             )
+
+    async def _through_scheduler(
+        self, operation: Operation, raising: AsyncGenerator[RaisingProgress, None]
+    ) -> None:
+        """Follow how a deployment is made awake: room is made for it, then it is started or woken."""
+        said: RaisingProgress | None = None
+        try:
+            async with aclosing(raising) as steps:
+                async for step in steps:
+                    if step != said:
+                        said = step
+                        operation.say(step.detail, percent=step.percent, remaining_s=step.remaining_s)
+        except DrainingError:
+            raise
+        except UnavailableError as error:
+            operation.append(LifecycleFailed(reason_of_error(error), error.message))
+            return
+        found = self._fleet.view.deployments.get(operation.deployment_id)
+        if found is None:
+            raise UnknownDeploymentError(f"{operation.deployment_id} is gone")
+        operation.append(LifecycleDone(found.deployment))
+
+    async def _through_agent(
+        self, operation: Operation, target: DeploymentView, *, force: bool, level: int
+    ) -> None:
+        """Have the agent carry it out, once nothing is served any more by what is to be taken away."""
+        async with self._drained(operation, target, force=force):
+            await self._attach_until_ended(operation, target, force=force, level=level)
 
     @asynccontextmanager
     async def _drained(

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from controlplane.fleet._view import DeploymentView, FleetView
 from controlplane.vram import Facts, Ledger, build_ledger
 from rung.errors import InvalidRequestError, NotFoundError, UnavailableError, UnknownNodeError
-from rung.types import Gpu, Node, NodeState
+from rung.types import ExternalRuntime, Gpu, Node, NodeState
 
 #: Kept free on each GPU: what a driver, a desktop and measuring a second late may take.
 RESERVE_BYTES = 1 << 30
@@ -53,6 +53,12 @@ def pool_of(found: DeploymentView) -> str | None:
         return None
     on = [gpu for gpu in status.gpus if _is_on(found, gpu, len(status.gpus))]
     return f"{found.node.id}/{(on or status.gpus)[0].index}"
+
+
+def is_scheduled(found: DeploymentView) -> bool:
+    """Whether a deployment becomes awake through its node's scheduler: it is ours, and on a GPU."""
+    external = isinstance(found.deployment.spec.engine.runtime, ExternalRuntime)
+    return not external and pool_of(found) is not None
 
 
 def ledger_of(

@@ -12,34 +12,28 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 
 import structlog
-from msgspec import Struct
 
+from controlplane.fleet._division import utilization_of
 from controlplane.fleet._fleet import Fleet
 from controlplane.fleet._operations import KEEP_ALIVE_S, LifecycleAction
-from controlplane.fleet._pools import ledger_of, pool_of
+from controlplane.fleet._pools import is_scheduled, ledger_of, pool_of
+from controlplane.fleet._raising import RaisingProgress, progress_of_event, progress_of_lifecycle
 from controlplane.fleet._view import DeploymentView
 from controlplane.vram import (
     Measured,
     Measurement,
     NodeScheduler,
     PlacedDeployment,
-    Planned,
     ReclaimAction,
     ReclaimStep,
-    SchedulerEvent,
-    Step,
-    StepState,
     VramAlert,
-    Waiting,
     reserved_bytes,
 )
 from rung import error_of_failure
 from rung.errors import NotImplementedYetError, RungError, UnknownNodeError
 from rung.types import (
-    ExternalRuntime,
     LifecycleDone,
     LifecycleFailed,
-    LifecycleProgress,
     Phase,
     Priority,
     Residency,
@@ -53,27 +47,11 @@ _ACTIONS = {
     ReclaimAction.STOP: LifecycleAction.STOP,
     ReclaimAction.FREE: LifecycleAction.FREE,
 }
-#: What a step is called while it is carried out.
-_DOING = {
-    ReclaimAction.SLEEP: "putting {} to sleep",
-    ReclaimAction.STOP: "stopping {}",
-    ReclaimAction.FREE: "flushing the cache of {}",
-    ReclaimAction.SHRINK: "shrinking {}",
-}
 _RISING = frozenset({Residency.STARTING, Residency.WAKING})
 #: An agent samples once a second, and what it says was measured up to this long before it is heard.
 _SAMPLE_AGE_S = 0.8
 #: How long to wait for a measurement of after a step.
 _FRESH_S = 4.0
-
-
-class RaisingProgress(Struct, frozen=True):
-    """What is under way until a deployment is awake, in the phase of a job that it belongs to."""
-
-    phase: Phase
-    detail: str
-    percent: float | None = None
-    remaining_s: float | None = None
 
 
 class NodeWorld:
@@ -89,7 +67,8 @@ class NodeWorld:
         self._fleet = fleet
         self._node_id = node_id
         self._idle_s = idle_s
-        self._seen_bytes: dict[str, int] = {}
+        #: By deployment and the share that its engine was started with.
+        self._seen_bytes: dict[tuple[str, float], int] = {}
 
     async def measure(self, pool_id: str) -> Measurement:
         """The pool as the agent last said. Raises as `ledger_of`."""
@@ -104,7 +83,7 @@ class NodeWorld:
             if found.node.id != self._node_id:
                 continue
             pool_id = pool_of(found)
-            if pool_id is None or isinstance(found.deployment.spec.engine.runtime, ExternalRuntime):
+            if pool_id is None or not is_scheduled(found):
                 continue
             placed.append(
                 PlacedDeployment(
@@ -120,10 +99,11 @@ class NodeWorld:
         """What it holds when awake: as measured the last time, else as declared, else 0 for not known."""
         deployment = found.deployment
         spec = deployment.spec
-        seen_bytes = self._seen_bytes.get(spec.id)
+        key = (spec.id, utilization_of(spec))
+        seen_bytes = self._seen_bytes.get(key)
         if deployment.residency is Residency.AWAKE and deployment.vram_bytes:
             # The most of it: what has just come up may not have taken all yet.
-            seen_bytes = self._seen_bytes[spec.id] = max(seen_bytes or 0, deployment.vram_bytes)
+            seen_bytes = self._seen_bytes[key] = max(seen_bytes or 0, deployment.vram_bytes)
         if seen_bytes is not None:
             return seen_bytes
         engine = spec.engine.engine
@@ -150,7 +130,9 @@ class NodeWorld:
         before = await self.measure(pool_id)
         operation_id = f"reclaim-{step.deployment_id}-{uuid.uuid4().hex[:12]}"
         freed_bytes: int | None = None
-        steps = self._fleet.lifecycle(action, step.deployment_id, operation_id, level=step.level)
+        steps = self._fleet.lifecycle(
+            action, step.deployment_id, operation_id, level=step.level, makes_room=True
+        )
         async with aclosing(steps) as events:
             async for event in events:
                 if isinstance(event.payload, LifecycleFailed):
@@ -251,12 +233,12 @@ class NodeSchedulers:
             VramInfeasibleError: there is no room for it, and waiting does not help.
             UnknownDeploymentError, EngineStartFailedError, NodeUnreachableError: as `Fleet.ensure_awake`.
         """
+        self._fleet.require_raisable(deployment_id)
         found = self._fleet.view.deployments.get(deployment_id)
-        external = found is not None and isinstance(found.deployment.spec.engine.runtime, ExternalRuntime)
-        if found is None or external or pool_of(found) is None:
+        if found is None or not is_scheduled(found):
             async with aclosing(self._fleet.ensure_awake(deployment_id)) as steps:
                 async for step in steps:
-                    yield _of_lifecycle(step)
+                    yield progress_of_lifecycle(step)
             return
         latest = [RaisingProgress(Phase.VRAM_ACQUIRE, "looking at the memory of the GPU")]
         scheduler = self.of_node(found.node.id)
@@ -286,7 +268,7 @@ class NodeSchedulers:
         while not task.done():
             progress = self._fleet.progress_of(deployment_id)
             if progress is not None and progress.residency in _RISING:
-                rising = _of_lifecycle(progress)
+                rising = progress_of_lifecycle(progress)
             # Once it is on its way there is nothing more to be said of memory.
             now = rising or latest[0]
             if now != said or loop.time() - said_s >= KEEP_ALIVE_S:
@@ -299,33 +281,6 @@ def _make(world: NodeWorld, alert: Callable[[VramAlert], None]) -> NodeScheduler
     return NodeScheduler(
         pools=world, executor=world, new_lease_id=lambda: f"lease-{uuid.uuid4().hex[:16]}", alert=alert
     )
-
-
-def _of_lifecycle(step: LifecycleProgress) -> RaisingProgress:
-    wakes = step.residency in (Residency.WAKING, Residency.ASLEEP)
-    phase = Phase.ENGINE_WAKE if wakes else Phase.ENGINE_START
-    return RaisingProgress(phase, step.detail, step.percent, step.remaining_s)
-
-
-def progress_of_event(event: SchedulerEvent) -> RaisingProgress | None:
-    """A scheduler's event in words; None for a grant and the like, which end the waiting.
-
-    No remaining time: what the scheduler expects is not learnt from this deployment yet.
-    """
-    if isinstance(event, Waiting):
-        return RaisingProgress(Phase.VRAM_ACQUIRE, event.detail)
-    if isinstance(event, Planned):
-        steps = len(event.plan.steps)
-        detail = f"making room: {steps} step{'' if steps == 1 else 's'}, grade {event.plan.grade}"
-        return RaisingProgress(Phase.VRAM_ACQUIRE, detail)
-    if isinstance(event, Step):
-        words = _DOING[event.step.action].format(event.step.deployment_id)
-        if event.state is StepState.DONE:
-            words = f"{words}: {event.freed_bytes / (1 << 30):.1f} GiB freed"
-        elif event.state is StepState.FAILED:
-            words = f"{words} did not work: {event.detail}"
-        return RaisingProgress(Phase.VRAM_ACQUIRE, words)
-    return None
 
 
 def log_alert(alert: VramAlert) -> None:

@@ -53,6 +53,7 @@ async def an_api_server(
     jobs = FakeJobs()
     pipelines = FakePipelines(jobs)
     schedulers = NodeSchedulers(fleet, idle_s=lambda _: 60.0, alert=log_alert)
+    fleet.make_awake = schedulers.make_awake
     services = build_services(fleet, schedulers, jobs, pipelines)
     server = GrpcServer(
         ServerOptions(port=0, max_request_bytes=max_request_bytes),

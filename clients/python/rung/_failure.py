@@ -16,6 +16,7 @@ from rung.errors import (
     NotFoundError,
     RungError,
     UnavailableError,
+    VramInfeasibleError,
 )
 from rung.types import FailureReason, JobFailed, LifecycleFailed
 
@@ -29,7 +30,7 @@ _ERRORS: dict[FailureReason, type[RungError]] = {
     FailureReason.TIMEOUT: EngineTimeoutError,
     FailureReason.NODE_LOST: NodeUnreachableError,
     FailureReason.CONTROL_PLANE_RESTARTED: UnavailableError,
-    FailureReason.VRAM_INFEASIBLE: NoTargetError,
+    FailureReason.VRAM_INFEASIBLE: VramInfeasibleError,
     FailureReason.BUDGET_EXHAUSTED: NoTargetError,
     FailureReason.INTERNAL: RungError,
 }
