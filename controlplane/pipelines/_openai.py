@@ -243,7 +243,7 @@ class AnswerReader:
             self._put_text()
 
     def _take_deltas(self, whole: bytes) -> bool:
-        """Take a piece that has nothing but deltas, decoded at once; False, with nothing taken, for others."""
+        """Take a piece of nothing but deltas, decoded at once; False, with nothing taken, for any other."""
         if not whole.startswith(b"data: {"):
             return False
         data = whole[6:-2].split(b"\n\ndata: ")
