@@ -13,7 +13,6 @@ from contextlib import aclosing, contextmanager
 
 import structlog
 
-from controlplane.fleet._division import utilization_of
 from controlplane.fleet._fleet import Fleet
 from controlplane.fleet._operations import KEEP_ALIVE_S, LifecycleAction
 from controlplane.fleet._pools import is_scheduled, ledger_of, pool_of
@@ -233,7 +232,6 @@ class NodeSchedulers:
             VramInfeasibleError: there is no room for it, and waiting does not help.
             UnknownDeploymentError, EngineStartFailedError, NodeUnreachableError: as `Fleet.ensure_awake`.
         """
-        self._fleet.require_raisable(deployment_id)
         found = self._fleet.view.deployments.get(deployment_id)
         if found is None or not is_scheduled(found):
             async with aclosing(self._fleet.ensure_awake(deployment_id)) as steps:
