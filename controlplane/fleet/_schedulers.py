@@ -66,8 +66,7 @@ class NodeWorld:
         self._fleet = fleet
         self._node_id = node_id
         self._idle_s = idle_s
-        #: By deployment and the share that its engine was started with.
-        self._seen_bytes: dict[tuple[str, float], int] = {}
+        self._seen_bytes: dict[str, int] = {}
 
     async def measure(self, pool_id: str) -> Measurement:
         """The pool as the agent last said. Raises as `ledger_of`."""
@@ -98,11 +97,10 @@ class NodeWorld:
         """What it holds when awake: as measured the last time, else as declared, else 0 for not known."""
         deployment = found.deployment
         spec = deployment.spec
-        key = (spec.id, utilization_of(spec))
-        seen_bytes = self._seen_bytes.get(key)
+        seen_bytes = self._seen_bytes.get(spec.id)
         if deployment.residency is Residency.AWAKE and deployment.vram_bytes:
             # The most of it: what has just come up may not have taken all yet.
-            seen_bytes = self._seen_bytes[key] = max(seen_bytes or 0, deployment.vram_bytes)
+            seen_bytes = self._seen_bytes[spec.id] = max(seen_bytes or 0, deployment.vram_bytes)
         if seen_bytes is not None:
             return seen_bytes
         engine = spec.engine.engine
