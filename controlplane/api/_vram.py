@@ -25,7 +25,7 @@ from controlplane.vram import (
     estimate_footprint,
 )
 from rung import codec, types, v1
-from rung.errors import InvalidRequestError, UnknownLeaseError
+from rung.errors import InvalidRequestError, UnknownDeploymentError, UnknownLeaseError
 from rung.types import PhaseProgress, ReclaimPlan
 
 if TYPE_CHECKING:
@@ -49,13 +49,18 @@ class VramServicer:
             raise InvalidRequestError("a demand needs an operation_id of the caller's choice")
         pool_id = request.demand.gpu
         scheduler = self._scheduler(pool_id)
+        self._require_on_pool(request.demand.deployment_id, pool_id)
         ttl_s = (
             codec.duration_from_proto(request.time_to_live)
             if request.HasField("time_to_live")
             else _DEFAULT_TTL_S
         )
         events = scheduler.acquire(
-            pool_id, _demand(request.demand), ttl_s=ttl_s, operation_id=request.operation_id
+            pool_id,
+            _demand(request.demand),
+            ttl_s=ttl_s,
+            operation_id=request.operation_id,
+            deployment_id=request.demand.deployment_id,
         )
         sequence = 0
         async with aclosing(events):
@@ -134,6 +139,17 @@ class VramServicer:
         node, _ = find_gpu(self._fleet.view, pool_id)
         return self._schedulers.of_node(node.id)
 
+    def _require_on_pool(self, deployment_id: str, pool_id: str) -> None:
+        """Raise UnknownDeploymentError if a deployment that a demand names is not on the node of its GPU."""
+        if not deployment_id:
+            return
+        node, _ = find_gpu(self._fleet.view, pool_id)
+        found = self._fleet.view.deployments.get(deployment_id)
+        if found is None or found.node.id != node.id:
+            raise UnknownDeploymentError(
+                f"{node.id} has no deployment {deployment_id}", deployment=deployment_id
+            )
+
     def _holder(self, lease_id: str) -> NodeScheduler:
         """The scheduler that a lease is of. Raises UnknownLeaseError."""
         for scheduler in self._schedulers.all:
@@ -164,5 +180,6 @@ def _lease(lease: Lease) -> types.Lease:
         grant_time_s=lease.granted_s + offset_s,
         expire_time_s=lease.expires_s + offset_s,
         holder=lease.demand.holder,
+        deployment_id=lease.deployment_id,
         priority=lease.demand.priority,
     )

@@ -83,6 +83,7 @@ class FakeClient(AsyncClient):
         max_grade: ReclaimGrade = ReclaimGrade.FULL,
         priority: Priority = Priority.AGENT,
         holder: str = "",
+        deployment_id: str = "",
         ttl_s: float = 60.0,
         on_wait: Callable[[PhaseProgress | ReclaimPlan], None] | None = None,
     ) -> AsyncIterator[HeldLease]:

@@ -14,6 +14,7 @@ from rung.errors import (
     InvalidRequestError,
     NotFoundError,
     UnavailableError,
+    UnknownDeploymentError,
     UnknownLeaseError,
     UnknownNodeError,
     VramInfeasibleError,
@@ -196,6 +197,15 @@ async def test_a_lease_is_held_listed_renewed_and_given_back(client: AsyncClient
     with pytest.raises(UnknownLeaseError):
         await client.renew_lease(lease.id)
     await client.release_lease(lease.id)
+
+
+async def test_a_lease_may_name_the_deployment_that_takes_the_memory(client: AsyncClient) -> None:
+    async with client.lease("box/0", 1 * GIB, deployment_id="vision") as holding:
+        assert holding.lease.deployment_id == "vision"
+        assert [each.deployment_id for each in await client.list_leases()] == ["vision"]
+    with pytest.raises(UnknownDeploymentError, match="box has no deployment nope"):
+        async with client.lease("box/0", 1 * GIB, deployment_id="nope"):
+            pass
 
 
 async def test_the_same_operation_gets_the_same_lease(client: AsyncClient) -> None:

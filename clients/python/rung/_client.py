@@ -428,6 +428,7 @@ class AsyncClient:
         max_grade: ReclaimGrade = ReclaimGrade.FULL,
         priority: Priority = Priority.AGENT,
         holder: str = "",
+        deployment_id: str = "",
         ttl_s: float = 60.0,
         operation_id: str = "",
     ) -> AsyncGenerator[LeaseStep, None]:
@@ -442,15 +443,18 @@ class AsyncClient:
             max_grade: the most that others may be disturbed.
             priority: order among those who wait.
             holder: one line for a person about who asks.
+            deployment_id: the deployment whose engine will take the memory, such as a ComfyUI that a prompt
+                is about to be sent to; empty for any other program.
             ttl_s: how long the lease lasts without a renewal.
             operation_id: the same id joins the same demand, or repeats its lease; empty makes a new one.
 
         Raises:
             VramInfeasibleError: it does not fit, and waiting does not help.
             UnknownNodeError, NotFoundError: no such GPU.
+            UnknownDeploymentError: no such deployment on its node.
             UnavailableError: the server, or the node, cannot be reached.
         """
-        request = _acquire(gpu, vram_bytes, max_grade, priority, holder, ttl_s, operation_id)
+        request = _acquire(gpu, vram_bytes, max_grade, priority, holder, deployment_id, ttl_s, operation_id)
         return acquire(self._connection, request)
 
     def lease(
@@ -461,6 +465,7 @@ class AsyncClient:
         max_grade: ReclaimGrade = ReclaimGrade.FULL,
         priority: Priority = Priority.AGENT,
         holder: str = "",
+        deployment_id: str = "",
         ttl_s: float = 60.0,
         on_wait: Callable[[PhaseProgress | ReclaimPlan], None] | None = None,
     ) -> AbstractAsyncContextManager[HeldLease]:
@@ -469,7 +474,7 @@ class AsyncClient:
         Entered once it is granted, renewed meanwhile, given back at the end. As `acquire_lease`; `on_wait`
         is called with what is heard until then.
         """
-        request = _acquire(gpu, vram_bytes, max_grade, priority, holder, ttl_s, "")
+        request = _acquire(gpu, vram_bytes, max_grade, priority, holder, deployment_id, ttl_s, "")
         return held(self._connection, request, ttl_s, on_wait)
 
     async def renew_lease(self, lease_id: str) -> Lease:
@@ -534,6 +539,7 @@ def _acquire(
     max_grade: ReclaimGrade,
     priority: Priority,
     holder: str,
+    deployment_id: str,
     ttl_s: float,
     operation_id: str,
 ) -> v1.AcquireLeaseRequest:
@@ -545,6 +551,7 @@ def _acquire(
             max_grade=codec.RECLAIM_GRADES.to_proto[max_grade],
             priority=codec.PRIORITIES.to_proto[priority],
             holder=holder,
+            deployment_id=deployment_id,
         ),
         time_to_live=codec.duration_to_proto(ttl_s),
     )

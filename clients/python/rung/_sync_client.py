@@ -421,6 +421,7 @@ class Client:
         max_grade: ReclaimGrade = ReclaimGrade.FULL,
         priority: Priority = Priority.AGENT,
         holder: str = "",
+        deployment_id: str = "",
         ttl_s: float = 60.0,
         operation_id: str = "",
     ) -> Stream[LeaseStep]:
@@ -431,6 +432,7 @@ class Client:
             max_grade=max_grade,
             priority=priority,
             holder=holder,
+            deployment_id=deployment_id,
             ttl_s=ttl_s,
             operation_id=operation_id,
         )
@@ -445,6 +447,7 @@ class Client:
         max_grade: ReclaimGrade = ReclaimGrade.FULL,
         priority: Priority = Priority.AGENT,
         holder: str = "",
+        deployment_id: str = "",
         ttl_s: float = 60.0,
         on_wait: Callable[[PhaseProgress | ReclaimPlan], None] | None = None,
     ) -> Iterator[HeldLease]:
@@ -455,6 +458,7 @@ class Client:
             max_grade=max_grade,
             priority=priority,
             holder=holder,
+            deployment_id=deployment_id,
             ttl_s=ttl_s,
             on_wait=on_wait,
         )

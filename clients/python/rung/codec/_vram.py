@@ -120,6 +120,7 @@ def lease_to_proto(value: Lease) -> v1.Lease:
             vram_bytes=value.vram_bytes,
             priority=PRIORITIES.to_proto[value.priority],
             holder=value.holder,
+            deployment_id=value.deployment_id,
         ),
         grade=RECLAIM_GRADES.to_proto[value.grade],
         grant_time=timestamp_to_proto(value.grant_time_s),
@@ -138,4 +139,5 @@ def lease_from_proto(message: v1.Lease) -> Lease:
         expire_time_s=timestamp_from_proto(message.expire_time),
         holder=message.demand.holder,
         priority=PRIORITIES.from_proto(message.demand.priority),
+        deployment_id=message.demand.deployment_id,
     )

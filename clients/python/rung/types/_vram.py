@@ -115,6 +115,7 @@ class Lease(Struct, frozen=True, kw_only=True):
     Attributes:
         gpu: `node/index`.
         holder: one line for a person about who has it.
+        deployment_id: the deployment whose engine takes the memory; empty if another program does.
         grade: how much others were disturbed.
         expire_time_s: when it ends unless it is renewed.
     """
@@ -127,3 +128,4 @@ class Lease(Struct, frozen=True, kw_only=True):
     expire_time_s: float
     holder: str = ""
     priority: Priority = Priority.AGENT
+    deployment_id: str = ""

@@ -75,7 +75,7 @@ class VramServiceServicer:
         """AcquireLease queues a demand and streams why it waits until the lease is granted. A caller
         that goes away before the grant withdraws its demand.
 
-        Errors: INVALID_ARGUMENT, NOT_FOUND (the GPU), RESOURCE_EXHAUSTED (can never fit; the message
+        Errors: INVALID_ARGUMENT, NOT_FOUND (the GPU, or the deployment on it), RESOURCE_EXHAUSTED (can never fit; the message
         says what would make it fit).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

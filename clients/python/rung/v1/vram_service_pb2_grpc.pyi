@@ -37,7 +37,7 @@ class VramServiceStub:
     """AcquireLease queues a demand and streams why it waits until the lease is granted. A caller
     that goes away before the grant withdraws its demand.
 
-    Errors: INVALID_ARGUMENT, NOT_FOUND (the GPU), RESOURCE_EXHAUSTED (can never fit; the message
+    Errors: INVALID_ARGUMENT, NOT_FOUND (the GPU, or the deployment on it), RESOURCE_EXHAUSTED (can never fit; the message
     says what would make it fit).
     """
     RenewLease: _grpc.UnaryUnaryMultiCallable[_vram_service_pb2.RenewLeaseRequest, _vram_service_pb2.RenewLeaseResponse]
@@ -60,7 +60,7 @@ class VramServiceAsyncStub(VramServiceStub):
     """AcquireLease queues a demand and streams why it waits until the lease is granted. A caller
     that goes away before the grant withdraws its demand.
 
-    Errors: INVALID_ARGUMENT, NOT_FOUND (the GPU), RESOURCE_EXHAUSTED (can never fit; the message
+    Errors: INVALID_ARGUMENT, NOT_FOUND (the GPU, or the deployment on it), RESOURCE_EXHAUSTED (can never fit; the message
     says what would make it fit).
     """
     RenewLease: _aio.UnaryUnaryMultiCallable[_vram_service_pb2.RenewLeaseRequest, _vram_service_pb2.RenewLeaseResponse]  # type: ignore[assignment]
@@ -86,7 +86,7 @@ class VramServiceServicer(metaclass=_abc_1.ABCMeta):
         """AcquireLease queues a demand and streams why it waits until the lease is granted. A caller
         that goes away before the grant withdraws its demand.
 
-        Errors: INVALID_ARGUMENT, NOT_FOUND (the GPU), RESOURCE_EXHAUSTED (can never fit; the message
+        Errors: INVALID_ARGUMENT, NOT_FOUND (the GPU, or the deployment on it), RESOURCE_EXHAUSTED (can never fit; the message
         says what would make it fit).
         """
 
