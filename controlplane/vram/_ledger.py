@@ -59,6 +59,7 @@ class LedgerEntry(Struct, frozen=True, kw_only=True):
         asleep_level: the level at which it sleeps now; 0 if it does not, or nobody knows.
         shrinkable: opted in to being shrunk, the only thing that may ever happen to a pinned one.
         shrunk_bytes: held once shrunk.
+        shrunk: it sleeps, falls asleep or wakes, and only its KV cache is given up.
         cache_bytes: what a flush of its cache frees.
         active_requests: requests in flight; more than 0 means busy, to be drained before anything else.
         drain_expected_s: how long until those are done.
@@ -80,6 +81,7 @@ class LedgerEntry(Struct, frozen=True, kw_only=True):
     asleep_level: int = 0
     shrinkable: bool = False
     shrunk_bytes: int = 0
+    shrunk: bool = False
     cache_bytes: int = 0
     active_requests: int = 0
     drain_expected_s: float = 0.0
@@ -94,6 +96,13 @@ class LedgerEntry(Struct, frozen=True, kw_only=True):
     def busy(self) -> bool:
         """Whether requests are in flight."""
         return self.active_requests > 0
+
+    @property
+    def wake_expected_s(self) -> float:
+        """How long it takes to wake it from where it sleeps."""
+        if self.shrunk:
+            return self.timings.grow_s
+        return self.timings.reload_s if self.asleep_level == 2 else self.timings.wake_s
 
     @property
     def touchable(self) -> bool:
@@ -229,17 +238,19 @@ def build_entry(deployment: Deployment, facts: Facts) -> LedgerEntry:
         resident_bytes = measured_bytes
     elif deployment.residency in (Residency.STOPPED, Residency.FAILED):
         resident_bytes = 0
-    elif deployment.residency is Residency.ASLEEP:
+    elif deployment.residency is Residency.ASLEEP and not deployment.shrunk:
         resident_bytes = held_asleep_bytes
     else:
         resident_bytes = declared_bytes
+        if deployment.residency is Residency.ASLEEP:
+            resident_bytes -= deployment.kv_cache_bytes or 0
     host_asleep_bytes = facts.host_asleep_bytes
     if host_asleep_bytes is None:
         given_up_bytes = max(0, known_awake_bytes - held_asleep_bytes)
         host_asleep_bytes = given_up_bytes if facts.weights_bytes is None else facts.weights_bytes
     shrunk_bytes = facts.shrunk_bytes
     if shrunk_bytes is None:
-        shrunk_bytes = resident_bytes if facts.weights_bytes is None else facts.weights_bytes
+        shrunk_bytes = _shrunk_bytes(deployment, resident_bytes, facts.weights_bytes)
     return LedgerEntry(
         deployment_id=spec.id,
         residency=deployment.residency,
@@ -252,6 +263,7 @@ def build_entry(deployment: Deployment, facts: Facts) -> LedgerEntry:
         asleep_level=facts.asleep_level if deployment.residency is Residency.ASLEEP else 0,
         shrinkable=spec.shrinkable,
         shrunk_bytes=shrunk_bytes,
+        shrunk=deployment.shrunk,
         cache_bytes=min(facts.cache_bytes, resident_bytes),
         active_requests=deployment.active_requests,
         drain_expected_s=facts.drain_expected_s,
@@ -315,6 +327,18 @@ def _scaled(entry: LedgerEntry, room_bytes: int, assumed_bytes: int) -> LedgerEn
     return msgspec.structs.replace(
         entry, resident_bytes=resident_bytes, cache_bytes=min(entry.cache_bytes, resident_bytes)
     )
+
+
+def _shrunk_bytes(deployment: Deployment, resident_bytes: int, weights_bytes: int | None) -> int:
+    """What it holds once its KV cache is given up; all that it holds if nobody knows how large that is."""
+    if deployment.residency is Residency.ASLEEP and deployment.shrunk:
+        return resident_bytes
+    engine = deployment.spec.engine.engine
+    configured_bytes = engine.kv_cache_memory_bytes if isinstance(engine, VllmEngine) else 0
+    kv_cache_bytes = deployment.kv_cache_bytes or configured_bytes
+    if kv_cache_bytes:
+        return max(0, resident_bytes - kv_cache_bytes)
+    return resident_bytes if weights_bytes is None else weights_bytes
 
 
 def _sleep_levels(deployment: Deployment) -> tuple[int, ...]:

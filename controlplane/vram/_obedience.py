@@ -37,8 +37,17 @@ class Obedience:
             )
             self._short[step.deployment_id] = until_s, text
 
+    def refused(self, step: ReclaimStep, reason: str, now_s: float) -> None:
+        """A step failed. To shrink is no cause to leave a deployment alone: it may have to grow at once."""
+        if step.action is not ReclaimAction.SHRINK:
+            self.failed(step.deployment_id, reason, now_s)
+            return
+        until_s = now_s + self._backoff_s
+        self._spent[step.deployment_id, step.action, step.level] = until_s
+        self._short[step.deployment_id] = until_s, f"{step.deployment_id} was not shrunk: {reason}"
+
     def failed(self, deployment_id: str, reason: str, now_s: float) -> None:
-        """A step or a raise failed."""
+        """A raise failed, or a step."""
         self._failed[deployment_id] = now_s + self._backoff_s, reason
 
     def forgive(self, deployment_id: str) -> None:

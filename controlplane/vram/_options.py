@@ -11,7 +11,8 @@ The rules of the residency classes stand here, and only here:
 
 A sleepable whose engine has no sleep of any use on this pool (none at all, or level 1 alone on unified
 memory) is stopped at STANDARD, which is all the sleep that it has. Level 1 is never planned on unified
-memory. One that is leased, in flux, excluded by the demand or on its way between residencies is left alone.
+memory, nor is a shrink, which leads through it: the weights wait in host RAM until the KV cache is gone. One
+that is leased, in flux, excluded by the demand or on its way between residencies is left alone.
 
 Harm
 ----
@@ -52,7 +53,7 @@ class Option(NamedTuple):
         grade: the least grade that permits it.
         level: of a sleep, 1 or 2; otherwise 0.
         freed_bytes: what the pool gets back; always more than 0.
-        host_bytes: host RAM that it takes.
+        host_bytes: host RAM that it takes; that of a shrink is free again afterwards.
         harm_ms: expected waiting of others, in thousandths of a second.
         duration_ms: how long it takes, the drain included.
         drain_ms: how long the drain before it takes.
@@ -128,9 +129,12 @@ def _of_awake(entry: LedgerEntry, *, unified: bool) -> list[_Way]:
             ways.append((_STANDARD, _STOP, 0, held_bytes, 0, timings.start_s, timings.stop_s))
     if kind is not ResidencyClass.PINNED and entry.cache_bytes:
         ways.append((_FULL, ReclaimAction.FREE, 0, entry.cache_bytes, 0, timings.refill_s, timings.free_s))
-    if entry.shrinkable and not entry.external:
-        freed_bytes = held_bytes - entry.shrunk_bytes
-        ways.append((_FULL, ReclaimAction.SHRINK, 0, freed_bytes, 0, timings.grow_s, timings.shrink_s))
+    if entry.shrinkable and not (entry.external or unified):
+        left_bytes = entry.shrunk_bytes
+        freed_bytes = held_bytes - left_bytes
+        ways.append(
+            (_FULL, ReclaimAction.SHRINK, 0, freed_bytes, left_bytes, timings.grow_s, timings.shrink_s)
+        )
     return ways
 
 
@@ -145,6 +149,5 @@ def _of_asleep(entry: LedgerEntry) -> list[_Way]:
     else:
         return []
     timings = entry.timings
-    wake_s = timings.reload_s if entry.asleep_level == 2 else timings.wake_s
-    restore_s = max(0.0, timings.start_s - wake_s)
+    restore_s = max(0.0, timings.start_s - entry.wake_expected_s)
     return [(grade, _STOP, 0, entry.resident_bytes, 0, restore_s, timings.stop_s)]

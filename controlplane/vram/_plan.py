@@ -112,11 +112,13 @@ def _changed(entry: LedgerEntry, step: ReclaimStep) -> tuple[LedgerEntry, int]:
         asleep = msgspec.structs.replace(entry, residency=Residency.ASLEEP, asleep_level=step.level)
         return asleep, -entry.host_asleep_bytes if step.level == 1 else 0
     if step.action is ReclaimAction.STOP:
-        stopped = msgspec.structs.replace(entry, residency=Residency.STOPPED, asleep_level=0, cache_bytes=0)
+        stopped = msgspec.structs.replace(
+            entry, residency=Residency.STOPPED, asleep_level=0, shrunk=False, cache_bytes=0
+        )
         return stopped, entry.host_asleep_bytes if entry.asleep_level == 1 else 0
     if step.action is ReclaimAction.FREE:
         return msgspec.structs.replace(entry, cache_bytes=0), 0
-    return entry, 0
+    return msgspec.structs.replace(entry, residency=Residency.ASLEEP, shrunk=True, cache_bytes=0), 0
 
 
 def _permitted(options: _Options, grade: ReclaimGrade) -> _Options:
@@ -293,7 +295,8 @@ def _arrived(entry: LedgerEntry) -> LedgerEntry:
     if residency in (Residency.STARTING, Residency.WAKING):
         residency = Residency.AWAKE
     elif residency is Residency.FALLING_ASLEEP:
-        residency, resident_bytes = Residency.ASLEEP, min(resident_bytes, entry.held_asleep_bytes)
+        held_bytes = entry.shrunk_bytes if entry.shrunk else entry.held_asleep_bytes
+        residency, resident_bytes = Residency.ASLEEP, min(resident_bytes, held_bytes)
     elif residency is Residency.STOPPING:
         residency, resident_bytes = Residency.STOPPED, 0
     return msgspec.structs.replace(

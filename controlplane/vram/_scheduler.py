@@ -37,7 +37,7 @@ from controlplane.vram._ports import (
 from controlplane.vram._queue import Planner
 from controlplane.vram._raises import Raises
 from controlplane.vram._room import WaitingRoom
-from controlplane.vram._upkeep import idle_step, missing_bytes, to_restore
+from controlplane.vram._upkeep import idle_step, missing_bytes, to_grow, to_restore
 from controlplane.vram._view import View
 from rung.errors import (
     DrainingError,
@@ -154,10 +154,7 @@ class NodeScheduler:
         placed = placed_deployment(self._world, deployment_id)
         if placed is None:
             raise UnknownDeploymentError(f"no deployment {deployment_id} here", deployment=deployment_id)
-        demand = Demand(
-            vram_bytes=placed.awake_bytes, priority=priority, exclude=(deployment_id,), holder=deployment_id
-        )
-        pending = self._room.join_raise(placed.pool_id, demand, deployment_id)
+        pending = self._room.join_raise(placed.pool_id, _raise_demand(placed, priority), deployment_id)
         if self._is_rising(pending):
             self._wait_for_raise(pending)
         self._wake.set()
@@ -383,7 +380,7 @@ class NodeScheduler:
         self._gauge.stepped(pool_id)
         self._next_patrol_s = float("-inf")
         if failure:
-            self._obedience.failed(step.deployment_id, failure, now_s)
+            self._obedience.refused(step, failure, now_s)
         else:
             self._obedience.carried_out(step, freed_bytes, now_s)
         return freed_bytes, failure
@@ -473,6 +470,8 @@ class NodeScheduler:
         view = self._view(measurement)
         kept = {*self._obedience.left_alone(self._now_s())}
         kept |= {each.deployment_id for each in self._room}
+        if self._grow(view.ledger, placed, kept):
+            return True
         step = idle_step(view.ledger, placed, kept)
         if step is not None:
             apply(view.ledger, step)
@@ -483,6 +482,22 @@ class NodeScheduler:
         if restored is None or entry is None or self._book.raise_is_open(restored.deployment_id):
             return False
         self._begin_raise(entry, restored, view, None)
+        return True
+
+    def _grow(self, ledger: Ledger, placed: list[PlacedDeployment], kept: set[str]) -> bool:
+        """Have a pinned deployment that is shrunk wait for its turn to grow, once others can make room."""
+        found = to_grow(ledger, placed, kept)
+        if found is None:
+            return False
+        demand = _raise_demand(found, Priority.USER)
+        missing = missing_bytes(found, ledger.entry(found.deployment_id))
+        outcome = self._plan(
+            ledger,
+            self._obedience.keep_away(msgspec.structs.replace(demand, vram_bytes=missing), self._now_s()),
+        )
+        if isinstance(outcome, Infeasible):
+            return False
+        self._room.join_raise(found.pool_id, demand, found.deployment_id)
         return True
 
     # What is known.
@@ -502,3 +517,8 @@ class NodeScheduler:
 
     def _now_s(self) -> float:
         return asyncio.get_running_loop().time()
+
+
+def _raise_demand(placed: PlacedDeployment, priority: Priority) -> Demand:
+    name = placed.deployment_id
+    return Demand(vram_bytes=placed.awake_bytes, priority=priority, exclude=(name,), holder=name)

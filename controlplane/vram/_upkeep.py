@@ -17,7 +17,7 @@ def missing_bytes(placed: PlacedDeployment, entry: LedgerEntry | None) -> int:
 def raise_expected_s(entry: LedgerEntry) -> float:
     """How long it should take until the deployment is awake."""
     if entry.residency is Residency.ASLEEP:
-        return entry.timings.reload_s if entry.asleep_level == 2 else entry.timings.wake_s
+        return entry.wake_expected_s
     return entry.timings.start_s
 
 
@@ -72,6 +72,31 @@ def to_restore(
             and entry.touchable
             and not entry.external
             and missing_bytes(each, entry) <= ledger.available_bytes
+        ):
+            return each
+    return None
+
+
+def to_grow(
+    ledger: Ledger, placed: Iterable[PlacedDeployment], kept: Collection[str]
+) -> PlacedDeployment | None:
+    """The first pinned deployment that is shrunk: it does not stay so, unlike one that was put to sleep.
+
+    Args:
+        ledger: the pool.
+        placed: its deployments.
+        kept: deployments that are left alone.
+    """
+    for each in placed:
+        entry = ledger.entry(each.deployment_id)
+        if (
+            entry is not None
+            and entry.residency_class is ResidencyClass.PINNED
+            and entry.residency is Residency.ASLEEP
+            and entry.shrunk
+            and entry.deployment_id not in kept
+            and entry.touchable
+            and not entry.external
         ):
             return each
     return None

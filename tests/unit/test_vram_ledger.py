@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from controlplane.vram import (
     HELD_ASLEEP_ESTIMATE_BYTES,
@@ -207,3 +208,22 @@ def test_bytes_of_a_promise_that_were_taken_are_not_counted_twice() -> None:
 
     assert ledger.promised_bytes == 2 * GIB
     assert ledger.available_bytes == 8 * GIB
+
+
+def test_the_size_of_the_kv_cache_says_what_is_left_of_a_shrunk_deployment() -> None:
+    awake = replace(deployment("a"), vram_bytes=13 * GIB, kv_cache_bytes=7 * GIB)
+    entry = build_entry(awake, Facts())
+    assert (entry.shrunk_bytes, entry.shrunk) == (6 * GIB, False)
+
+    shrunk = replace(awake, residency=Residency.ASLEEP, shrunk=True, vram_bytes=6 * GIB)
+    entry = build_entry(shrunk, Facts())
+    assert (entry.resident_bytes, entry.shrunk_bytes, entry.shrunk) == (6 * GIB, 6 * GIB, True)
+    # Where nothing is measured: what it was declared to hold, less its KV cache.
+    declared = replace(shrunk, vram_bytes=None, spec=replace(shrunk.spec, vram_bytes=12 * GIB))
+    assert build_entry(declared, Facts()).resident_bytes == 5 * GIB
+
+
+def test_of_one_whose_kv_cache_nobody_knows_a_shrink_frees_nothing() -> None:
+    entry = build_entry(replace(deployment("a"), vram_bytes=13 * GIB), Facts())
+
+    assert entry.shrunk_bytes == entry.resident_bytes

@@ -66,13 +66,14 @@ def ways_of(entry: LedgerEntry, ledger: Ledger, grade: ReclaimGrade, demand: Dem
         wake_s = 0.0
         if not awake:
             wake_s = times.reload_s if entry.asleep_level == 2 else times.wake_s
+            wake_s = times.grow_s if entry.shrunk else wake_s
         restore_s = max(0.0, times.start_s - wake_s)
         found.append((3, ReclaimAction.STOP, 0, entry.resident_bytes, 0, restore_s, times.stop_s))
     if awake and full and kind is not ResidencyClass.PINNED:
         found.append((4, ReclaimAction.FREE, 0, entry.cache_bytes, 0, times.refill_s, times.free_s))
-    if awake and full and entry.shrinkable and not entry.external:
-        shrunk = entry.resident_bytes - entry.shrunk_bytes
-        found.append((5, ReclaimAction.SHRINK, 0, shrunk, 0, times.grow_s, times.shrink_s))
+    if awake and full and entry.shrinkable and not (entry.external or ledger.unified):
+        freed = entry.resident_bytes - entry.shrunk_bytes
+        found.append((5, ReclaimAction.SHRINK, 0, freed, entry.shrunk_bytes, times.grow_s, times.shrink_s))
     ways: list[Way] = []
     for order, action, level, freed, host, restore_s, duration_s in found:
         if entry.active_requests:
@@ -146,6 +147,7 @@ def some_entry(rng: random.Random, name: str, *, coarse: bool) -> LedgerEntry:
         asleep_level=rng.choice([0, 1, 2]) if asleep else 0,
         shrinkable=rng.random() < 0.3,
         shrunk_bytes=size // 2,
+        shrunk=asleep and rng.random() < 0.2,
         cache_bytes=rng.choice([0, resident // 2, resident]),
         active_requests=rng.choice([1, 3]) if busy else 0,
         drain_expected_s=rng.choice([0.0, 5.0, 20.0]) if busy else 0.0,
@@ -231,7 +233,13 @@ def check_promises(ledger: Ledger, demand: Demand, found: ReclaimPlan) -> None:
             for step in found.steps
             if step.level == 1 and (entry := ledger.entry(step.deployment_id))
         )
-        assert slept <= ledger.host_budget_bytes
+        # While one is shrunk, its weights are in host RAM too.
+        shrunk = [
+            entry.shrunk_bytes
+            for step in found.steps
+            if step.action is ReclaimAction.SHRINK and (entry := ledger.entry(step.deployment_id))
+        ]
+        assert slept + max(shrunk, default=0) <= ledger.host_budget_bytes
     assert len({step.deployment_id for step in found.steps}) == len(found.steps)
     assert after.free_bytes == found.expected_free_bytes
     assert after.available_bytes >= demand.vram_bytes
@@ -593,6 +601,32 @@ def test_a_sleeper_takes_host_ram_and_gives_it_back_when_it_is_stopped() -> None
     assert (step.action, step.expected_bytes) == (ReclaimAction.STOP, GIB)
     assert stopped.host_free_bytes == 64 * GIB
     assert stopped.entry("deepseek-r1-14b") != entry
+
+
+def test_a_shrunk_deployment_is_asleep_and_holds_its_weights() -> None:
+    ledger = workstation()
+    (step,) = (each for each in planned(ledger, 20).steps if each.action is ReclaimAction.SHRINK)
+
+    shrunk = apply(ledger, step).entry("nemotron-8b")
+
+    assert shrunk is not None
+    assert (shrunk.residency, shrunk.shrunk, shrunk.resident_bytes) == (Residency.ASLEEP, True, 5 * GIB)
+    assert shrunk.wake_expected_s == shrunk.timings.grow_s
+    # There is nothing more that could be done to it, and the host RAM is free again.
+    assert all(each.deployment_id != "nemotron-8b" for each in planned(apply(ledger, step), 20).steps)
+    assert apply(ledger, step).host_free_bytes == ledger.host_free_bytes
+
+
+def test_nothing_is_shrunk_without_host_ram_for_its_weights_or_on_unified_memory() -> None:
+    ledger = workstation(residency=Residency.ASLEEP, resident_bytes=GIB, asleep_level=1)
+    ledger = msgspec.structs.replace(ledger, free_bytes=16 * GIB)
+    assert ReclaimAction.SHRINK in {step.action for step in planned(ledger, 20).steps}
+
+    for changed in (
+        msgspec.structs.replace(ledger, host_free_bytes=ledger.host_reserve_bytes + 5 * GIB - 1),
+        msgspec.structs.replace(ledger, unified=True),
+    ):
+        assert refused(changed, 20).missing_at_full_bytes > 0
 
 
 def test_a_demand_for_less_than_nothing_is_refused() -> None:
