@@ -1,5 +1,49 @@
-"""The effort ladder: who answers a request. So far, the choice among the deployments of a model."""
+"""The effort ladder: who answers a request, and in which order the others would be tried. Pure."""
 
-from controlplane.ladder._order import Target, explain_targets, order_targets, refusal
+from controlplane.ladder._candidate import Candidate, TargetKind, candidate_of
+from controlplane.ladder._choose import Demand, Group, Passing, choose, explain, refusals
+from controlplane.ladder._circuit import CircuitOptions, Circuits, CircuitState
+from controlplane.ladder._effort import AUTO_MODEL, OWN_PREFIX, Asked, Asking, read_asking
+from controlplane.ladder._ladder import (
+    MAX_EFFORT,
+    MIN_EFFORT,
+    REASON_EFFORT,
+    Ladder,
+    LadderError,
+    Modality,
+    Rung,
+    RungSpec,
+    build_ladder,
+)
 
-__all__ = ["Target", "explain_targets", "order_targets", "refusal"]
+__all__ = [
+    "AUTO_MODEL",
+    "MAX_EFFORT",
+    "MIN_EFFORT",
+    "OWN_PREFIX",
+    "REASON_EFFORT",
+    "Asked",
+    "Asking",
+    "Candidate",
+    "CircuitOptions",
+    "CircuitState",
+    "Circuits",
+    "Demand",
+    "Group",
+    "Ladder",
+    "LadderError",
+    "Modality",
+    "Passing",
+    "Rung",
+    "RungSpec",
+    "TargetKind",
+    "build_ladder",
+    "candidate_of",
+    "choose",
+    "explain",
+    "explain_targets",
+    "order_targets",
+    "read_asking",
+    "refusal",
+    "refusals",
+]

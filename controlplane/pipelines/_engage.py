@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing
-from itertools import pairwise
 from types import TracebackType
 from typing import Protocol
 
@@ -12,25 +13,36 @@ import structlog
 
 from controlplane.fleet import DeploymentView, Fleet, NodeSchedulers
 from controlplane.jobs import LiveJob
-from controlplane.ladder import order_targets, refusal
+from controlplane.ladder import Candidate, Circuits, TargetKind
 from controlplane.pipelines._openai import check_status
+from controlplane.pipelines._router import Router
 from controlplane.pipelines._slots import Slots
 from controlplane.pipelines._wish import Wish
-from rung.errors import EngineStartFailedError, NoTargetError, UnavailableError, UnknownModelError
+from rung.errors import (
+    EngineRejectedError,
+    EngineStartFailedError,
+    EngineTimeoutError,
+    HeldByProfileError,
+    QueueFullError,
+    RungError,
+    UnavailableError,
+    VramInfeasibleError,
+)
 from rung.service import EngineClient
 from rung.types import DeploymentSpec, JobKind, Phase, Residency, Served
 
 _log = structlog.get_logger("rung.pipelines")
 
-#: Names that leave the choice of the model to us.
-AUTO_MODELS = frozenset({"", "rung/auto"})
-
 _PATHS = {JobKind.CHAT: "/v1/chat/completions", JobKind.EMBEDDING: "/v1/embeddings"}
-_CAPABILITIES = {JobKind.CHAT: "chat", JobKind.EMBEDDING: "embedding"}
 _STARTING = frozenset({Residency.STOPPED, Residency.STARTING, Residency.FAILED, Residency.STOPPING})
 
 #: How often a request makes its deployment awake that others make give way again.
 _AWAKE_ROUNDS = 4
+
+#: A target that fails so is sick; its circuit is told.
+_TARGETS_FAULT = (UnavailableError, EngineTimeoutError)
+#: After these the next target is tried.
+_MOVES_ON = (*_TARGETS_FAULT, QueueFullError, VramInfeasibleError, HeldByProfileError)
 
 #: Called with each line of progress while an engine is made awake or a slot is waited for.
 OnWait = Callable[[str], Awaitable[None]]
@@ -58,18 +70,42 @@ class Reply(Protocol):
         ...
 
 
+class CloudPort(Protocol):
+    """What opens the answers of cloud models."""
+
+    def model_name(self, target_id: str) -> str:
+        """The provider's own name of a model."""
+        ...
+
+    async def open(self, target_id: str, body: bytes, *, stream: bool, idle_timeout_s: float) -> Reply:
+        """Send a chat request in OpenAI's shape; its answer comes in that shape, whoever gives it.
+
+        Raises:
+            EngineRejectedError: the request is at fault.
+            UnavailableError, EngineTimeoutError: the provider is.
+        """
+        ...
+
+
 class Engaged:
     """An engine that answers, on a slot of ours; leaving the context lets go of both.
 
     A class and not a generator: this is on the path of every request.
     """
 
-    __slots__ = ("_slots", "deployment_id", "reply")
+    __slots__ = ("_failed", "_release", "reply", "target")
 
-    def __init__(self, deployment_id: str, reply: Reply, slots: Slots) -> None:
-        self.deployment_id = deployment_id
+    def __init__(
+        self,
+        target: str,
+        reply: Reply,
+        release: Callable[[str], None] | None,
+        failed: Callable[[str, RungError], None],
+    ) -> None:
+        self.target = target
         self.reply = reply
-        self._slots = slots
+        self._release = release
+        self._failed = failed
 
     async def __aenter__(self) -> Engaged:
         return self
@@ -80,11 +116,26 @@ class Engaged:
         try:
             await self.reply.__aexit__(None, None, None)
         finally:
-            self._slots.release(self.deployment_id)
+            if self._release is not None:
+                self._release(self.target)
+            if isinstance(error, _TARGETS_FAULT):
+                self._failed(self.target, error)
 
 
 class Engager:
-    """Finds the engine for a wish and opens its answer."""
+    """Opens the answer of the first target that gives one.
+
+    Args:
+        fleet: where deployments are, and the way to their agents.
+        schedulers: make deployments awake.
+        slots: bound the requests at once.
+        client: to engines that this process may reach itself.
+        router: who may answer.
+        circuits: told how each target fared.
+        cloud: cloud models; None for none.
+        engine_idle_timeout_s: longest silence of an engine.
+        now_s: the clock of the circuits.
+    """
 
     def __init__(
         self,
@@ -93,90 +144,138 @@ class Engager:
         schedulers: NodeSchedulers,
         slots: Slots,
         client: EngineClient,
+        router: Router,
+        circuits: Circuits,
+        cloud: CloudPort | None = None,
         engine_idle_timeout_s: float,
+        now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._fleet = fleet
         self._schedulers = schedulers
         self._slots = slots
         self._client = client
+        self._router = router
+        self._circuits = circuits
+        self._cloud = cloud
         self._idle_timeout_s = engine_idle_timeout_s
-
-    def named(self, wish: Wish) -> Sequence[DeploymentView]:
-        """The deployments that a wish may mean, whether they can answer or not.
-
-        Raises:
-            UnknownModelError: there is none of that name, or none for this kind of job.
-        """
-        view = self._fleet.view
-        if wish.model in AUTO_MODELS:
-            wanted = _CAPABILITIES[wish.kind]
-            found = [
-                each for each in view.deployments.values() if wanted in each.deployment.spec.capabilities
-            ]
-            if not found:
-                raise UnknownModelError(
-                    f"no deployment can do {wanted}; `rung models` lists what there is", model=wish.model
-                )
-            return found
-        named = view.by_model.get(wish.model)
-        if named is None:
-            names = sorted({each.deployment.spec.model for each in view.deployments.values()})
-            there = f"there are {', '.join(names[:8])}" if names else "no model is deployed"
-            raise UnknownModelError(f"there is no model {wish.model!r}; {there}", model=wish.model)
-        return named
-
-    def targets(self, wish: Wish) -> list[DeploymentView]:
-        """The deployments that can answer, best first.
-
-        Raises:
-            UnknownModelError: as `named`.
-            NoTargetError: none of them can answer now; the message says why, for each.
-        """
-        named = self.named(wish)
-        targets = order_targets(named, self._slots.load)
-        if not targets:
-            why = "; ".join(f"{each.deployment.spec.id}: {refusal(each)}" for each in named)
-            raise NoTargetError(
-                f"nothing can answer for {wish.model or 'any model'} now: {why}", model=wish.model
-            )
-        return targets
+        self._now_s = now_s
+        self._raising: dict[str, asyncio.Task[None]] = {}
 
     async def engage(
         self,
         job: LiveJob,
         wish: Wish,
-        targets: Sequence[DeploymentView],
+        targets: Iterator[Candidate],
         make_body: Callable[[str], bytes],
         on_wait: OnWait | None = None,
+        *,
+        stream: bool,
     ) -> Engaged:
         """Open the answer of the first target that gives one.
 
-        A target that is away, does not start or answers with a server error is followed by the next.
-        Nothing was delivered by then, so nothing is sent twice to the caller.
+        A target that is away, full, does not start or answers with a server error is followed by the
+        next. Nothing was delivered by then, so nothing is sent twice to the caller.
+
+        Args:
+            job: told of each step.
+            wish: what is wanted.
+            targets: to be tried, best first; at least one.
+            make_body: the body for an engine, from its name of the model.
+            on_wait: told of each step while the caller waits.
+            stream: whether the answer comes piece by piece.
 
         Raises:
             EngineRejectedError: the engine refused the request.
             UnavailableError, DeadlineExceededError: as the last target failed.
             QueueFullError: too many wait for it.
+            VramInfeasibleError: it does not fit.
         """
-        for target, following in pairwise(targets):
+        failure: RungError | None = None
+        if wish.policy.bridge_allowed:
+            targets = self._bridged(job, targets)
+        for target in targets:
+            if failure is not None:
+                _log.warning("target_failed", job=job.id, error=failure.message, next=target.id)
+                job.progress(Phase.ROUTE, f"{failure.message}; trying {target.id}")
+            self._circuits.begin(target.id, self._now_s())
             try:
-                return await self._try(job, wish, target, make_body, on_wait)
-            except UnavailableError as error:
-                _log.warning(
-                    "target_failed", job=job.id, target=target.deployment.spec.id, error=error.message
-                )
-                job.progress(Phase.ROUTE, f"{error.message}; trying {following.deployment.spec.id}")
-        return await self._try(job, wish, targets[-1], make_body, on_wait)
+                if target.kind is TargetKind.CLOUD:
+                    engaged = await self._try_cloud(job, target, make_body, stream=stream)
+                else:
+                    engaged = await self._try(job, wish, target.id, make_body, on_wait)
+            except _MOVES_ON as error:
+                self._failed(target.id, error)
+                failure = error
+            except EngineRejectedError:
+                self._circuits.succeeded(target.id)
+                raise
+            except BaseException:
+                self._circuits.abandoned(target.id)
+                raise
+            else:
+                self._circuits.succeeded(target.id)
+                return engaged
+        assert failure is not None  # there was a target
+        raise failure
+
+    async def aclose(self) -> None:
+        """Stop making things awake that nobody waits for."""
+        for task in self._raising.values():
+            task.cancel()
+        await asyncio.gather(*self._raising.values(), return_exceptions=True)
+
+    def _failed(self, target: str, error: RungError) -> None:
+        if isinstance(error, _TARGETS_FAULT):
+            self._circuits.failed(
+                target,
+                self._now_s(),
+                error.message,
+                retry_after_s=_seconds(error.metadata.get("retry_after")),
+            )
+        else:
+            # It is full, or does not fit now: that says nothing of its health.
+            self._circuits.abandoned(target)
+
+    def _bridged(self, job: LiveJob, targets: Iterator[Candidate]) -> Iterator[Candidate]:
+        """The same targets; one that would have to be made awake first is passed by one that is ready.
+
+        It is made awake all the same, for the requests that come after this one.
+        """
+        found = list(targets)
+        first = found[0]
+        bridge = next((each for each in found[1:] if self._router.is_ready(each)), None)
+        if first.kind is not TargetKind.DEPLOYMENT or first.rank == 0 or bridge is None:
+            return iter(found)
+        job.progress(Phase.ROUTE, f"{bridge.id} answers while {first.id} is made ready")
+        self._raise(first.id)
+        found.remove(bridge)
+        return iter([bridge, *found])
+
+    def _raise(self, deployment_id: str) -> None:
+        """Make a deployment awake for those who come later; one at a time for each."""
+
+        async def work() -> None:
+            try:
+                async with aclosing(self._schedulers.make_awake(deployment_id)) as steps:
+                    async for _ in steps:
+                        pass
+            except RungError as error:
+                _log.warning("not_made_awake", deployment=deployment_id, error=error.message)
+            finally:
+                del self._raising[deployment_id]
+
+        if deployment_id not in self._raising:
+            self._raising[deployment_id] = asyncio.create_task(work(), name=f"bridge-{deployment_id}")
 
     async def _try(
         self,
         job: LiveJob,
         wish: Wish,
-        target: DeploymentView,
+        deployment_id: str,
         make_body: Callable[[str], bytes],
         on_wait: OnWait | None,
     ) -> Engaged:
+        target = self._now(deployment_id)
         spec = target.deployment.spec
         for _ in range(_AWAKE_ROUNDS):
             if target.deployment.residency is not Residency.AWAKE:
@@ -184,7 +283,7 @@ class Engager:
             if self._slots.try_acquire(spec.id, spec.slots):
                 break
             await self._slot(job, spec, on_wait)
-            target = self._now(target)
+            target = self._now(spec.id)
             if target.deployment.residency is Residency.AWAKE:
                 break
             # It was told to give way while this request waited.
@@ -204,7 +303,18 @@ class Engager:
         except BaseException:
             self._slots.release(spec.id)
             raise
-        return Engaged(spec.id, reply, self._slots)
+        return Engaged(spec.id, reply, self._slots.release, self._failed)
+
+    async def _try_cloud(
+        self, job: LiveJob, candidate: Candidate, make_body: Callable[[str], bytes], *, stream: bool
+    ) -> Engaged:
+        assert self._cloud is not None  # it has candidates
+        model = self._cloud.model_name(candidate.id)
+        job.begin_generating(Served(requested=job.model, target=candidate.id, model=model))
+        reply = await self._cloud.open(
+            candidate.id, make_body(model), stream=stream, idle_timeout_s=self._idle_timeout_s
+        )
+        return Engaged(candidate.id, reply, None, self._failed)
 
     async def _awake(
         self, job: LiveJob, wish: Wish, target: DeploymentView, on_wait: OnWait | None
@@ -219,10 +329,9 @@ class Engager:
                 job.progress(step.phase, step.detail, percent=step.percent, remaining_s=step.remaining_s)
                 if on_wait is not None:
                     await on_wait(step.detail)
-        return self._now(target)
+        return self._now(deployment_id)
 
-    def _now(self, target: DeploymentView) -> DeploymentView:
-        deployment_id = target.deployment.spec.id
+    def _now(self, deployment_id: str) -> DeploymentView:
         found = self._fleet.view.deployments.get(deployment_id)
         if found is None:
             raise EngineStartFailedError(f"{deployment_id} is no longer deployed", deployment=deployment_id)
@@ -248,3 +357,11 @@ class Engager:
             )
         run = self._fleet.run_through_agent(spec.id, job.id, wish.kind, body, self._idle_timeout_s)
         return await run.__aenter__()
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """A Retry-After in seconds; None for none, or for a form that is not understood here."""
+    try:
+        return float(retry_after) if retry_after else None
+    except ValueError:
+        return None

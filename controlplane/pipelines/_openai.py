@@ -8,7 +8,6 @@ import msgspec
 from msgspec import Struct
 
 from controlplane.jobs import LiveJob
-from controlplane.pipelines._sse import SseSplitter, event_data
 from rung.errors import (
     EngineFailedError,
     EngineProtocolError,
@@ -16,6 +15,7 @@ from rung.errors import (
     InvalidRequestError,
     RungError,
 )
+from rung.service import SseSplitter, event_data
 from rung.types import TokenDelta, ToolCallDelta, Usage
 
 #: Statuses with which an engine blames the request. Others are the engine's trouble, not the caller's.
@@ -32,11 +32,19 @@ class RequestHead(Struct):
     model: str = ""
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
+    effort: int | None = None
+    reasoning_effort: str | None = None
+    tools: msgspec.Raw = msgspec.Raw()
 
     @property
     def wants_usage(self) -> bool:
         """Whether the caller asked for a usage chunk in its stream."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether the caller offers tools of its own."""
+        return bytes(self.tools).strip() not in (b"", b"null", b"[]")
 
 
 class _Function(Struct):
@@ -116,13 +124,20 @@ def read_head(body: bytes) -> RequestHead:
         raise InvalidRequestError(f"the request body is not JSON: {error}") from None
 
 
+def has_images(body: bytes) -> bool:
+    """Whether a chat request shows a picture."""
+    # A look at the bytes: a text that speaks of the field costs a better target, and nothing else.
+    return b'"image_url"' in body
+
+
 def engine_body(body: bytes, *, model: str, stream: bool | None) -> bytes:
     """The body for the engine: its own name of the model, and, for a stream, usage at its end.
 
-    All other fields stay as they are, byte for byte. `stream` None leaves the caller's choice out
-    (embeddings).
+    `effort` is for us alone. All other fields stay as they are, byte for byte. `stream` None leaves the
+    caller's choice out (embeddings).
     """
     fields = _fields_decoder.decode(body)
+    fields.pop("effort", None)
     fields["model"] = msgspec.Raw(_encode(model))
     if stream is not None:
         fields["stream"] = msgspec.Raw(b"true" if stream else b"false")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import random
+from collections.abc import Awaitable, Callable, Iterator
+from itertools import chain
 from types import TracebackType
+from typing import Protocol
 
 import structlog
 from prometheus_client import CollectorRegistry
 
-from controlplane.fleet import DeploymentView, Fleet, NodeSchedulers
+from controlplane.fleet import Fleet, NodeSchedulers
 from controlplane.jobs import Jobs, LiveJob
-from controlplane.ladder import explain_targets
-from controlplane.pipelines._engage import Engager, OnWait
+from controlplane.ladder import Candidate, Circuits, Ladder
+from controlplane.pipelines._engage import CloudPort, Engager, OnWait
 from controlplane.pipelines._metrics import PipelineMetrics
 from controlplane.pipelines._openai import (
     AnswerReader,
@@ -21,12 +24,13 @@ from controlplane.pipelines._openai import (
     read_head,
     read_usage,
 )
+from controlplane.pipelines._router import CloudModels, Judged, Route, Router
 from controlplane.pipelines._slots import Slots
 from controlplane.pipelines._wish import Wish
 from rung import reason_of_error
 from rung.errors import EngineProtocolError, InvalidRequestError, JobCancelledError, RungError
 from rung.service import EngineClient, StreamPacer
-from rung.types import Embeddings, FailureReason, Job, JobKind, RouteExplanation
+from rung.types import Embeddings, FailureReason, Job, JobKind, Phase, RouteExplanation
 
 _log = structlog.get_logger("rung.pipelines")
 
@@ -39,14 +43,19 @@ _INTERVAL_PER_STREAM_S = 0.0003
 OnBytes = Callable[[bytes], Awaitable[None]]
 
 
+class Cloud(CloudModels, CloudPort, Protocol):
+    """The cloud models: who they are, and how they are asked."""
+
+
 class Begun:
-    """A job that was accepted: its wish, and who may answer it."""
+    """A job that was accepted: its wish, and who may answer it, best first."""
 
-    __slots__ = ("job", "targets", "wish")
+    __slots__ = ("job", "route", "targets", "wish")
 
-    def __init__(self, job: LiveJob, wish: Wish, targets: Sequence[DeploymentView]) -> None:
+    def __init__(self, job: LiveJob, wish: Wish, route: Route, targets: Iterator[Candidate]) -> None:
         self.job = job
         self.wish = wish
+        self.route = route
         self.targets = targets
 
 
@@ -62,15 +71,23 @@ class Pipelines:
         slots: Slots,
         client: EngineClient,
         registry: CollectorRegistry,
+        ladder: Ladder | None = None,
+        cloud: Cloud | None = None,
         engine_idle_timeout_s: float = 600.0,
     ) -> None:
         self._jobs = jobs
-        self._slots = slots
+        circuits = Circuits(jitter=lambda: random.uniform(0.75, 1.25))  # noqa: S311 - no secret
+        self._router = Router(
+            fleet=fleet, slots=slots, circuits=circuits, ladder=ladder, cloud=cloud, classify=judge_by_rule
+        )
         self._engager = Engager(
             fleet=fleet,
             schedulers=schedulers,
             slots=slots,
             client=client,
+            router=self._router,
+            circuits=circuits,
+            cloud=cloud,
             engine_idle_timeout_s=engine_idle_timeout_s,
         )
         self._metrics = PipelineMetrics(registry, jobs)
@@ -87,11 +104,15 @@ class Pipelines:
             UnknownModelError, NoTargetError: nobody can answer; no job is made.
             DrainingError, UnavailableError: no jobs are taken now.
         """
-        targets = self._engager.targets(wish)
+        route = self._router.route(wish)
+        targets = self._router.choose(route)
+        first = next(targets)
         job = self._jobs.open(
             kind=wish.kind, model=wish.model, policy=wish.policy, request_id=wish.request_id
         )
-        return Begun(job, wish, targets)
+        if route.rung:
+            job.progress(Phase.ROUTE, f"effort {route.effort}, rung {route.rung}: {route.why}")
+        return Begun(job, wish, route, chain((first,), targets))
 
     def start(self, wish: Wish) -> LiveJob:
         """Begin a generation whose answer is read from its job's log. Raises as `begin`."""
@@ -122,10 +143,8 @@ class Pipelines:
         return job.record()
 
     def explain(self, wish: Wish) -> RouteExplanation:
-        """Who would answer, and why; starts nothing. Raises UnknownModelError."""
-        considered = explain_targets(self._engager.named(wish), self._slots.load)
-        taken = next((each.target for each in considered if each.taken), "")
-        return RouteExplanation(considered=considered, target=taken)
+        """Who would answer, and why; starts nothing. Raises UnknownModelError, InvalidRequestError."""
+        return self._router.explain(wish)
 
     async def stream(
         self, begun: Begun, on_bytes: OnBytes, *, keep_usage: bool, on_wait: OnWait | None = None
@@ -160,6 +179,7 @@ class Pipelines:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._engager.aclose()
 
     async def _log_stream(self, begun: Begun) -> None:
         try:
@@ -183,8 +203,9 @@ class Pipelines:
         def make_body(model: str) -> bytes:
             return engine_body(body, model=model, stream=True)
 
-        async with await self._engager.engage(job, begun.wish, begun.targets, make_body, on_wait) as engaged:
-            what, reply = engaged.deployment_id, engaged.reply
+        engaging = self._engager.engage(job, begun.wish, begun.targets, make_body, on_wait, stream=True)
+        async with await engaging as engaged:
+            what, reply = engaged.target, engaged.reply
             if not reply.content_type.startswith("text/event-stream"):
                 raise EngineProtocolError(
                     f"{what} answered a stream with {reply.content_type or 'no content type'}", engine=what
@@ -209,10 +230,11 @@ class Pipelines:
         def make_body(model: str) -> bytes:
             return engine_body(wish.body, model=model, stream=False if chat else None)
 
-        async with await self._engager.engage(job, wish, begun.targets, make_body) as engaged:
+        engaging = self._engager.engage(job, wish, begun.targets, make_body, stream=False)
+        async with await engaging as engaged:
             body = await engaged.reply.read()
             if chat:
-                reader = AnswerReader(job, engaged.deployment_id, keep_usage=True)
+                reader = AnswerReader(job, engaged.target, keep_usage=True)
                 reader.whole(body)
                 reader.finish()
                 finish_reason = reader.finish_reason
@@ -271,3 +293,8 @@ def parse_kind(kind: str) -> JobKind:
     if kind in (JobKind.CHAT, JobKind.EMBEDDING):
         return JobKind(kind)
     raise InvalidRequestError(f"kind is {kind!r}; this version has chat and embedding")
+
+
+def judge_by_rule(body: bytes) -> Judged:
+    """The effort of a request that leaves it open."""
+    return Judged(4, "nobody said otherwise")

@@ -1,0 +1,102 @@
+"""The effort ladder in the configuration."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from controlplane.ladder import MAX_EFFORT, MIN_EFFORT, Ladder, LadderError, Modality, RungSpec, build_ladder
+from rung.service import FieldError
+
+_NAME = r"^[a-z][a-z0-9._-]{0,62}$"
+
+
+def _effort_range(value: Any) -> Any:
+    """`3`, `1-6` or `[1, 6]`."""
+    if isinstance(value, int):
+        return (value, value)
+    if isinstance(value, str):
+        first, _, last = value.partition("-")
+        return (first.strip(), (last or first).strip())
+    return value
+
+
+class RungConfig(BaseModel):
+    """One rung: an effort range of one modality, and who answers it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=_NAME)
+    effort: Annotated[tuple[int, int], BeforeValidator(_effort_range)] = Field(
+        default=(MIN_EFFORT, MAX_EFFORT),
+        description="`3`, `1-6` or `[1, 6]`; each effort of a modality is on exactly one rung.",
+        json_schema_extra={
+            "anyOf": [
+                {"type": "integer", "minimum": MIN_EFFORT, "maximum": MAX_EFFORT},
+                {"type": "string", "pattern": r"^\d+\s*-\s*\d+$"},
+                {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2},
+            ]
+        },
+    )
+    modality: Modality = Modality.CHAT
+    capabilities: tuple[str, ...] = Field(default=(), description="What each of its targets must have.")
+    chain: str = Field(description="Chain of targets that answer.")
+    reason: str = Field(
+        default="", description="Chain behind the `reason` tool, which is offered from effort 7 on."
+    )
+
+    def spec(self) -> RungSpec:
+        """As the ladder takes it."""
+        return RungSpec(
+            name=self.name,
+            modality=self.modality,
+            min_effort=self.effort[0],
+            max_effort=self.effort[1],
+            capabilities=self.capabilities,
+            chain=self.chain,
+            reason=self.reason,
+        )
+
+
+class LadderConfig(BaseModel):
+    """Chains of targets, and the rungs that use them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    chains: dict[Annotated[str, Field(pattern=_NAME)], tuple[str, ...]] = Field(
+        description="Targets by chain, best first: a deployment, a model, `node/model`, `provider/model` of "
+        "the cloud, `burst/name`, or `@chain` for all of another chain."
+    )
+    rungs: tuple[RungConfig, ...] = ()
+    classifier: Literal["heuristic", "judge"] = Field(
+        default="heuristic",
+        description="Who says the effort that a caller left open: a local rule, or the orchestrator itself.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        try:
+            self.value()
+        except LadderError as error:
+            raise FieldError(error.path, str(error)) from None
+        return self
+
+    def value(self) -> Ladder:
+        """As the rest of the system has it."""
+        return build_ladder([rung.spec() for rung in self.rungs], self.chains)
+
+
+def check_targets(config: LadderConfig, known: frozenset[str]) -> None:
+    """Refuse a chain with a target that nobody has, before a request finds out.
+
+    Raises:
+        FieldError: at its place in the file, from the root on.
+    """
+    for name, entries in config.chains.items():
+        for place, entry in enumerate(entries):
+            if not entry.startswith(("@", "burst/")) and entry not in known:
+                there = ", ".join(sorted(known)) or "none"
+                raise FieldError(
+                    ("ladder", "chains", name, place), f"there is no target {entry}; there are: {there}"
+                )

@@ -1,0 +1,288 @@
+"""From a wish to those who may answer it: reads the snapshot of the fleet, asks nobody."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+from msgspec import Struct
+
+from controlplane.fleet import FleetView
+from controlplane.ladder import (
+    AUTO_MODEL,
+    Asked,
+    Asking,
+    Candidate,
+    Circuits,
+    Demand,
+    Group,
+    Ladder,
+    Modality,
+    Passing,
+    TargetKind,
+    candidate_of,
+    choose,
+    explain,
+    read_asking,
+    refusals,
+)
+from controlplane.pipelines._openai import RequestHead, has_images, read_head
+from controlplane.pipelines._slots import Slots
+from controlplane.pipelines._wish import Wish
+from rung.errors import NoTargetError, UnknownModelError
+from rung.types import JobKind, RouteExplanation
+
+_CAPABILITIES = {JobKind.CHAT: "chat", JobKind.EMBEDDING: "embedding"}
+_MODALITIES = {JobKind.CHAT: Modality.CHAT, JobKind.EMBEDDING: Modality.EMBEDDING}
+#: Bytes of a request's JSON for each token, with its syntax: an estimate that errs on the short side.
+_BYTES_PER_TOKEN = 5
+_NO_LADDER = Ladder((), {})
+
+
+class CloudModels(Protocol):
+    """The cloud models there are, as candidates, and which of them are left alone now."""
+
+    @property
+    def candidates(self) -> Mapping[str, Candidate]:
+        """By id and by alias."""
+        ...
+
+    def refusal(self, target_id: str) -> str:
+        """Why it cannot be used now: no key, the day's money is spent; empty if it can."""
+        ...
+
+
+class Judged(Struct, frozen=True):
+    """An effort, and why, for a person."""
+
+    effort: int
+    why: str = ""
+
+
+class FleetPort(Protocol):
+    """The fleet, as `controlplane.fleet.Fleet` has it."""
+
+    @property
+    def view(self) -> FleetView:
+        """The snapshot; another object whenever something changed."""
+        ...
+
+
+class Route(Struct, frozen=True, kw_only=True):
+    """Who may answer a wish.
+
+    Attributes:
+        groups: entries of the chain, best first.
+        demand: what the wish needs of them.
+        effort: 1 to 10; 0 for a named model or chain.
+        rung: where the effort is on the ladder; empty if it is on none.
+        reason: chain behind the `reason` tool; empty if the tool is not offered.
+        why: how this was found, for a person.
+    """
+
+    groups: tuple[Group, ...]
+    demand: Demand
+    effort: int = 0
+    rung: str = ""
+    reason: tuple[Group, ...] = ()
+    why: str = ""
+
+
+class Router:
+    """Finds the route of a wish, and the order of its targets.
+
+    Args:
+        fleet: its snapshot.
+        slots: how loaded deployments are.
+        circuits: which targets failed lately; told by who tries them.
+        ladder: the configured one; without one, whoever has the capability may answer.
+        cloud: cloud models; None for none.
+        classify: says the effort of a request that leaves it open.
+        now_s: the clock of the circuits.
+    """
+
+    def __init__(
+        self,
+        *,
+        fleet: FleetPort,
+        slots: Slots,
+        circuits: Circuits,
+        ladder: Ladder | None = None,
+        cloud: CloudModels | None = None,
+        classify: Callable[[bytes], Judged],
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._fleet = fleet
+        self._slots = slots
+        self._circuits = circuits
+        self._ladder = ladder or _NO_LADDER
+        self._cloud = cloud
+        self._cloud_candidates = cloud.candidates if cloud is not None else {}
+        self._classify = classify
+        self._now_s = now_s
+        self._passing = Passing(load=slots.load, refusal=self._refusal)
+        # A caller who names a model is never sent elsewhere: the only target is tried however it fared.
+        self._passing_named = Passing(load=slots.load, refusal=self._cloud_refusal)
+        self._view = fleet.view
+        self._groups: dict[str, Group] = {}
+
+    def route(self, wish: Wish) -> Route:
+        """The route of a wish.
+
+        Raises:
+            InvalidRequestError: an effort out of range, a name of ours that there is not.
+            UnknownModelError: there is no model of that name, or none for this kind of job.
+        """
+        if wish.model in self._look().by_model:
+            # The usual case on the path of every request: a model by its name.
+            return self._named(wish)
+        head = read_head(wish.body)
+        effort = wish.effort if wish.effort is not None else head.effort
+        asking = read_asking(wish.model, effort, head.reasoning_effort, self._ladder.chains)
+        if asking.what is Asked.MODEL:
+            return self._named(wish)
+        demand = self._demand(wish, head)
+        if asking.what is Asked.CHAIN:
+            chain = self._chain(self._ladder.chains[asking.name])
+            return Route(groups=chain, demand=demand, why=f"the chain {asking.name} was asked for")
+        return self._on_ladder(wish, asking, demand)
+
+    def choose(self, route: Route) -> Iterator[Candidate]:
+        """The targets to try, best first; one after the other, so that the later ones cost nothing.
+
+        Raises:
+            NoTargetError: there is none, for the reasons that it names.
+        """
+        chosen = choose(route.groups, route.demand, self._passing_of(route))
+        first = next(chosen, None)
+        if first is None:
+            why = refusals(route.groups, route.demand, self._passing_of(route))
+            raise NoTargetError(f"nothing can answer now: {why}" if why else "nothing can answer: no target")
+        yield first
+        yield from chosen
+
+    def is_ready(self, candidate: Candidate) -> bool:
+        """Whether a target would answer at once."""
+        active, queued = self._slots.load(candidate.id)
+        return candidate.rank == 0 and not (candidate.slots and (active >= candidate.slots or queued))
+
+    def explain(self, wish: Wish) -> RouteExplanation:
+        """Who would answer, and why each other one would not. Raises as `route`."""
+        route = self.route(wish)
+        considered = explain(route.groups, route.demand, self._passing_of(route))
+        taken = next((each.target for each in considered if each.taken), "")
+        return RouteExplanation(considered=considered, target=taken, effort=route.effort, rung=route.rung)
+
+    def _passing_of(self, route: Route) -> Passing:
+        named_one = not route.rung and len(route.groups) == 1 and len(route.groups[0]) == 1
+        return self._passing_named if named_one else self._passing
+
+    def _named(self, wish: Wish) -> Route:
+        policy = wish.policy
+        return Route(
+            groups=(self._group(wish.model),),
+            demand=Demand(local_only=policy.local_only, priority=policy.priority),
+        )
+
+    def _on_ladder(self, wish: Wish, asking: Asking, demand: Demand) -> Route:
+        modality = _MODALITIES[wish.kind]
+        if modality is Modality.CHAT and "vision" in demand.capabilities:
+            modality = Modality.VISION if Modality.VISION in self._ladder.modalities else modality
+        if modality not in self._ladder.modalities:
+            return self._capable(wish, demand)
+        if asking.effort is None:
+            judged = self._classify(wish.body)
+        else:
+            judged = Judged(asking.effort, f"effort {asking.effort} was asked for")
+        rung = self._ladder.rung(modality, judged.effort)
+        assert rung is not None  # a modality of the ladder has all efforts
+        return Route(
+            groups=self._chain(rung.chain),
+            demand=demand,
+            effort=judged.effort,
+            rung=rung.name,
+            reason=self._chain(rung.reason_chain),
+            why=judged.why,
+        )
+
+    def _capable(self, wish: Wish, demand: Demand) -> Route:
+        """Without a ladder: whoever can do it, nearest and idlest first."""
+        wanted = _CAPABILITIES[wish.kind]
+        found = [
+            self._group(deployment_id)[0]
+            for deployment_id, placed in self._view.deployments.items()
+            if wanted in placed.deployment.spec.capabilities
+        ]
+        if not found:
+            raise UnknownModelError(
+                f"no deployment can do {wanted}; `rung models` lists what there is", model=wish.model
+            )
+        return Route(groups=(found,), demand=Demand(local_only=demand.local_only, priority=demand.priority))
+
+    def _demand(self, wish: Wish, head: RequestHead) -> Demand:
+        capabilities = set()
+        if head.has_tools:
+            capabilities.add("tools")
+        if has_images(wish.body):
+            capabilities.add("vision")
+        return Demand(
+            capabilities=frozenset(capabilities),
+            context_tokens=len(wish.body) // _BYTES_PER_TOKEN if wish.kind is JobKind.CHAT else 0,
+            local_only=wish.policy.local_only,
+            priority=wish.policy.priority,
+        )
+
+    def _chain(self, names: Sequence[str]) -> tuple[Group, ...]:
+        return tuple(self._entry(name) for name in names)
+
+    def _entry(self, name: str) -> Group:
+        try:
+            return self._group(name)
+        except UnknownModelError:
+            kind = TargetKind.BURST if name.startswith("burst/") else TargetKind.DEPLOYMENT
+            missing = Candidate(id=name, kind=kind, owned=False, refusal="there is no such target now")
+            self._groups[name] = (missing,)
+            return (missing,)
+
+    def _group(self, name: str) -> Group:
+        """The targets of a name: a deployment, a model, `node/model`, a cloud model.
+
+        Raises:
+            UnknownModelError: there is none.
+        """
+        group = self._groups.get(name)
+        if group is not None:
+            return group
+        placed = self._view.by_model.get(name)
+        if placed is None:
+            node, _, model = name.partition("/")
+            placed = tuple(each for each in self._view.by_model.get(model, ()) if each.node.id == node)
+        if placed:
+            group = tuple(candidate_of(each) for each in placed)
+        elif name in self._cloud_candidates:
+            group = (self._cloud_candidates[name],)
+        else:
+            views = self._view.deployments.values()
+            names = sorted({each.deployment.spec.model for each in views} | set(self._cloud_candidates))
+            there = f"there are {', '.join(names[:8])}" if names else "no model is deployed"
+            raise UnknownModelError(f"there is no model {name!r}; {there}, and {AUTO_MODEL}", model=name)
+        self._groups[name] = group
+        return group
+
+    def _look(self) -> FleetView:
+        """The snapshot of now; what was made of an older one is forgotten."""
+        view = self._fleet.view
+        if view is not self._view:
+            self._view = view
+            self._groups = {}
+        return view
+
+    def _refusal(self, target_id: str) -> str:
+        refusal = self._circuits.refusal(target_id, self._now_s()) if self._circuits else ""
+        return refusal or self._cloud_refusal(target_id)
+
+    def _cloud_refusal(self, target_id: str) -> str:
+        if self._cloud is None or target_id not in self._cloud_candidates:
+            return ""
+        return self._cloud.refusal(target_id)
