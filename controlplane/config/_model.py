@@ -249,7 +249,10 @@ class DeploymentConfig(_Model):
     slots: int = Field(default=16, ge=1, le=4096)
     vram_bytes: ByteSize = Field(default=0, ge=0, alias="vram")
     idle_timeout_s: DurationS | None = Field(default=None, alias="idle_timeout")
-    shrinkable: bool = False
+    shrinkable: bool = Field(
+        default=False,
+        description="May give up its KV cache for a while, even if pinned; vLLM with sleep mode.",
+    )
     capabilities: tuple[str, ...] = ("chat",)
     context_tokens: int = Field(default=0, ge=0)
     port: int = Field(default=0, ge=0, le=65535)
@@ -261,6 +264,8 @@ class DeploymentConfig(_Model):
     def _consistent(self) -> Self:
         if self.residency_class is types.ResidencyClass.PINNED and self.idle_timeout_s is not None:
             raise FieldError(("idle_timeout",), "a pinned deployment is never stopped; remove one of the two")
+        if self.shrinkable:
+            _require_shrinkable(self.engine, self.runtime)
         return self
 
     def spec(self) -> types.DeploymentSpec:
@@ -342,6 +347,16 @@ def config_schema() -> dict[str, Any]:
     schema = Config.model_json_schema(by_alias=True)
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     return head | schema | {"title": "Rung configuration"}
+
+
+def _require_shrinkable(engine: EngineConfig, runtime: RuntimeConfig) -> None:
+    """Refuse to have an engine shrunk to its weights that cannot give up its KV cache alone."""
+    if not isinstance(engine, VllmConfig):
+        raise FieldError(("shrinkable",), f"{engine.kind} cannot give up its KV cache alone; vLLM can")
+    if not engine.sleep_mode:
+        raise FieldError(("shrinkable",), "vLLM shrinks only with engine.sleep_mode: true")
+    if isinstance(runtime, ExternalConfig):
+        raise FieldError(("shrinkable",), "an engine that somebody else runs is never shrunk")
 
 
 def _unique(what: str, names: list[str]) -> None:

@@ -125,6 +125,13 @@ class AgentClient:
         )
         return self._operate(self._stub.SleepEngine(request))
 
+    def shrink_engine(
+        self, deployment_id: str, *, operation_id: str, epoch: int
+    ) -> AsyncGenerator[LifecycleEvent, None]:
+        """Have an engine give up its KV cache."""
+        request = v1.ShrinkEngineRequest(command=_command(operation_id, epoch), deployment_id=deployment_id)
+        return self._operate(self._stub.ShrinkEngine(request))
+
     def wake_engine(
         self, deployment_id: str, *, operation_id: str, epoch: int
     ) -> AsyncGenerator[LifecycleEvent, None]:

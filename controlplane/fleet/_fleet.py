@@ -434,7 +434,8 @@ def _require_permitted(action: LifecycleAction, target: DeploymentView, *, force
     spec = target.deployment.spec
     node = target.node
     pinned = spec.residency_class is ResidencyClass.PINNED
-    if pinned and action not in _RAISING and not force:
+    permitted = action in _RAISING or (action is LifecycleAction.SHRINK and spec.shrinkable)
+    if pinned and not (permitted or force):
         raise PinnedDeploymentError(
             f"{spec.id} is pinned; nothing is done to it without force", deployment=spec.id
         )

@@ -67,10 +67,13 @@ class LifecycleAction(StrEnum):
     SLEEP = "sleep"
     WAKE = "wake"
     FREE = "free"
+    SHRINK = "shrink"
 
 
 #: What ends or harms requests that run.
-_TAKING = frozenset({LifecycleAction.STOP, LifecycleAction.SLEEP, LifecycleAction.FREE})
+_TAKING = frozenset(
+    {LifecycleAction.STOP, LifecycleAction.SLEEP, LifecycleAction.FREE, LifecycleAction.SHRINK}
+)
 
 
 class Operation:
@@ -488,3 +491,5 @@ def _call(
             return client.wake_engine(agent_id, operation_id=operation.id, epoch=epoch)
         case LifecycleAction.FREE:
             return client.free_engine(agent_id, operation_id=operation.id, epoch=epoch)
+        case LifecycleAction.SHRINK:
+            return client.shrink_engine(agent_id, operation_id=operation.id, epoch=epoch)

@@ -9,12 +9,15 @@ from msgspec.structs import replace
 from controlplane.fleet._view import DeploymentView, FleetView
 from controlplane.vram import Facts, Ledger, build_ledger
 from rung.errors import InvalidRequestError, NotFoundError, UnavailableError, UnknownNodeError
-from rung.types import ExternalRuntime, Gpu, Node, NodeState
+from rung.types import ComfyUiEngine, ExternalRuntime, Gpu, Node, NodeState, OllamaEngine, Residency
 
 #: Kept free on each GPU: what a driver, a desktop and measuring a second late may take.
 RESERVE_BYTES = 1 << 30
 #: Host memory that sleepers never get.
 HOST_RESERVE_BYTES = 4 << 30
+#: Engines that keep models as a cache, and what one without any holds: CUDA context and the like.
+_CACHING = (ComfyUiEngine, OllamaEngine)
+_HELD_FLUSHED_BYTES = 1 << 29
 #: How long the requests in flight are taken to need, as long as nobody knows better.
 _DRAIN_EXPECTED_S = 10.0
 _HEARD = frozenset({NodeState.READY, NodeState.DRAINING, NodeState.DRAINED})
@@ -90,6 +93,7 @@ def ledger_of(
                 Facts(
                     measured_bytes=_measured_bytes(found, gpu, gpu_count),
                     asleep_level=found.deployment.asleep_level,
+                    cache_bytes=_cache_bytes(found),
                     drain_expected_s=_DRAIN_EXPECTED_S if active else 0.0,
                     idle_s=idle_s(deployment_id),
                 ),
@@ -105,6 +109,14 @@ def ledger_of(
         host_free_bytes=node.status.host.memory_available_bytes,
         host_reserve_bytes=HOST_RESERVE_BYTES,
     )
+
+
+def _cache_bytes(found: DeploymentView) -> int:
+    """What a flush would give back of an engine that keeps models as a cache."""
+    deployment = found.deployment
+    if not isinstance(deployment.spec.engine.engine, _CACHING) or deployment.residency is not Residency.AWAKE:
+        return 0
+    return max(0, (deployment.vram_bytes or 0) - _HELD_FLUSHED_BYTES)
 
 
 def _is_on(found: DeploymentView, gpu: Gpu, gpu_count: int) -> bool:

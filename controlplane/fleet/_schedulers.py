@@ -29,7 +29,7 @@ from controlplane.vram import (
     reserved_bytes,
 )
 from rung import error_of_failure
-from rung.errors import NotImplementedYetError, RungError, UnknownNodeError
+from rung.errors import RungError, UnknownNodeError
 from rung.types import (
     LifecycleDone,
     LifecycleFailed,
@@ -45,6 +45,7 @@ _ACTIONS = {
     ReclaimAction.SLEEP: LifecycleAction.SLEEP,
     ReclaimAction.STOP: LifecycleAction.STOP,
     ReclaimAction.FREE: LifecycleAction.FREE,
+    ReclaimAction.SHRINK: LifecycleAction.SHRINK,
 }
 _RISING = frozenset({Residency.STARTING, Residency.WAKING})
 #: An agent samples once a second, and what it says was measured up to this long before it is heard.
@@ -103,6 +104,8 @@ class NodeWorld:
             seen_bytes = self._seen_bytes[spec.id] = max(seen_bytes or 0, deployment.vram_bytes)
         if seen_bytes is not None:
             return seen_bytes
+        if deployment.residency is Residency.ASLEEP and deployment.shrunk and deployment.kv_cache_bytes:
+            return max(spec.vram_bytes, (deployment.vram_bytes or 0) + deployment.kv_cache_bytes)
         engine = spec.engine.engine
         if spec.vram_bytes or not isinstance(engine, VllmEngine) or found.node.status is None:
             return spec.vram_bytes
@@ -121,9 +124,7 @@ class NodeWorld:
             return await self._carry_out(pool_id, step)
 
     async def _carry_out(self, pool_id: str, step: ReclaimStep) -> Measured:
-        action = _ACTIONS.get(step.action)
-        if action is None:
-            raise NotImplementedYetError(f"{step.deployment_id} cannot be told to {step.action} yet")
+        action = _ACTIONS[step.action]
         before = await self.measure(pool_id)
         operation_id = f"reclaim-{step.deployment_id}-{uuid.uuid4().hex[:12]}"
         freed_bytes: int | None = None

@@ -172,7 +172,12 @@ def _configured(spec: DeploymentSpec, found: Deployment | None) -> Deployment:
     if found.residency in (Residency.STOPPED, Residency.FAILED):
         return replace(found, spec=spec, adopted=False)
     # An engine that runs is described by what it was started with, until it is started again.
-    running = replace(spec, engine=found.spec.engine, served_model_name=found.spec.engine_model_name)
+    running = replace(
+        spec,
+        engine=found.spec.engine,
+        served_model_name=found.spec.engine_model_name,
+        shrinkable=spec.shrinkable and found.spec.shrinkable,
+    )
     if running.engine_model_name == spec.engine_model_name:
         running = replace(running, served_model_name=spec.served_model_name)
     return replace(found, spec=running, adopted=False)

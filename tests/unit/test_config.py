@@ -74,6 +74,21 @@ deployments:
             BASE + "    residency_class: pinned\n    idle_timeout: 5m\n",
             "rung.yaml:10: deployments[0].idle_timeout: ",
         ),
+        (
+            BASE + "    shrinkable: true\n",
+            "rung.yaml:9: deployments[0].shrinkable: llamacpp cannot give up its KV cache alone",
+        ),
+        (
+            BASE.replace("llamacpp, model_path: /m.gguf", "vllm, model: m") + "    shrinkable: true\n",
+            "rung.yaml:9: deployments[0].shrinkable: vLLM shrinks only with engine.sleep_mode: true",
+        ),
+        (
+            BASE.replace("llamacpp, model_path: /m.gguf", "vllm, model: m, sleep_mode: true").replace(
+                "{kind: process, executable: llama-server}", "{kind: external, base_url: http://127.0.0.1}"
+            )
+            + "    shrinkable: true\n",
+            "deployments[0].shrinkable: an engine that somebody else runs is never shrunk",
+        ),
         (BASE + BASE.split("deployments:\n")[1], "rung.yaml:9: deployments[1].id: chat is used twice"),
         (
             BASE.replace(
