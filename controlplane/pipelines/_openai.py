@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -191,12 +192,21 @@ class AnswerReader:
     Only whole events are passed on, so that an engine that breaks in mid-event never leaves half of
     one with the caller; `[DONE]` is held back until it is known that the answer is complete. Text that
     comes in one piece is one event of the job, however many tokens it has.
+
+    Args:
+        job: takes the events.
+        what: name of the engine, for messages.
+        keep_usage: whether the caller wants the chunk with the usage.
+        mark: makes the JSON that the last chunk has as `rung`, once it is there.
     """
 
-    __slots__ = ("_failure", "_finish_reason", "_job", "_keep_usage", "_splitter", "_text", "_what")
+    __slots__ = ("_failure", "_finish_reason", "_job", "_keep_usage", "_mark", "_splitter", "_text", "_what")
 
-    def __init__(self, job: LiveJob, what: str, *, keep_usage: bool) -> None:
+    def __init__(
+        self, job: LiveJob, what: str, *, keep_usage: bool, mark: Callable[[], bytes] | None = None
+    ) -> None:
         self._job = job
+        self._mark = mark
         self._text: TokenDelta | None = None
         self._what = what
         self._keep_usage = keep_usage
@@ -266,7 +276,7 @@ class AnswerReader:
             answers = _answers_decoder.decode(b"[%b]" % b",".join(data))
         except msgspec.DecodeError:
             return False
-        if len(answers) != len(data) or any(each.error is not None or each.usage for each in answers):
+        if len(answers) != len(data) or not all(map(_only_deltas, answers)):
             return False
         for answer in answers:
             self._take(answer)
@@ -274,21 +284,25 @@ class AnswerReader:
 
     def _each_event(self, whole: bytes) -> bytes:
         events = whole.split(b"\n\n")
-        dropped = False
+        changed = False
         for place, event in enumerate(events):
             if not event:
                 continue
             data = event_data(event)
             if data is None:
                 continue
+            unfinished = self._finish_reason is None
             if data != b"[DONE]" and self._take_data(data):
+                if unfinished and self._finish_reason is not None and self._mark is not None:
+                    events[place] = b"data: " + marked(data, self._mark())
+                    changed = True
                 continue
             events[place] = b""
-            dropped = True
+            changed = True
             if self._ended_badly():
                 del events[place:]
                 break
-        if not dropped:
+        if not changed:
             return whole
         return b"".join(event + b"\n\n" for event in events if event)
 
@@ -366,6 +380,22 @@ class AnswerReader:
         text, self._text = self._text, None
         if text is not None:
             self._job.text(text)
+
+
+def _only_deltas(answer: _Answer) -> bool:
+    return (
+        answer.error is None
+        and answer.usage is None
+        and all(choice.finish_reason is None for choice in answer.choices)
+    )
+
+
+def marked(answer: bytes, mark: bytes) -> bytes:
+    """A JSON object with one more field, `rung`; anything else as it is."""
+    answer = answer.rstrip()
+    if not answer.endswith(b"}") or len(answer) < 3:
+        return answer
+    return b'%b,"rung":%b}' % (answer[:-1], mark)
 
 
 def read_embeddings(body: bytes, what: str) -> tuple[tuple[tuple[float, ...], ...], Usage | None]:

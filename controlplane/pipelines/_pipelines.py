@@ -9,6 +9,7 @@ from itertools import chain
 from types import TracebackType
 from typing import Protocol
 
+import msgspec
 import structlog
 from prometheus_client import CollectorRegistry
 
@@ -20,6 +21,7 @@ from controlplane.pipelines._metrics import PipelineMetrics
 from controlplane.pipelines._openai import (
     AnswerReader,
     engine_body,
+    marked,
     read_embeddings,
     read_head,
     read_usage,
@@ -158,9 +160,9 @@ class Pipelines:
             await self._stream(begun, on_bytes, keep_usage=keep_usage, on_wait=on_wait)
 
     async def answer(self, begun: Begun) -> bytes:
-        """Generate an answer in one piece, as the engine's JSON. Raises as `stream`."""
+        """Generate an answer in one piece: the engine's JSON, and who it is from. Raises as `stream`."""
         async with self._ends(begun):
-            return await self._answer(begun)
+            return marked(await self._answer(begun), mark_of(begun))
 
     async def embed(self, wish: Wish) -> Embeddings:
         """Vectors for texts. Raises as `begin` and `stream`."""
@@ -210,7 +212,8 @@ class Pipelines:
                 raise EngineProtocolError(
                     f"{what} answered a stream with {reply.content_type or 'no content type'}", engine=what
                 )
-            reader = AnswerReader(job, what, keep_usage=keep_usage)
+            mark = None if on_bytes is None else lambda: mark_of(begun)
+            reader = AnswerReader(job, what, keep_usage=keep_usage, mark=mark)
             with self._pacer:
                 async for chunk in reply.chunks(self._pacer.interval_s):
                     whole = reader.feed(chunk)
@@ -298,3 +301,18 @@ def parse_kind(kind: str) -> JobKind:
 def judge_by_rule(body: bytes) -> Judged:
     """The effort of a request that leaves it open."""
     return Judged(4, "nobody said otherwise")
+
+
+def mark_of(begun: Begun) -> bytes:
+    """Who was asked and who answered, as the JSON that an answer has under `rung`."""
+    job, route = begun.job, begun.route
+    served = job.served
+    mark = {"job": job.id, "requested": job.model}
+    if served is not None:
+        mark |= {"target": served.target, "node": served.node, "model": served.model}
+    if route.rung:
+        return _encode(mark | {"effort": route.effort, "rung": route.rung})
+    return _encode(mark)
+
+
+_encode = msgspec.json.Encoder().encode

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -85,11 +86,24 @@ async def plane() -> AsyncIterator[Plane]:
         await client.aclose()
 
 
+def unmarked(text: bytes) -> tuple[bytes, list[dict[str, str]]]:
+    """A stream without what says who answered, and that."""
+    mark = re.compile(rb',"rung":({[^}]*})')
+    return mark.sub(b"", text), [json.loads(found) for found in mark.findall(text)]
+
+
 async def test_a_whole_answer(plane: Plane) -> None:
     status, answer, headers = await plane.post("/v1/chat/completions", CHAT, **{"X-Request-Id": "mine"})
 
     assert status == 200
     assert answer["choices"][0]["message"]["content"] == "Hello world"
+    assert answer["rung"] == {
+        "job": headers["X-Rung-Job"],
+        "requested": "tiny",
+        "target": "tiny-1",
+        "node": "workstation",
+        "model": "tiny-served",
+    }
     assert plane.engine.bodies[0]["model"] == "tiny-served"
     assert headers["X-Rung-Target"] == "tiny-1"
     assert headers["X-Rung-Node"] == "workstation"
@@ -110,7 +124,10 @@ async def test_a_stream(plane: Plane, wants_usage: bool) -> None:
         assert response.content_type == "text/event-stream"
         text = await response.read()
 
-    assert text == delta("Hello") + delta(" world", "stop") + (USAGE if wants_usage else b"") + DONE
+    bare, marks = unmarked(text)
+    assert bare == delta("Hello") + delta(" world", "stop") + (USAGE if wants_usage else b"") + DONE
+    assert [mark["target"] for mark in marks] == ["tiny-1"]
+    assert marks[0]["job"] == response.headers["X-Rung-Job"]
     job = await plane.ended(response.headers["X-Rung-Job"])
     assert job.usage is not None
     assert job.usage.prompt_tokens == 5
@@ -329,7 +346,7 @@ async def test_a_stopped_engine_is_started_with_progress(plane: Plane) -> None:
         text = await response.read()
 
     assert text.startswith(b": loading weights, 40 %\n\n")
-    assert text.endswith(delta("Hello") + delta(" world", "stop") + DONE)
+    assert unmarked(text)[0].endswith(delta("Hello") + delta(" world", "stop") + DONE)
 
 
 async def test_an_engine_that_does_not_start(plane: Plane) -> None:
