@@ -6,10 +6,10 @@ VENV := .venv/.dev
 ENGINES := .venv/.engines
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-unit check format protos bench clean
+.PHONY: help venv demo test test-unit test-engines check format protos bench clean
 
 help: ## Say what there is.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(VENV) ## Make .venv with everything that the lock file pins.
 
@@ -33,6 +33,11 @@ test: $(ENGINES) ## Run all tests, with a real llama.cpp, a real Docker Engine a
 
 test-unit: $(VENV) ## Run the fast tests only.
 	$(BIN)/python -m pytest tests/unit tests/contract tests/rpc
+
+test-engines: $(ENGINES) ## Hold the simulators and the adapters to a real vLLM (on the CPU) and a real llama.cpp.
+	@sh scripts/ensure_debian.sh libnuma1
+	@sh scripts/make_vllm.sh
+	$(BIN)/python -m pytest -m "real_vllm or not real_vllm" tests/engines tests/integration/test_real_llamacpp.py
 
 check: $(VENV) ## Lint, types, import rules, protos, generated stubs.
 	$(BIN)/ruff check .

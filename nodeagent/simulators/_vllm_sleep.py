@@ -16,6 +16,8 @@ from nodeagent.simulators._settings import Settings
 
 _WEIGHTS, _KV_CACHE = "weights", "kv_cache"
 _TAGS = frozenset({_WEIGHTS, _KV_CACHE})
+_LEVELS = (0, 1, 2)
+_MODES = ("abort", "wait", "keep")
 #: Bytes a second from the GPU to host memory, back, and from the disk's page cache, at life's speed.
 _OFFLOAD_RATE = 12e9
 _ONLOAD_RATE = 8e9
@@ -35,6 +37,14 @@ class Parts(Struct, frozen=True, kw_only=True):
 
 class _RemoteCall(Struct):
     method: str
+
+
+class _BadQueryError(Exception):
+    """A parameter of a query that vLLM's framework refuses before vLLM sees it."""
+
+    def __init__(self, param: str, why: str) -> None:
+        super().__init__(f"{{'loc': '{param}', 'msg': '{why}'}}")
+        self.param = param
 
 
 class SleepMode:
@@ -94,15 +104,16 @@ class SleepMode:
 
     async def _sleep(self, http: web.Request) -> web.Response:
         try:
-            level = int(http.query.get("level", "1"))
-        except ValueError as error:
-            return self._engine.failure(500, str(error))
+            level = _level_of(http.query.get("level", "1"))
+            mode = _mode_of(http.query.get("mode", "abort"))
+        except _BadQueryError as error:
+            return _bad_request(f"1 validation error:\n  {error}", param=error.param)
         async with self._one_at_a_time:
             busy = self._engine.counters.active > 0
             if busy and Fault.CRASH_WHEN_SLEPT_BUSY in self._engine.faults:
                 return self._fatal("CUDA error: an illegal memory access was encountered")
             self._engine.awake.clear()
-            if http.query.get("mode", "abort") == "abort":
+            if mode == "abort":
                 self._engine.abort_running()
             while self._engine.counters.active:  # noqa: ASYNC110 - counted for tests, not signalled
                 await asyncio.sleep(_POLL_S)
@@ -141,10 +152,11 @@ class SleepMode:
             if Fault.SLOW_WAKE in self._engine.faults:
                 await asyncio.sleep(self._settings.slow_wake_s)
             self._paused = False
-            tags = frozenset(wanted) or self._asleep
+            # Of the scheduler, which runs again once all is awake.
+            tags = frozenset(wanted) - {"scheduling"} if wanted else self._asleep
             # One tag that is not asleep, and the whole call is ignored.
             if tags and tags <= self._asleep:
-                if _WEIGHTS in tags and self._level == 1:
+                if _WEIGHTS in tags and self._level == 1 and self._enabled:
                     await self._takes(self.parts.weights / _ONLOAD_RATE)
                 before = self._asleep
                 self._asleep -= tags
@@ -164,10 +176,14 @@ class SleepMode:
     async def _collective_rpc(self, http: web.Request) -> web.Response:
         try:
             call = msgspec.json.decode(await http.read(), type=_RemoteCall)
+        except msgspec.ValidationError:
+            return _bad_request("Missing 'method' in request body", param=None)
         except msgspec.DecodeError as error:
-            return json_response({"detail": f"JSON decode error: {error}"}, status=400)
+            return _bad_request(f"JSON decode error: {error}", param=None)
         if call.method != "reload_weights":
-            return self._engine.failure(500, f"Call to {call.method} method failed")
+            return self._engine.failure(
+                500, f"Call to collective_rpc method failed: no attribute '{call.method}'"
+            )
         async with self._one_at_a_time:
             if _WEIGHTS in self._asleep:
                 return self._fatal("CUDA error: an illegal memory access was encountered")
@@ -196,3 +212,25 @@ class SleepMode:
 
     async def _takes(self, duration_s: float) -> None:
         await asyncio.sleep(duration_s / self._settings.speed)
+
+
+def _bad_request(message: str, *, param: str | None) -> web.Response:
+    """What vLLM's framework says of a request that it does not pass on: its type has a space."""
+    error = {"message": message, "type": "Bad Request", "param": param, "code": 400}
+    return json_response({"error": error}, status=400)
+
+
+def _level_of(text: str) -> int:
+    try:
+        level = int(text)
+    except ValueError:
+        raise _BadQueryError("query.level", "Input should be a valid integer") from None
+    if level not in _LEVELS:
+        raise _BadQueryError("query.level", "Input should be from 0 to 2")
+    return level
+
+
+def _mode_of(text: str) -> str:
+    if text not in _MODES:
+        raise _BadQueryError("query.mode", "Input should be abort, wait or keep")
+    return text

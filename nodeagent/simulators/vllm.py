@@ -286,10 +286,10 @@ class Vllm:
 
     def refuse_embedding(self, request: EmbeddingRequest) -> web.Response | None:
         """See `Dialect.refuse_embedding`."""
-        unknown = self._refuse_model(request.model)
-        if unknown is not None or self._embeds:
-            return unknown
-        return self._engine.failure(400, "The model does not support Embeddings API")
+        if not self._embeds:
+            # The route is only there for models that embed.
+            return json_response({"detail": "Not Found"}, status=404)
+        return self._refuse_model(request.model)
 
     def extras(self, timing: Timing) -> dict[str, Any]:
         """See `Dialect.extras`."""
@@ -350,22 +350,38 @@ class Vllm:
 
     async def _metrics(self, http: web.Request) -> web.Response:
         counters = self._engine.counters
-        values = {
-            "num_requests_running gauge": counters.active,
-            "num_requests_waiting gauge": counters.waiting,
-            "prompt_tokens_total counter": counters.prompt_tokens,
-            "generation_tokens_total counter": counters.tokens_generated,
-        }
-        lines = ["# TYPE vllm:engine_sleep_state gauge"]
-        for state in ("awake", "weights_offloaded", "discard_all"):
-            lines.append(
-                f'vllm:engine_sleep_state{{model_name="{self._names[0]}",sleep_state="{state}"}} '
-                f"{float(state == self._sleep.state)}"
-            )
-        for key, value in values.items():
-            name, kind = key.split()
-            labels = f'{{engine="0",model_name="{self._names[0]}"}}'
-            lines += [f"# TYPE vllm:{name} {kind}", f"vllm:{name}{labels} {float(value)}"]
+        # Those that wait for a sleeper are not counted.
+        waiting = 0 if self._sleep.sleeping else counters.waiting
+        states = ("awake", "weights_offloaded", "discard_all")
+        ends = {"stop": counters.completed, "length": 0, "abort": counters.aborted, "error": 0}
+        families: list[tuple[str, str, dict[str, float]]] = [
+            ("num_requests_running", "gauge", {"": counters.active}),
+            ("num_requests_waiting", "gauge", {"": waiting}),
+            (
+                "num_requests_waiting_by_reason",
+                "gauge",
+                {'reason="capacity"': waiting, 'reason="deferred"': 0},
+            ),
+            (
+                "engine_sleep_state",
+                "gauge",
+                {f'sleep_state="{state}"': state == self._sleep.state for state in states},
+            ),
+            ("kv_cache_usage_perc", "gauge", {"": counters.active / self._options.max_num_seqs}),
+            ("prompt_tokens_total", "counter", {"": counters.prompt_tokens}),
+            ("generation_tokens_total", "counter", {"": counters.tokens_generated}),
+            (
+                "request_success_total",
+                "counter",
+                {f'finished_reason="{reason}"': count for reason, count in ends.items()},
+            ),
+        ]
+        lines = []
+        for name, kind, samples in families:
+            lines.append(f"# TYPE vllm:{name} {kind}")
+            for label, value in samples.items():
+                labels = ",".join(filter(None, (f'engine="0",model_name="{self._names[0]}"', label)))
+                lines.append(f"vllm:{name}{{{labels}}} {float(value)}")
         return web.Response(text="\n".join(lines) + "\n", content_type="text/plain")
 
 
