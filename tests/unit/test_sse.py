@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.pipelines._sse import SseSplitter, event_data
+from rung.service import SseSplitter, event_data
 from rung.errors import EngineProtocolError
 
 EVENTS = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rung.errors import (
+    BudgetExhaustedError,
     DeadlineExceededError,
     EngineFailedError,
     EngineProtocolError,
@@ -31,7 +32,7 @@ _ERRORS: dict[FailureReason, type[RungError]] = {
     FailureReason.NODE_LOST: NodeUnreachableError,
     FailureReason.CONTROL_PLANE_RESTARTED: UnavailableError,
     FailureReason.VRAM_INFEASIBLE: VramInfeasibleError,
-    FailureReason.BUDGET_EXHAUSTED: NoTargetError,
+    FailureReason.BUDGET_EXHAUSTED: BudgetExhaustedError,
     FailureReason.INTERNAL: RungError,
 }
 

@@ -182,6 +182,17 @@ class QueueFullError(RungError):
     http_status = 429
 
 
+class BudgetExhaustedError(RungError):
+    """The spending cap leaves no room for the request; the message says what was spent, and until when.
+
+    `metadata` has `spent_usd`, `reserved_usd`, `cap_usd` and `retry_after`, the seconds until it resets.
+    """
+
+    status = Status.RESOURCE_EXHAUSTED
+    reason = "BUDGET_EXHAUSTED"
+    http_status = 429
+
+
 class VramInfeasibleError(RungError):
     """The memory cannot be had; the message says why and what would make it fit.
 

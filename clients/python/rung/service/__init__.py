@@ -1,6 +1,6 @@
 """What the control plane and the node agent have in common. Needs `rung[server]` or `rung[agent]`."""
 
-from rung.service._config_file import ByteSize, DurationS, FieldError, load_yaml_model
+from rung.service._config_file import ByteSize, DurationS, FieldError, load_yaml_model, parse_duration
 from rung.service._engine_client import EngineClient, EngineReply
 from rung.service._host import host_id
 from rung.service._interceptors import CallInterceptor
@@ -8,6 +8,7 @@ from rung.service._logging import configure_logging
 from rung.service._server import GrpcServer, ServerOptions, require_loopback
 from rung.service._services import add_service
 from rung.service._signal import Signal
+from rung.service._sse import SseSplitter, event_data
 from rung.service._stream_pacer import StreamPacer
 
 __all__ = [
@@ -20,10 +21,13 @@ __all__ = [
     "GrpcServer",
     "ServerOptions",
     "Signal",
+    "SseSplitter",
     "StreamPacer",
     "add_service",
     "configure_logging",
+    "event_data",
     "host_id",
     "load_yaml_model",
+    "parse_duration",
     "require_loopback",
 ]

@@ -6,8 +6,10 @@ Bytes pass through as they come.
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
+from typing import TypeAlias
 from urllib.parse import urlsplit
 
 from msgspec import Struct
@@ -19,6 +21,8 @@ from rung.service._http_connection import HttpConnection
 CONNECT_TIMEOUT_S = 5.0
 #: Idle connections are dropped before the engines' usual 5 s (uvicorn) can race a new request.
 _KEEPALIVE_S = 4.0
+#: Headers of a request beside those that all have.
+Headers: TypeAlias = tuple[tuple[str, str], ...]
 #: Engine URLs and keys are few, and configured; what is remembered of them is bounded all the same.
 _REMEMBERED_ROUTES = 1024
 
@@ -30,7 +34,7 @@ class EngineReply:
     that nobody listens any more.
     """
 
-    __slots__ = ("_connection", "_idle", "content_type", "retry_after", "status")
+    __slots__ = ("_connection", "_idle", "content_type", "limits", "retry_after", "status")
 
     def __init__(self, connection: HttpConnection, idle: list[HttpConnection]) -> None:
         self._connection = connection
@@ -38,6 +42,8 @@ class EngineReply:
         self.status = connection.status
         self.content_type = connection.content_type
         self.retry_after = connection.retry_after
+        #: Headers that speak of limits and when they end, by their names in lower case.
+        self.limits = connection.limits
 
     def ready(self) -> bytes:
         """Take what has come of the body already, which is often all of it; `chunks` goes on after it."""
@@ -98,16 +104,28 @@ class _Route(Struct, frozen=True):
 class EngineClient:
     """A pool of keep-alive connections to engines. Make it inside the running event loop.
 
-    It follows no redirect and knows no proxy: an engine never sends a generation elsewhere.
+    It follows no redirect and knows no proxy: an engine never sends a generation elsewhere. Over https it
+    demands a certificate that it can verify, for the name in the URL.
+
+    Args:
+        tls: what to verify certificates with; by default the authorities that the system trusts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        self._tls = tls
         self._idle: dict[tuple[str, int, bool], list[HttpConnection]] = {}
-        self._routes: dict[tuple[str, str, str], _Route] = {}
+        self._routes: dict[tuple[str, str, str, Headers], _Route] = {}
 
     async def post(
-        self, url: str, body: bytes, *, what: str, idle_timeout_s: float, api_key: str = ""
+        self,
+        url: str,
+        body: bytes,
+        *,
+        what: str,
+        idle_timeout_s: float,
+        api_key: str = "",
+        headers: Headers = (),
     ) -> EngineReply:
         """Send a JSON body and return once the head of the answer is there.
 
@@ -117,13 +135,16 @@ class EngineClient:
             what: name of the engine, for messages.
             idle_timeout_s: longest silence, for the head and between pieces of the body.
             api_key: bearer token of the engine; empty for none.
+            headers: further ones, for those who want them; configured, as the URL is.
 
         Raises:
             EngineUnreachableError: no connection, or it broke before an answer.
             EngineTimeoutError: no head within the idle timeout.
             EngineProtocolError: the answer is not HTTP.
         """
-        route = self._routes.get(("POST", url, api_key)) or self._route("POST", url, api_key)
+        route = self._routes.get(("POST", url, api_key, headers))
+        if route is None:
+            route = self._route("POST", url, api_key, headers)
         request = b"%bContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (
             route.request_head,
             len(body),
@@ -143,7 +164,7 @@ class EngineClient:
 
     async def get(self, url: str, *, what: str, timeout_s: float, api_key: str = "") -> EngineReply:
         """Ask the engine something small; `timeout_s` bounds all of it, the body too. Raises as `post`."""
-        route = self._routes.get(("GET", url, api_key)) or self._route("GET", url, api_key)
+        route = self._routes.get(("GET", url, api_key, ())) or self._route("GET", url, api_key, ())
         # Always a new connection: a probe is to find out whether there is somebody who accepts one.
         connection = await self._connect(route, what, url, timeout_s)
         request = route.request_head + b"\r\n"
@@ -181,7 +202,10 @@ class EngineClient:
         try:
             async with asyncio.timeout(timeout_s):
                 _, connection = await self._loop.create_connection(
-                    lambda: HttpConnection(self._loop), route.host, route.port, ssl=route.tls or None
+                    lambda: HttpConnection(self._loop),
+                    route.host,
+                    route.port,
+                    ssl=self._trusted() if route.tls else None,
                 )
         except TimeoutError as error:
             raise EngineUnreachableError(
@@ -191,7 +215,13 @@ class EngineClient:
             raise EngineUnreachableError(f"{what} cannot be reached: {error}", engine=what) from error
         return connection
 
-    def _route(self, method: str, url: str, api_key: str) -> _Route:
+    def _trusted(self) -> ssl.SSLContext:
+        """What verifies certificates; made once, since it reads the authorities' from the disk."""
+        if self._tls is None:
+            self._tls = ssl.create_default_context()
+        return self._tls
+
+    def _route(self, method: str, url: str, api_key: str, headers: Headers) -> _Route:
         parts = urlsplit(url)
         host, tls = parts.hostname or "", parts.scheme == "https"
         port = parts.port or (443 if tls else 80)
@@ -205,6 +235,7 @@ class EngineClient:
         ]
         if api_key:
             lines.append(f"Authorization: Bearer {api_key}")
+        lines += [f"{name}: {value}" for name, value in headers]
         text = "\r\n".join(lines)
         if not host or len(text.splitlines()) != len(lines):
             raise EngineUnreachableError(f"{url!r} is not the URL of an engine", url=url)
@@ -212,7 +243,7 @@ class EngineClient:
         route = _Route(host, port, tls, f"{text}\r\n".encode("latin-1"), idle)
         if len(self._routes) >= _REMEMBERED_ROUTES:
             self._routes.clear()
-        self._routes[method, url, api_key] = route
+        self._routes[method, url, api_key, headers] = route
         return route
 
     async def aclose(self) -> None:

@@ -7,6 +7,8 @@ carried 0.55 to 0.68 of the requests of a bare relay, with this 1.05 to 1.2 (tes
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import cast
 
 import httptools
@@ -17,6 +19,7 @@ from rung.errors import EngineProtocolError, EngineTimeoutError, EngineUnreachab
 _HELD_BYTES = 256 * 1024
 #: Most bytes of an answer before its body.
 _LARGEST_HEAD_BYTES = 64 * 1024
+_NO_LIMITS: Mapping[str, str] = MappingProxyType({})
 
 
 class HttpConnection(asyncio.Protocol):
@@ -46,6 +49,7 @@ class HttpConnection(asyncio.Protocol):
         "_what",
         "content_type",
         "idle_since_s",
+        "limits",
         "retry_after",
         "reusable",
         "status",
@@ -71,6 +75,7 @@ class HttpConnection(asyncio.Protocol):
         self.status = 0
         self.content_type = "application/json"
         self.retry_after = ""
+        self.limits: Mapping[str, str] = _NO_LIMITS
         self._body.clear()
         self._held_bytes = 0
         self._head_bytes = 0
@@ -296,6 +301,8 @@ class HttpConnection(asyncio.Protocol):
             self._framed = True
         elif lowered == b"retry-after":
             self.retry_after = value.decode("latin-1")
+        elif b"ratelimit" in lowered or lowered == b"retry-after-ms":
+            self.limits = {**self.limits, lowered.decode("latin-1"): value.decode("latin-1")}
 
     def on_headers_complete(self) -> None:
         """Called by the parser."""
