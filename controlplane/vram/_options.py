@@ -27,8 +27,9 @@ The harm of an action is the waiting, in seconds, that it is expected to cause o
 sleeper that is stopped, what a start takes longer than waking. `likelihood` halves in the first RECENCY_S
 seconds of idleness and goes on falling as 1/time. A busy deployment is as good as wanted, holds the demand
 up until it is drained, and carries a fixed charge, so that an idle one gives way before it unless
-that costs more than half a minute of waiting. The harm of a plan is the sum over its steps, counted in
-whole thousandths of a second, so that equal means equal.
+that costs more than half a minute of waiting. To shrink a pinned one is charged PINNED_HARM_S besides: it
+grows again at once, at the cost of whatever could have given way in its stead. The harm of a plan is the sum
+over its steps, counted in whole thousandths of a second, so that equal means equal.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from rung.types import ReclaimAction, ReclaimGrade, Residency, ResidencyClass
 
 RECENCY_S = 300.0
 BUSY_HARM_S = 30.0
+PINNED_HARM_S = 600.0
 
 
 #: Grades from the least to the greatest disturbance.
@@ -86,14 +88,16 @@ def options_of(entry: LedgerEntry, *, unified: bool) -> list[Option]:
         ways = _of_asleep(entry)
     else:
         return []
+    pinned_harm_s = PINNED_HARM_S if entry.residency_class is ResidencyClass.PINNED else 0.0
     drain_ms = 0
-    harm_s, likelihood = 0.0, 1.0
+    likelihood = 1.0
     if entry.busy:
         drain_ms = round(1000 * entry.drain_expected_s)
-        harm_s = entry.drain_expected_s + BUSY_HARM_S
+        harm_s = entry.drain_expected_s + BUSY_HARM_S + pinned_harm_s
     else:
         chance = min(1.0, max(0.0, entry.reuse_chance))
         likelihood = chance * RECENCY_S / (RECENCY_S + max(0.0, entry.idle_s))
+        harm_s = pinned_harm_s
     return [
         Option(
             grade,

@@ -82,6 +82,8 @@ def ways_of(entry: LedgerEntry, ledger: Ledger, grade: ReclaimGrade, demand: Dem
         else:
             harm = round(1000 * (entry.reuse_chance * 300.0 / (300.0 + entry.idle_s) * restore_s))
             duration_ms = round(1000 * duration_s)
+        if kind is ResidencyClass.PINNED:
+            harm += 600_000
         if freed > 0:
             ways.append((order, action, level, freed, host, harm, duration_ms))
     return ways
@@ -444,6 +446,16 @@ def test_twenty_gigabytes_take_the_sleep_the_flush_and_the_shrink_that_was_opted
         ("nemotron-8b", ReclaimAction.SHRINK),
     }
     assert found.expected_s == sum(step.expected_s for step in found.steps) == 7.0
+
+
+def test_the_pinned_one_is_shrunk_last_though_it_would_cost_the_least_time() -> None:
+    ledger = workstation(residency=Residency.ASLEEP, resident_bytes=GIB, asleep_level=1)
+    comfyui = msgspec.structs.replace(ledger.entries[0], timings=Timings(refill_s=60.0))
+    ledger = msgspec.structs.replace(ledger, entries=(comfyui, *ledger.entries[1:]))
+
+    found = planned(ledger, 9)
+
+    assert [(step.deployment_id, step.action) for step in found.steps] == [("comfyui", ReclaimAction.FREE)]
 
 
 def test_full_plans_only_what_is_needed() -> None:
