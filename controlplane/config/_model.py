@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from controlplane.cloud import CloudProvider
+from controlplane.config._cloud import CloudProviderConfig, check_cloud
 from rung import types
 from rung.errors import LoopbackOnlyError
 from rung.service import ByteSize, DurationS, FieldError, load_yaml_model, require_loopback
@@ -296,11 +298,12 @@ class DeploymentConfig(_Model):
 
 
 class Config(_Model):
-    """A control plane, its nodes and its deployments."""
+    """A control plane, its nodes, its deployments and its cloud providers."""
 
     server: ServerConfig = ServerConfig()
     nodes: tuple[NodeConfig, ...] = ()
     deployments: tuple[DeploymentConfig, ...] = ()
+    cloud: tuple[CloudProviderConfig, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -325,11 +328,17 @@ class Config(_Model):
                 raise FieldError(
                     ("deployments", place, "port"), f"{other} has port {deployment.port} on the same node"
                 )
+        aliases = {alias for deployment in self.deployments for alias in deployment.aliases}
+        check_cloud(self.cloud, models | aliases)
         return self
 
     def deployment_specs(self) -> tuple[types.DeploymentSpec, ...]:
         """The deployments as the rest of the system has them."""
         return tuple(deployment.spec() for deployment in self.deployments)
+
+    def cloud_providers(self) -> tuple[CloudProvider, ...]:
+        """The cloud providers as the rest of the system has them."""
+        return tuple(provider.value() for provider in self.cloud)
 
 
 def load_config(path: Path) -> Config:

@@ -1,0 +1,169 @@
+"""Cloud providers in the configuration: who they are, what their models cost, how much may be spent."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from controlplane.cloud import CloudModel, CloudProvider, Dialect, ModelPrices, Thinking
+from rung.errors import LoopbackOnlyError
+from rung.service import FieldError, require_loopback
+
+_ID = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+
+#: What need not be written of providers that are known by their ids.
+_KNOWN: dict[str, dict[str, str]] = {
+    "openai": {"base_url": "https://api.openai.com/v1", "api_key_env": "OPENAI_API_KEY"},
+    "anthropic": {
+        "dialect": "anthropic",
+        "base_url": "https://api.anthropic.com/v1",
+        "api_key_env": "ANTHROPIC_API_KEY",
+    },
+    "deepseek": {"base_url": "https://api.deepseek.com", "api_key_env": "DEEPSEEK_API_KEY"},
+    "google": {
+        "base_url": "https://generativelanguage.googleapis.com/v1beta/openai",
+        "api_key_env": "GEMINI_API_KEY",
+    },
+}
+
+
+def _base_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{url!r} is not an https:// URL such as https://api.openai.com/v1")
+    if parts.query or parts.fragment or parts.username or parts.password:
+        raise ValueError("a base URL has scheme, host, port and path, and nothing else")
+    if parts.scheme == "http":
+        try:
+            require_loopback(parts.hostname, "a cloud provider")
+        except LoopbackOnlyError:
+            raise ValueError(f"{url!r} would send the key in the clear; use https://") from None
+    return url.rstrip("/")
+
+
+class CloudModelConfig(BaseModel):
+    """A model of a provider. Prices are in US dollars for a million tokens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str = Field(pattern=_ID, description="The target is called provider/id.")
+    model: str = Field(default="", description="The provider's name of it; the id where it is left out.")
+    aliases: tuple[str, ...] = ()
+    capabilities: tuple[str, ...] = ("chat",)
+    context_tokens: int = Field(default=0, ge=0)
+    max_output_tokens: int = Field(
+        ge=1, description="Asked for where a request sets no limit; what is reserved follows from it."
+    )
+    usd_per_million_prompt_tokens: float = Field(ge=0)
+    usd_per_million_completion_tokens: float = Field(ge=0)
+    usd_per_million_cached_tokens: float | None = Field(
+        default=None, ge=0, description="As other tokens of the prompt where it is left out."
+    )
+    drop_fields: tuple[str, ...] = Field(
+        default=(), description="Fields of a request that the model refuses, such as temperature."
+    )
+    thinking: Thinking = Field(
+        default=Thinking.OFF,
+        description="Anthropic's dialect: how it is told to think where a request has reasoning_effort.",
+    )
+
+    def value(self, provider: str) -> CloudModel:
+        """As the rest of the system has it."""
+        cached = self.usd_per_million_cached_tokens
+        return CloudModel(
+            id=f"{provider}/{self.id}",
+            provider=provider,
+            model=self.model or self.id,
+            aliases=self.aliases,
+            capabilities=self.capabilities,
+            context_tokens=self.context_tokens,
+            max_output_tokens=self.max_output_tokens,
+            prices=ModelPrices(
+                prompt_usd=self.usd_per_million_prompt_tokens,
+                completion_usd=self.usd_per_million_completion_tokens,
+                cached_usd=self.usd_per_million_prompt_tokens if cached is None else cached,
+            ),
+            drop_fields=frozenset(self.drop_fields),
+            thinking=self.thinking,
+        )
+
+
+class CloudProviderConfig(BaseModel):
+    """A cloud API. Of openai, anthropic, deepseek and google only the models need be written."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str = Field(pattern=_ID)
+    dialect: Dialect = Dialect.OPENAI
+    base_url: Annotated[str, AfterValidator(_base_url)] = Field(
+        default="", description="https, with the version; http for a simulator on this machine."
+    )
+    api_key_env: str = Field(default="", description="Variable of the environment that has the key.")
+    api_key_file: Path | None = Field(
+        default=None, description="File with the key, readable by its owner only."
+    )
+    daily_cap_usd: float = Field(default=5.0, ge=0, description="Most that is spent in a day of UTC.")
+    models: tuple[CloudModelConfig, ...] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, fields: Any) -> Any:
+        """Fill in what is known of a provider by its id."""
+        if not isinstance(fields, dict):
+            return fields
+        known = dict(_KNOWN.get(str(fields.get("id")), {}))
+        if fields.get("api_key_file") is not None:
+            known.pop("api_key_env", None)
+        return known | fields
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.base_url:
+            known = ", ".join(sorted(_KNOWN))
+            raise FieldError(("base_url",), f"is missing; only {known} are known without it")
+        if bool(self.api_key_env) == (self.api_key_file is not None):
+            raise FieldError(("api_key_env",), "give one of api_key_env and api_key_file")
+        for place, model in enumerate(self.models):
+            if any(model.id == other.id for other in self.models[:place]):
+                raise FieldError(("models", place, "id"), f"{model.id} is used twice")
+        return self
+
+    def value(self) -> CloudProvider:
+        """As the rest of the system has it."""
+        return CloudProvider(
+            id=self.id,
+            dialect=self.dialect,
+            base_url=self.base_url,
+            api_key_env=self.api_key_env,
+            api_key_file=self.api_key_file.expanduser() if self.api_key_file else None,
+            daily_cap_usd=self.daily_cap_usd,
+            models=tuple(model.value(self.id) for model in self.models),
+        )
+
+
+def check_cloud(providers: Sequence[CloudProviderConfig], taken: Collection[str]) -> None:
+    """Look for names that mean two things.
+
+    Args:
+        providers: all of them.
+        taken: models and aliases of deployments.
+
+    Raises:
+        FieldError: a provider is there twice, or a model's alias is used for something else.
+    """
+    names = dict.fromkeys(taken, "a deployment")
+    for place, provider in enumerate(providers):
+        if any(provider.id == other.id for other in providers[:place]):
+            raise FieldError(("cloud", place, "id"), f"{provider.id} is used twice")
+        for at, model in enumerate(provider.models):
+            target = f"{provider.id}/{model.id}"
+            for name in (target, *model.aliases):
+                other = names.setdefault(name, target)
+                if other != target:
+                    raise FieldError(
+                        ("cloud", place, "models", at, "aliases"), f"{name} is a name of {other}"
+                    )
