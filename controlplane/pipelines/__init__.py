@@ -1,8 +1,19 @@
 """What each kind of job does, step by step."""
 
+from controlplane.pipelines._begun import Begun
 from controlplane.pipelines._openai import RequestHead, read_head
-from controlplane.pipelines._pipelines import Begun, Pipelines, parse_kind
+from controlplane.pipelines._pipelines import Cloud, Pipelines, parse_kind
 from controlplane.pipelines._slots import MAX_QUEUED, Slots
 from controlplane.pipelines._wish import Wish
 
-__all__ = ["MAX_QUEUED", "Begun", "Pipelines", "RequestHead", "Slots", "Wish", "parse_kind", "read_head"]
+__all__ = [
+    "MAX_QUEUED",
+    "Begun",
+    "Cloud",
+    "Pipelines",
+    "RequestHead",
+    "Slots",
+    "Wish",
+    "parse_kind",
+    "read_head",
+]

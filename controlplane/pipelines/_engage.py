@@ -12,13 +12,13 @@ from typing import Protocol
 import structlog
 
 from controlplane.fleet import DeploymentView, Fleet, NodeSchedulers
-from controlplane.jobs import LiveJob
 from controlplane.ladder import Candidate, Circuits, TargetKind
 from controlplane.pipelines._openai import check_status
 from controlplane.pipelines._router import Router
 from controlplane.pipelines._slots import Slots
 from controlplane.pipelines._wish import Wish
 from rung.errors import (
+    EngineProtocolError,
     EngineRejectedError,
     EngineStartFailedError,
     EngineTimeoutError,
@@ -46,6 +46,28 @@ _MOVES_ON = (*_TARGETS_FAULT, QueueFullError, VramInfeasibleError, HeldByProfile
 
 #: Called with each line of progress while an engine is made awake or a slot is waited for.
 OnWait = Callable[[str], Awaitable[None]]
+
+
+class EngagedJob(Protocol):
+    """What is told of each step."""
+
+    id: str
+    model: str
+
+    def progress(
+        self,
+        phase: Phase,
+        detail: str = "",
+        *,
+        percent: float | None = None,
+        remaining_s: float | None = None,
+    ) -> None:
+        """A phase began, or moved on."""
+        ...
+
+    def begin_generating(self, served: Served) -> None:
+        """Who answers is known."""
+        ...
 
 
 class Reply(Protocol):
@@ -107,6 +129,15 @@ class Engaged:
         self._release = release
         self._failed = failed
 
+    def check_stream(self) -> None:
+        """Raises EngineProtocolError if the answer is no stream."""
+        content_type = self.reply.content_type
+        if not content_type.startswith("text/event-stream"):
+            raise EngineProtocolError(
+                f"{self.target} answered a stream with {content_type or 'no content type'}",
+                engine=self.target,
+            )
+
     async def __aenter__(self) -> Engaged:
         return self
 
@@ -163,7 +194,7 @@ class Engager:
 
     async def engage(
         self,
-        job: LiveJob,
+        job: EngagedJob,
         wish: Wish,
         targets: Iterator[Candidate],
         make_body: Callable[[str], bytes],
@@ -236,7 +267,7 @@ class Engager:
             # It is full, or does not fit now: that says nothing of its health.
             self._circuits.abandoned(target)
 
-    def _bridged(self, job: LiveJob, targets: Iterator[Candidate]) -> Iterator[Candidate]:
+    def _bridged(self, job: EngagedJob, targets: Iterator[Candidate]) -> Iterator[Candidate]:
         """The same targets; one that would have to be made awake first is passed by one that is ready.
 
         It is made awake all the same, for the requests that come after this one.
@@ -269,7 +300,7 @@ class Engager:
 
     async def _try(
         self,
-        job: LiveJob,
+        job: EngagedJob,
         wish: Wish,
         deployment_id: str,
         make_body: Callable[[str], bytes],
@@ -306,7 +337,7 @@ class Engager:
         return Engaged(spec.id, reply, self._slots.release, self._failed)
 
     async def _try_cloud(
-        self, job: LiveJob, candidate: Candidate, make_body: Callable[[str], bytes], *, stream: bool
+        self, job: EngagedJob, candidate: Candidate, make_body: Callable[[str], bytes], *, stream: bool
     ) -> Engaged:
         assert self._cloud is not None  # it has candidates
         model = self._cloud.model_name(candidate.id)
@@ -317,7 +348,7 @@ class Engager:
         return Engaged(candidate.id, reply, None, self._failed)
 
     async def _awake(
-        self, job: LiveJob, wish: Wish, target: DeploymentView, on_wait: OnWait | None
+        self, job: EngagedJob, wish: Wish, target: DeploymentView, on_wait: OnWait | None
     ) -> DeploymentView:
         deployment_id = target.deployment.spec.id
         residency = target.deployment.residency
@@ -337,7 +368,7 @@ class Engager:
             raise EngineStartFailedError(f"{deployment_id} is no longer deployed", deployment=deployment_id)
         return found
 
-    async def _slot(self, job: LiveJob, spec: DeploymentSpec, on_wait: OnWait | None) -> None:
+    async def _slot(self, job: EngagedJob, spec: DeploymentSpec, on_wait: OnWait | None) -> None:
         async for place in self._slots.acquire(spec.id):
             detail = f"waiting for one of {spec.slots} slots of {spec.id}; place {place} in the queue"
             job.progress(Phase.QUEUED, detail)
@@ -345,7 +376,7 @@ class Engager:
                 await on_wait(detail)
 
     async def _open(
-        self, job: LiveJob, wish: Wish, target: DeploymentView, make_body: Callable[[str], bytes]
+        self, job: EngagedJob, wish: Wish, target: DeploymentView, make_body: Callable[[str], bytes]
     ) -> Reply:
         spec = target.deployment.spec
         model = spec.engine_model_name

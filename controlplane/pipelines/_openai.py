@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from msgspec import Struct
 
-from controlplane.jobs import LiveJob
 from rung.errors import (
     EngineFailedError,
     EngineProtocolError,
@@ -186,6 +185,22 @@ def _error_text(body: bytes) -> tuple[str, str]:
     return str(found)[:500], ""
 
 
+class AnswerEvents(Protocol):
+    """Takes what an answer says."""
+
+    def text(self, delta: TokenDelta) -> None:
+        """Text to append."""
+        ...
+
+    def tool_call(self, delta: ToolCallDelta) -> None:
+        """A part of a tool call."""
+        ...
+
+    def consumed(self, usage: Usage) -> None:
+        """What the answer took."""
+        ...
+
+
 class AnswerReader:
     """Reads an answer into a job's events, and says which bytes of a stream to pass on.
 
@@ -203,7 +218,7 @@ class AnswerReader:
     __slots__ = ("_failure", "_finish_reason", "_job", "_keep_usage", "_mark", "_splitter", "_text", "_what")
 
     def __init__(
-        self, job: LiveJob, what: str, *, keep_usage: bool, mark: Callable[[], bytes] | None = None
+        self, job: AnswerEvents, what: str, *, keep_usage: bool, mark: Callable[[], bytes] | None = None
     ) -> None:
         self._job = job
         self._mark = mark

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from itertools import chain
 from types import TracebackType
 from typing import Protocol
 
-import msgspec
 import structlog
 from prometheus_client import CollectorRegistry
 
 from controlplane.fleet import Fleet, NodeSchedulers
 from controlplane.jobs import Jobs, LiveJob
-from controlplane.ladder import Candidate, Circuits, Ladder
+from controlplane.ladder import Circuits, Ladder
+from controlplane.pipelines._begun import Begun
 from controlplane.pipelines._engage import CloudPort, Engager, OnWait
 from controlplane.pipelines._metrics import PipelineMetrics
 from controlplane.pipelines._openai import (
@@ -26,11 +26,12 @@ from controlplane.pipelines._openai import (
     read_head,
     read_usage,
 )
-from controlplane.pipelines._router import CloudModels, Judged, Route, Router
+from controlplane.pipelines._reasoning import Reasoning
+from controlplane.pipelines._router import CloudModels, Judged, Router
 from controlplane.pipelines._slots import Slots
 from controlplane.pipelines._wish import Wish
 from rung import reason_of_error
-from rung.errors import EngineProtocolError, InvalidRequestError, JobCancelledError, RungError
+from rung.errors import InvalidRequestError, JobCancelledError, RungError
 from rung.service import EngineClient, StreamPacer
 from rung.types import Embeddings, FailureReason, Job, JobKind, Phase, RouteExplanation
 
@@ -47,18 +48,6 @@ OnBytes = Callable[[bytes], Awaitable[None]]
 
 class Cloud(CloudModels, CloudPort, Protocol):
     """The cloud models: who they are, and how they are asked."""
-
-
-class Begun:
-    """A job that was accepted: its wish, and who may answer it, best first."""
-
-    __slots__ = ("job", "route", "targets", "wish")
-
-    def __init__(self, job: LiveJob, wish: Wish, route: Route, targets: Iterator[Candidate]) -> None:
-        self.job = job
-        self.wish = wish
-        self.route = route
-        self.targets = targets
 
 
 class Pipelines:
@@ -92,6 +81,7 @@ class Pipelines:
             cloud=cloud,
             engine_idle_timeout_s=engine_idle_timeout_s,
         )
+        self._reasoning = Reasoning(self._router, self._engager)
         self._metrics = PipelineMetrics(registry, jobs)
         self._tasks: set[asyncio.Task[None]] = set()
         self._pacer = StreamPacer(
@@ -162,7 +152,7 @@ class Pipelines:
     async def answer(self, begun: Begun) -> bytes:
         """Generate an answer in one piece: the engine's JSON, and who it is from. Raises as `stream`."""
         async with self._ends(begun):
-            return marked(await self._answer(begun), mark_of(begun))
+            return marked(await self._answer(begun), begun.mark())
 
     async def embed(self, wish: Wish) -> Embeddings:
         """Vectors for texts. Raises as `begin` and `stream`."""
@@ -201,21 +191,24 @@ class Pipelines:
         self, begun: Begun, on_bytes: OnBytes | None, *, keep_usage: bool, on_wait: OnWait | None
     ) -> None:
         job, body = begun.job, begun.wish.body
+        mark = None if on_bytes is None else begun.mark
+        if begun.route.reason:
+            job.done(
+                await self._reasoning.stream(
+                    begun, on_bytes, keep_usage=keep_usage, on_wait=on_wait, mark=mark
+                )
+            )
+            return
 
         def make_body(model: str) -> bytes:
             return engine_body(body, model=model, stream=True)
 
         engaging = self._engager.engage(job, begun.wish, begun.targets, make_body, on_wait, stream=True)
         async with await engaging as engaged:
-            what, reply = engaged.target, engaged.reply
-            if not reply.content_type.startswith("text/event-stream"):
-                raise EngineProtocolError(
-                    f"{what} answered a stream with {reply.content_type or 'no content type'}", engine=what
-                )
-            mark = None if on_bytes is None else lambda: mark_of(begun)
-            reader = AnswerReader(job, what, keep_usage=keep_usage, mark=mark)
+            engaged.check_stream()
+            reader = AnswerReader(job, engaged.target, keep_usage=keep_usage, mark=mark)
             with self._pacer:
-                async for chunk in reply.chunks(self._pacer.interval_s):
+                async for chunk in engaged.reply.chunks(self._pacer.interval_s):
                     whole = reader.feed(chunk)
                     if whole and on_bytes is not None:
                         await on_bytes(whole)
@@ -229,6 +222,10 @@ class Pipelines:
     async def _answer(self, begun: Begun) -> bytes:
         job, wish = begun.job, begun.wish
         chat = wish.kind is JobKind.CHAT
+        if begun.route.reason:
+            body, finish_reason = await self._reasoning.answer(begun)
+            job.done(finish_reason)
+            return body
 
         def make_body(model: str) -> bytes:
             return engine_body(wish.body, model=model, stream=False if chat else None)
@@ -301,18 +298,3 @@ def parse_kind(kind: str) -> JobKind:
 def judge_by_rule(body: bytes) -> Judged:
     """The effort of a request that leaves it open."""
     return Judged(4, "nobody said otherwise")
-
-
-def mark_of(begun: Begun) -> bytes:
-    """Who was asked and who answered, as the JSON that an answer has under `rung`."""
-    job, route = begun.job, begun.route
-    served = job.served
-    mark = {"job": job.id, "requested": job.model}
-    if served is not None:
-        mark |= {"target": served.target, "node": served.node, "model": served.model}
-    if route.rung:
-        return _encode(mark | {"effort": route.effort, "rung": route.rung})
-    return _encode(mark)
-
-
-_encode = msgspec.json.Encoder().encode
