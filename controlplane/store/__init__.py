@@ -1,5 +1,6 @@
 """Tables and migrations: what survives a restart."""
 
+from controlplane.store._profiles import ProfileState, ProfileStates
 from controlplane.store._store import JobStore, StoredSegment, migrate
 
-__all__ = ["JobStore", "StoredSegment", "migrate"]
+__all__ = ["JobStore", "ProfileState", "ProfileStates", "StoredSegment", "migrate"]

@@ -149,6 +149,24 @@ class JobStore:
 
         return await self._run(self._writer, remove)
 
+    async def read_with(self, work: Callable[[Connection], T]) -> T:
+        """Read what other parts keep in this file. Raises UnavailableError."""
+
+        def read() -> T:
+            with self._engine.connect() as connection:
+                return work(connection)
+
+        return await self._run(self._readers, read)
+
+    async def write_with(self, work: Callable[[Connection], T]) -> T:
+        """Write it, in one transaction. Raises UnavailableError: nothing was stored."""
+
+        def write() -> T:
+            with self._engine.begin() as connection:
+                return work(connection)
+
+        return await self._run(self._writer, write)
+
     async def aclose(self) -> None:
         """Finish what is being written and let go of the file."""
         await asyncio.to_thread(self._writer.shutdown)

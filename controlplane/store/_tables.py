@@ -7,7 +7,7 @@ write for each. The two that there are hold few rows.
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Column, Double, Index, LargeBinary, MetaData, String, Table, text
+from sqlalchemy import BigInteger, Column, Double, Index, Integer, LargeBinary, MetaData, String, Table, text
 
 metadata = MetaData()
 
@@ -35,4 +35,12 @@ job_segments = Table(
     Column("last_sequence", BigInteger, nullable=False),
     Column("events", LargeBinary, nullable=False),
     sqlite_with_rowid=False,
+)
+
+#: One row: the `ProfileState`, as MessagePack.
+profile_state = Table(
+    "profile_state",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("record", LargeBinary, nullable=False),
 )

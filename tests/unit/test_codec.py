@@ -133,6 +133,9 @@ _PAIRS: dict[str, Any] = {
     "node_status": rung.types.NodeStatus,
     "phase_progress": rung.types.PhaseProgress,
     "policy": Policy,
+    "profile": rung.types.Profile,
+    "profile_event": rung.types.ProfileEvent,
+    "profile_list": rung.types.ProfileList,
     "route_explanation": RouteExplanation,
     "served": rung.types.Served,
     "usage": rung.types.Usage,
@@ -189,6 +192,11 @@ def test_an_event_of_a_later_version_is_skipped() -> None:
 def test_a_lifecycle_event_of_a_later_version_is_progress_of_something_unknown() -> None:
     event = codec.lifecycle_event_from_proto(v1.LifecycleEvent(operation_id="o", sequence=2))
     assert event.payload == LifecycleProgress(Residency.UNKNOWN)
+
+
+def test_an_event_of_a_switch_of_a_later_version_is_a_step_of_nothing() -> None:
+    event = codec.profile_event_from_proto(v1.ProfileEvent(operation_id="o", sequence=2))
+    assert event.payload == rung.types.ProfileStep("", Residency.UNKNOWN)
 
 
 @pytest.mark.parametrize(

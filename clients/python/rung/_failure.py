@@ -19,7 +19,7 @@ from rung.errors import (
     UnavailableError,
     VramInfeasibleError,
 )
-from rung.types import FailureReason, JobFailed, LifecycleFailed
+from rung.types import FailureReason, JobFailed, LifecycleFailed, ProfileFailed
 
 _ERRORS: dict[FailureReason, type[RungError]] = {
     FailureReason.INVALID_REQUEST: EngineRejectedError,
@@ -37,8 +37,8 @@ _ERRORS: dict[FailureReason, type[RungError]] = {
 }
 
 
-def error_of_failure(failure: JobFailed | LifecycleFailed) -> RungError:
-    """The error for a job or an operation that failed. Its metadata has `failure_reason`.
+def error_of_failure(failure: JobFailed | LifecycleFailed | ProfileFailed) -> RungError:
+    """The error for a job, an operation or a switch that failed. Its metadata has `failure_reason`.
 
     A job's failure also has `delivered_characters`: whether anything of the answer had arrived.
     """

@@ -103,6 +103,12 @@ class UnknownDeploymentError(NotFoundError):
     reason = "UNKNOWN_DEPLOYMENT"
 
 
+class UnknownProfileError(NotFoundError):
+    """There is no such profile."""
+
+    reason = "UNKNOWN_PROFILE"
+
+
 class UnknownLeaseError(NotFoundError):
     """There is no such lease, or it has ended."""
 
@@ -151,6 +157,13 @@ class NotOursError(FailedPreconditionError):
     """The engine is run by somebody else, so its lifecycle is not ours to change."""
 
     reason = "EXTERNAL_ENGINE"
+
+
+class HeldByProfileError(FailedPreconditionError):
+    """The current profile wants the deployment asleep or stopped; another profile would let it come up."""
+
+    reason = "HELD_BY_PROFILE"
+    http_status = 503
 
 
 class NotAwakeError(FailedPreconditionError):

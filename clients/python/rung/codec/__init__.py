@@ -61,6 +61,14 @@ from rung.codec._job import (
     usage_to_proto,
     write_job_event,
 )
+from rung.codec._profile import (
+    profile_event_from_proto,
+    profile_event_to_proto,
+    profile_from_proto,
+    profile_list_from_proto,
+    profile_list_to_proto,
+    profile_to_proto,
+)
 from rung.codec._values import (
     duration_from_proto,
     duration_to_proto,
@@ -131,6 +139,12 @@ __all__ = [
     "phase_progress_to_proto",
     "policy_from_proto",
     "policy_to_proto",
+    "profile_event_from_proto",
+    "profile_event_to_proto",
+    "profile_from_proto",
+    "profile_list_from_proto",
+    "profile_list_to_proto",
+    "profile_to_proto",
     "reclaim_plan_from_proto",
     "reclaim_plan_to_proto",
     "route_explanation_from_proto",

@@ -75,6 +75,17 @@ from rung.types._job import (
     Usage,
     UsageReported,
 )
+from rung.types._profile import (
+    Profile,
+    ProfileDone,
+    ProfileEntry,
+    ProfileEvent,
+    ProfileFailed,
+    ProfileList,
+    ProfilePayload,
+    ProfilePlan,
+    ProfileStep,
+)
 from rung.types._vram import (
     Footprint,
     Infeasible,
@@ -143,6 +154,15 @@ __all__ = [
     "Policy",
     "Priority",
     "ProcessRuntime",
+    "Profile",
+    "ProfileDone",
+    "ProfileEntry",
+    "ProfileEvent",
+    "ProfileFailed",
+    "ProfileList",
+    "ProfilePayload",
+    "ProfilePlan",
+    "ProfileStep",
     "ReclaimAction",
     "ReclaimGrade",
     "ReclaimPlan",

@@ -782,12 +782,15 @@ class WatchFleetResponse(_message.Message):
     REMOVED_NODE_ID_FIELD_NUMBER: _builtins.int
     REMOVED_DEPLOYMENT_ID_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Place in this stream, from 1."""
     removed_node_id: _builtins.str
     """A node is no longer there."""
     removed_deployment_id: _builtins.str
     """A deployment is no longer there."""
+    profile: _builtins.str
+    """The current profile is another one; empty while there is none."""
     @_builtins.property
     def snapshot(self) -> Global___FleetSnapshot:
         """Everything; always the first message."""
@@ -814,12 +817,13 @@ class WatchFleetResponse(_message.Message):
         removed_node_id: _builtins.str = ...,
         removed_deployment_id: _builtins.str = ...,
         heartbeat: Global___FleetHeartbeat | None = ...,
+        profile: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "event", b"event", "heartbeat", b"heartbeat", "node", b"node", "removed_deployment_id", b"removed_deployment_id", "removed_node_id", b"removed_node_id", "snapshot", b"snapshot"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "event", b"event", "heartbeat", b"heartbeat", "node", b"node", "profile", b"profile", "removed_deployment_id", b"removed_deployment_id", "removed_node_id", b"removed_node_id", "snapshot", b"snapshot"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "event", b"event", "heartbeat", b"heartbeat", "node", b"node", "removed_deployment_id", b"removed_deployment_id", "removed_node_id", b"removed_node_id", "sequence", b"sequence", "snapshot", b"snapshot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "event", b"event", "heartbeat", b"heartbeat", "node", b"node", "profile", b"profile", "removed_deployment_id", b"removed_deployment_id", "removed_node_id", b"removed_node_id", "sequence", b"sequence", "snapshot", b"snapshot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["snapshot", "node", "deployment", "removed_node_id", "removed_deployment_id", "heartbeat"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["snapshot", "node", "deployment", "removed_node_id", "removed_deployment_id", "heartbeat", "profile"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -835,7 +839,7 @@ class FleetSnapshot(_message.Message):
     DEPLOYMENTS_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
     profile: _builtins.str
-    """Name of the current profile; empty if none was applied."""
+    """Name of the current profile: the one that was applied and verified; empty if none."""
     @_builtins.property
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[_node_pb2.Node]:
         """Nodes by id."""
@@ -908,8 +912,14 @@ class ListProfilesResponse(_message.Message):
 
     PROFILES_FIELD_NUMBER: _builtins.int
     CURRENT_FIELD_NUMBER: _builtins.int
+    SWITCHING_TO_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
     current: _builtins.str
     """The one that was applied and verified; empty if none."""
+    switching_to: _builtins.str
+    """The one that a switch is under way to; empty if none."""
+    detail: _builtins.str
+    """Why there is no current profile, or how the newest switch failed; one line for a person."""
     @_builtins.property
     def profiles(self) -> _containers.RepeatedCompositeFieldContainer[_profile_pb2.Profile]:
         """Profiles by name."""
@@ -919,10 +929,12 @@ class ListProfilesResponse(_message.Message):
         *,
         profiles: _abc.Iterable[_profile_pb2.Profile] | None = ...,
         current: _builtins.str = ...,
+        switching_to: _builtins.str = ...,
+        detail: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["current", b"current", "profiles", b"profiles"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["current", b"current", "detail", b"detail", "profiles", b"profiles", "switching_to", b"switching_to"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

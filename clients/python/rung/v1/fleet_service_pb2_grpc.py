@@ -247,7 +247,10 @@ class FleetServiceServicer:
 
     def SwitchProfile(self, request, context):
         """SwitchProfile applies a profile and streams its steps; on failure it goes back to the one
-        before.
+        before. A caller that leaves ends nothing: the switch goes on.
+
+        Errors: NOT_FOUND (profile), FAILED_PRECONDITION (another switch is under way), INVALID_ARGUMENT (it
+        does not fit its GPU), RESOURCE_EXHAUSTED (it does not fit now), UNAVAILABLE (a node).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -77,7 +77,10 @@ class FleetServiceStub:
     """ListProfiles returns the profiles and the current one."""
     SwitchProfile: _grpc.UnaryStreamMultiCallable[_fleet_service_pb2.SwitchProfileRequest, _fleet_service_pb2.SwitchProfileResponse]
     """SwitchProfile applies a profile and streams its steps; on failure it goes back to the one
-    before.
+    before. A caller that leaves ends nothing: the switch goes on.
+
+    Errors: NOT_FOUND (profile), FAILED_PRECONDITION (another switch is under way), INVALID_ARGUMENT (it
+    does not fit its GPU), RESOURCE_EXHAUSTED (it does not fit now), UNAVAILABLE (a node).
     """
 
 @_typing.type_check_only
@@ -129,7 +132,10 @@ class FleetServiceAsyncStub(FleetServiceStub):
     """ListProfiles returns the profiles and the current one."""
     SwitchProfile: _aio.UnaryStreamMultiCallable[_fleet_service_pb2.SwitchProfileRequest, _fleet_service_pb2.SwitchProfileResponse]  # type: ignore[assignment]
     """SwitchProfile applies a profile and streams its steps; on failure it goes back to the one
-    before.
+    before. A caller that leaves ends nothing: the switch goes on.
+
+    Errors: NOT_FOUND (profile), FAILED_PRECONDITION (another switch is under way), INVALID_ARGUMENT (it
+    does not fit its GPU), RESOURCE_EXHAUSTED (it does not fit now), UNAVAILABLE (a node).
     """
 
 class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -280,7 +286,10 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_fleet_service_pb2.SwitchProfileResponse], _abc.AsyncIterator[_fleet_service_pb2.SwitchProfileResponse]]:
         """SwitchProfile applies a profile and streams its steps; on failure it goes back to the one
-        before.
+        before. A caller that leaves ends nothing: the switch goes on.
+
+        Errors: NOT_FOUND (profile), FAILED_PRECONDITION (another switch is under way), INVALID_ARGUMENT (it
+        does not fit its GPU), RESOURCE_EXHAUSTED (it does not fit now), UNAVAILABLE (a node).
         """
 
 def add_FleetServiceServicer_to_server(servicer: FleetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -27,7 +27,7 @@ from rung.v1 import deployment_pb2 as rung_dot_v1_dot_deployment__pb2
 from rung.v1 import job_pb2 as rung_dot_v1_dot_job__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15rung/v1/profile.proto\x12\x07rung.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18rung/v1/deployment.proto\x1a\x11rung/v1/job.proto\"T\n\x07Profile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12&\n\x07\x65ntries\x18\x03 \x03(\x0b\x32\x15.rung.v1.ProfileEntry\"l\n\x0cProfileEntry\x12\x15\n\rdeployment_id\x18\x01 \x01(\t\x12%\n\tresidency\x18\x02 \x01(\x0e\x32\x12.rung.v1.Residency\x12\x1e\n\x16gpu_memory_utilization\x18\x03 \x01(\x01\"\x87\x02\n\x0cProfileEvent\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12*\n\x07\x65lapsed\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12$\n\x04plan\x18\n \x01(\x0b\x32\x14.rung.v1.ProfilePlanH\x00\x12$\n\x04step\x18\x0b \x01(\x0b\x32\x14.rung.v1.ProfileStepH\x00\x12$\n\x04\x64one\x18\x0c \x01(\x0b\x32\x14.rung.v1.ProfileDoneH\x00\x12(\n\x06\x66\x61iled\x18\r \x01(\x0b\x32\x16.rung.v1.ProfileFailedH\x00\x42\x07\n\x05\x65vent\"2\n\x0bProfilePlan\x12#\n\x05steps\x18\x01 \x03(\x0b\x32\x14.rung.v1.ProfileStep\"\x88\x01\n\x0bProfileStep\x12\x15\n\rdeployment_id\x18\x01 \x01(\t\x12%\n\tresidency\x18\x02 \x01(\x0e\x32\x12.rung.v1.Residency\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12+\n\x08\x65xpected\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x1b\n\x0bProfileDone\x12\x0c\n\x04name\x18\x01 \x01(\t\"X\n\rProfileFailed\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.rung.v1.FailureReason\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12\x0f\n\x07\x63urrent\x18\x03 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15rung/v1/profile.proto\x12\x07rung.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18rung/v1/deployment.proto\x1a\x11rung/v1/job.proto\"b\n\x07Profile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12&\n\x07\x65ntries\x18\x03 \x03(\x0b\x32\x15.rung.v1.ProfileEntry\x12\x0c\n\x04hold\x18\x04 \x01(\x08\"l\n\x0cProfileEntry\x12\x15\n\rdeployment_id\x18\x01 \x01(\t\x12%\n\tresidency\x18\x02 \x01(\x0e\x32\x12.rung.v1.Residency\x12\x1e\n\x16gpu_memory_utilization\x18\x03 \x01(\x01\"\x87\x02\n\x0cProfileEvent\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12*\n\x07\x65lapsed\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12$\n\x04plan\x18\n \x01(\x0b\x32\x14.rung.v1.ProfilePlanH\x00\x12$\n\x04step\x18\x0b \x01(\x0b\x32\x14.rung.v1.ProfileStepH\x00\x12$\n\x04\x64one\x18\x0c \x01(\x0b\x32\x14.rung.v1.ProfileDoneH\x00\x12(\n\x06\x66\x61iled\x18\r \x01(\x0b\x32\x16.rung.v1.ProfileFailedH\x00\x42\x07\n\x05\x65vent\"F\n\x0bProfilePlan\x12#\n\x05steps\x18\x01 \x03(\x0b\x32\x14.rung.v1.ProfileStep\x12\x12\n\ngoing_back\x18\x02 \x01(\x08\"\x96\x01\n\x0bProfileStep\x12\x15\n\rdeployment_id\x18\x01 \x01(\t\x12%\n\tresidency\x18\x02 \x01(\x0e\x32\x12.rung.v1.Residency\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12+\n\x08\x65xpected\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04\x64one\x18\x05 \x01(\x08\"\x1b\n\x0bProfileDone\x12\x0c\n\x04name\x18\x01 \x01(\t\"X\n\rProfileFailed\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.rung.v1.FailureReason\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12\x0f\n\x07\x63urrent\x18\x03 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,17 +35,17 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rung.v1.profile_pb2', _glob
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PROFILE']._serialized_start=111
-  _globals['_PROFILE']._serialized_end=195
-  _globals['_PROFILEENTRY']._serialized_start=197
-  _globals['_PROFILEENTRY']._serialized_end=305
-  _globals['_PROFILEEVENT']._serialized_start=308
-  _globals['_PROFILEEVENT']._serialized_end=571
-  _globals['_PROFILEPLAN']._serialized_start=573
-  _globals['_PROFILEPLAN']._serialized_end=623
-  _globals['_PROFILESTEP']._serialized_start=626
-  _globals['_PROFILESTEP']._serialized_end=762
-  _globals['_PROFILEDONE']._serialized_start=764
-  _globals['_PROFILEDONE']._serialized_end=791
-  _globals['_PROFILEFAILED']._serialized_start=793
-  _globals['_PROFILEFAILED']._serialized_end=881
+  _globals['_PROFILE']._serialized_end=209
+  _globals['_PROFILEENTRY']._serialized_start=211
+  _globals['_PROFILEENTRY']._serialized_end=319
+  _globals['_PROFILEEVENT']._serialized_start=322
+  _globals['_PROFILEEVENT']._serialized_end=585
+  _globals['_PROFILEPLAN']._serialized_start=587
+  _globals['_PROFILEPLAN']._serialized_end=657
+  _globals['_PROFILESTEP']._serialized_start=660
+  _globals['_PROFILESTEP']._serialized_end=810
+  _globals['_PROFILEDONE']._serialized_start=812
+  _globals['_PROFILEDONE']._serialized_end=839
+  _globals['_PROFILEFAILED']._serialized_start=841
+  _globals['_PROFILEFAILED']._serialized_end=929
 # @@protoc_insertion_point(module_scope)

@@ -30,13 +30,20 @@ class Profile(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     ENTRIES_FIELD_NUMBER: _builtins.int
+    HOLD_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name."""
     description: _builtins.str
     """One line for a person."""
+    hold: _builtins.bool
+    """While the profile is current, what it wants asleep or stopped stays so: requests for it go elsewhere
+    or fail. Otherwise whoever asks for a model wakes it, as ever, and the profile stays current.
+    """
     @_builtins.property
     def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProfileEntry]:
-        """What it wants of each deployment."""
+        """What it wants of each deployment. What is not named stays as it is, and gives way if its memory is
+        needed. Pinned deployments are never stopped, put to sleep or started anew.
+        """
 
     def __init__(
         self,
@@ -44,10 +51,11 @@ class Profile(_message.Message):
         name: _builtins.str = ...,
         description: _builtins.str = ...,
         entries: _abc.Iterable[Global___ProfileEntry] | None = ...,
+        hold: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "entries", b"entries", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "entries", b"entries", "hold", b"hold", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -67,7 +75,9 @@ class ProfileEntry(_message.Message):
     residency: _deployment_pb2.Residency.ValueType
     """AWAKE, ASLEEP or STOPPED."""
     gpu_memory_utilization: _builtins.float
-    """Share of the GPU's memory, 0 to 1; 0 leaves the deployment's own."""
+    """Share of the GPU's memory that vLLM reserves, 0 to 1; 0 leaves the deployment's own. Another share than
+    the one it runs with means that its engine is stopped and started.
+    """
     def __init__(
         self,
         *,
@@ -85,7 +95,9 @@ Global___ProfileEntry: _TypeAlias = ProfileEntry  # noqa: Y015
 
 @_typing.final
 class ProfileEvent(_message.Message):
-    """ProfileEvent is one step of a switch. The last one has `done` or `failed`."""
+    """ProfileEvent is one step of a switch: the plan first, then steps as they move on, at least once a
+    second. The last one has `done` or `failed`; a dry run ends with its plan.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -106,7 +118,7 @@ class ProfileEvent(_message.Message):
 
     @_builtins.property
     def plan(self) -> Global___ProfilePlan:
-        """The steps that will be taken, or would be."""
+        """The steps that will be taken, or would be; again, when a step failed and the switch goes back."""
 
     @_builtins.property
     def step(self) -> Global___ProfileStep:
@@ -118,7 +130,7 @@ class ProfileEvent(_message.Message):
 
     @_builtins.property
     def failed(self) -> Global___ProfileFailed:
-        """The switch failed; the profile before is back, or `detail` says what is not."""
+        """The switch failed; what was before is back, or `detail` says what is not."""
 
     def __init__(
         self,
@@ -143,23 +155,27 @@ Global___ProfileEvent: _TypeAlias = ProfileEvent  # noqa: Y015
 
 @_typing.final
 class ProfilePlan(_message.Message):
-    """ProfilePlan lists steps in order."""
+    """ProfilePlan lists steps in order: memory is freed before it is taken."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     STEPS_FIELD_NUMBER: _builtins.int
+    GOING_BACK_FIELD_NUMBER: _builtins.int
+    going_back: _builtins.bool
+    """They go back to what was before, because a step failed."""
     @_builtins.property
     def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProfileStep]:
-        """Steps."""
+        """Steps; none if all is as it is wanted."""
 
     def __init__(
         self,
         *,
         steps: _abc.Iterable[Global___ProfileStep] | None = ...,
+        going_back: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["going_back", b"going_back", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -167,7 +183,9 @@ Global___ProfilePlan: _TypeAlias = ProfilePlan  # noqa: Y015
 
 @_typing.final
 class ProfileStep(_message.Message):
-    """ProfileStep is one change of one deployment."""
+    """ProfileStep is one change of one deployment. No two steps of a plan have the same deployment and
+    residency.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -175,15 +193,18 @@ class ProfileStep(_message.Message):
     RESIDENCY_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
     EXPECTED_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
     deployment_id: _builtins.str
     """Deployment."""
     residency: _deployment_pb2.Residency.ValueType
     """Residency it goes to."""
     detail: _builtins.str
     """One line for a person."""
+    done: _builtins.bool
+    """It was carried out, and measured afterwards."""
     @_builtins.property
     def expected(self) -> _duration_pb2.Duration:
-        """Expected time; unset when it is not known."""
+        """Expected time, or while it is carried out the time left; unset when it is not known."""
 
     def __init__(
         self,
@@ -192,10 +213,11 @@ class ProfileStep(_message.Message):
         residency: _deployment_pb2.Residency.ValueType = ...,
         detail: _builtins.str = ...,
         expected: _duration_pb2.Duration | None = ...,
+        done: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expected", b"expected"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment_id", b"deployment_id", "detail", b"detail", "expected", b"expected", "residency", b"residency"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment_id", b"deployment_id", "detail", b"detail", "done", b"done", "expected", b"expected", "residency", b"residency"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
