@@ -1,4 +1,4 @@
-"""What the control plane adds to the `rung` command: serve, up, config, demo, fit.
+"""What the control plane adds to the `rung` command: serve, up, config, demo, fit, simulate.
 
 Everything heavy is imported inside the functions: `rung --help` imports this module.
 """
@@ -171,6 +171,56 @@ def fit(
         print_fit(make_console(), question, architecture, found)
     if not found.fits:
         raise typer.Exit(ExitCode.FAILED)
+
+
+def simulate(
+    trace: Annotated[
+        str, typer.Argument(metavar="TRACE", help="A file, or one of those that --list shows.")
+    ] = "",
+    policies: Annotated[
+        list[str] | None,
+        typer.Option("--policy", metavar="NAME", help="Only this one; may be given several times."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the random requests, instead of the trace's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    list_them: Annotated[
+        bool, typer.Option("--list", help="Show the traces that come with Rung, and the policies.")
+    ] = False,
+    print_it: Annotated[
+        bool, typer.Option("--print", help="Print the trace itself, to start one's own from.")
+    ] = False,
+) -> None:
+    """Say how long requests would wait on a node, with Rung and with what people use today.
+
+    Rung's own scheduler lives through a day of requests in a few seconds: no GPU, no control plane. The
+    others live through the same requests on the same node, so that the lines of the table compare.
+
+    A trace is the node, its deployments with their sizes and timings, and what is asked of them. Take one
+    that comes with Rung, change sizes and rates to yours, and see what more memory, another model or other
+    habits would do.
+
+    Examples: `rung simulate family-of-five`, `rung simulate --list`,
+    `rung simulate solo-developer --print > mine.yaml && rung simulate mine.yaml --policy rung --policy lru`
+    """
+    from controlplane.simulation import find_trace, print_traces, run_simulate
+
+    out = make_console()
+    if list_them:
+        print_traces(out)
+    elif not trace:
+        typer.echo("error: which trace? `rung simulate --list` shows those that come with Rung", err=True)
+        raise typer.Exit(ExitCode.USAGE)
+    elif print_it:
+        typer.echo(find_trace(trace).read_text(encoding="utf-8"), nl=False)
+    else:
+        run_simulate(
+            trace,
+            policies=policies or (),
+            seed=seed,
+            as_json=as_json,
+            out=out,
+            err=make_console(stderr=True),
+        )
 
 
 @config.command("check")

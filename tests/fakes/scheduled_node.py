@@ -119,9 +119,9 @@ async def node_of(
         assert not running.done(), running
     finally:
         running.cancel()
-        for task in node.pool.undo:
+        for task in node.pool.ongoing:
             task.cancel()
-        await asyncio.gather(running, *node.pool.undo, return_exceptions=True)
+        await asyncio.gather(running, *node.pool.ongoing, return_exceptions=True)
 
 
 async def everything(events: AsyncGenerator[SchedulerEvent, None]) -> list[SchedulerEvent]:

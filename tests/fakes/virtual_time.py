@@ -2,46 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
-import selectors
 from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec
+
+from controlplane.simulation import run_in_virtual_time
 
 P = ParamSpec("P")
 
 
-class _Selector(selectors.DefaultSelector):
-    """Moves the clock on instead of waiting."""
-
-    now_s = 1000.0
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        ready = super().select(0)
-        if not ready:
-            assert timeout is not None, "everything waits, and nothing will ever happen"
-            self.now_s += max(0.0, timeout)
-        return ready
-
-
-class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock jumps to the next timer. Not for threads or other processes."""
-
-    def __init__(self) -> None:
-        self._virtual = _Selector()
-        super().__init__(self._virtual)
-
-    def time(self) -> float:
-        """Seconds of the virtual clock."""
-        return self._virtual.now_s
-
-
 def in_virtual_time(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
-    """Run an asynchronous test on a `VirtualTimeLoop`."""
+    """Run an asynchronous test in virtual time."""
 
     @functools.wraps(test)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-            runner.run(test(*args, **kwargs))
+        run_in_virtual_time(test(*args, **kwargs))
 
     return run

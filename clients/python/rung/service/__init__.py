@@ -1,6 +1,13 @@
 """What the control plane and the node agent have in common. Needs `rung[server]` or `rung[agent]`."""
 
-from rung.service._config_file import ByteSize, DurationS, FieldError, load_yaml_model, parse_duration
+from rung.service._config_file import (
+    ByteSize,
+    DurationS,
+    FieldError,
+    load_json_lines_model,
+    load_yaml_model,
+    parse_duration,
+)
 from rung.service._engine_client import EngineClient, EngineReply
 from rung.service._host import host_id
 from rung.service._interceptors import CallInterceptor
@@ -27,6 +34,7 @@ __all__ = [
     "configure_logging",
     "event_data",
     "host_id",
+    "load_json_lines_model",
     "load_yaml_model",
     "parse_duration",
     "require_loopback",

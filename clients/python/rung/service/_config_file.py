@@ -1,8 +1,9 @@
-"""YAML files into pydantic models, with errors that name file, line and field."""
+"""YAML and JSON Lines files into pydantic models, with errors that name file, line and field."""
 
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from pathlib import Path
@@ -56,10 +57,7 @@ def load_yaml_model(path: Path, model: type[M]) -> M:
     Raises:
         ConfigError: one line for each thing that is wrong, as `file:line: field: what`.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    text = _read(path)
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -70,6 +68,50 @@ def load_yaml_model(path: Path, model: type[M]) -> M:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     reader = _Reader(path)
     value = reader.value(root, ()) if root is not None else {}
+    return _validated(reader, value, model)
+
+
+def load_json_lines_model(path: Path, model: type[M], *, rows: str) -> M:
+    """Read a file of JSON objects, one a line: the first is the model without its rows, the others are they.
+
+    Args:
+        path: the file; blank lines in it mean nothing.
+        model: the model.
+        rows: the field that the lines after the first one fill.
+
+    Raises:
+        ConfigError: one line for each thing that is wrong, as `file:line: field: what`.
+    """
+    reader = _Reader(path)
+    head: dict[str, Any] | None = None
+    found: list[Any] = []
+    for number, line in enumerate(_read(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}:{number}: not valid JSON: {error.msg}, column {error.colno}") from None
+        if head is not None:
+            reader.stands((rows, len(found)), number)
+            found.append(value)
+        elif isinstance(value, dict) and rows not in value:
+            head = value
+            for location in ((), (rows,), *((field,) for field in value)):
+                reader.stands(location, number)
+        else:
+            raise ConfigError(f"{path}:{number}: the first line is an object without {rows}, which follow it")
+    return _validated(reader, {**(head or {}), rows: found}, model)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+
+
+def _validated(reader: _Reader, value: Any, model: type[M]) -> M:
     if reader.problems:
         raise ConfigError("\n".join(reader.problems))
     try:
@@ -95,6 +137,10 @@ class _Reader:
         self._path = path
         self._lines: dict[Location, int] = {}
         self._constructor = yaml.SafeLoader("")
+
+    def stands(self, location: Location, line: int) -> None:
+        """Remember where something stands that was not read here."""
+        self._lines[location] = line
 
     def value(self, node: yaml.Node, location: Location) -> Any:
         self._lines.setdefault(location, node.start_mark.line + 1)
@@ -140,11 +186,9 @@ class _Reader:
             message = "there is no such field" + _suggestion(str(error["loc"][-1]), error["loc"], model)
         elif error["type"] == "missing":
             message = "is missing"
-        line = next(
-            self._lines[location[:depth]]
-            for depth in range(len(location), -1, -1)
-            if location[:depth] in self._lines
-        )
+        places = (location[:depth] for depth in range(len(location), -1, -1))
+        # An empty file has no line at all.
+        line = next((self._lines[place] for place in places if place in self._lines), 1)
         return self._line(line, location, message)
 
     def _in_file(self, location: Location) -> Location:

@@ -1,0 +1,55 @@
+"""`rung simulate`: what it prints, for each of its options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from controlplane.simulation._simulate import POLICIES, simulate
+from controlplane.simulation._trace import find_trace, load_trace, shipped_traces
+from controlplane.simulation._view import print_report, show_progress
+
+
+def run_simulate(
+    name: str,
+    *,
+    policies: Sequence[str],
+    seed: int | None,
+    as_json: bool,
+    out: Console,
+    err: Console,
+) -> None:
+    """Simulate a trace and print the report; progress goes to the other console.
+
+    Raises:
+        NotFoundError: there is no such trace, or no such policy.
+        ConfigError: the trace cannot be used.
+    """
+    trace = load_trace(find_trace(name))
+    with show_progress(err) as tell:
+        report = simulate(name, trace, policies=policies or tuple(POLICIES), seed=seed, on_progress=tell)
+    if as_json:
+        out.file.write(msgspec.json.format(msgspec.json.encode(report), indent=2).decode() + "\n")
+    else:
+        print_report(out, report)
+
+
+def print_traces(out: Console) -> None:
+    """The traces that come with Rung, and the policies."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column("trace")
+    table.add_column("what it is")
+    for name, path in shipped_traces().items():
+        trace = load_trace(path)
+        table.add_row(name, f"{trace.title}. {trace.description}")
+    out.print(table)
+    out.print()
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column("policy")
+    table.add_column("what it does")
+    for name, policy in POLICIES.items():
+        table.add_row(name, (policy.__doc__ or "").strip().split("\n", 1)[0])
+    out.print(table)
