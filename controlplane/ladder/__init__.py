@@ -1,7 +1,7 @@
 """The effort ladder: who answers a request, and in which order the others would be tried. Pure."""
 
 from controlplane.ladder._candidate import Candidate, TargetKind, candidate_of
-from controlplane.ladder._choose import Demand, Group, Passing, choose, explain, refusals
+from controlplane.ladder._choose import Chain, Demand, Group, Passing, chain_of, choose, explain, refusals
 from controlplane.ladder._circuit import CircuitOptions, Circuits, CircuitState
 from controlplane.ladder._effort import AUTO_MODEL, OWN_PREFIX, Asked, Asking, read_asking
 from controlplane.ladder._ladder import (
@@ -25,6 +25,7 @@ __all__ = [
     "Asked",
     "Asking",
     "Candidate",
+    "Chain",
     "CircuitOptions",
     "CircuitState",
     "Circuits",
@@ -39,11 +40,9 @@ __all__ = [
     "TargetKind",
     "build_ladder",
     "candidate_of",
+    "chain_of",
     "choose",
     "explain",
-    "explain_targets",
-    "order_targets",
     "read_asking",
-    "refusal",
     "refusals",
 ]

@@ -69,17 +69,19 @@ class Circuits:
             return CircuitState.CLOSED
         return CircuitState.OPEN if now_s < circuit.open_until_s else CircuitState.HALF_OPEN
 
+    def allows(self, target: str, now_s: float) -> bool:
+        """Whether a request may go to a target now."""
+        circuit = self._circuits.get(target)
+        return circuit is None or (circuit.open_until_s <= now_s and not circuit.probing)
+
     def refusal(self, target: str, now_s: float) -> str:
         """Why a request is not to go to a target now; empty if it may."""
-        circuit = self._circuits.get(target)
-        if circuit is None or circuit.open_until_s == 0.0:
+        if self.allows(target, now_s):
             return ""
+        circuit = self._circuits[target]
         left_s = circuit.open_until_s - now_s
-        if left_s > 0:
-            return f"it failed ({circuit.detail}); it is tried again in {left_s:.0f} s"
-        if circuit.probing:
-            return f"it failed ({circuit.detail}); one request is trying it again"
-        return ""
+        then = f"it is tried again in {left_s:.0f} s" if left_s > 0 else "one request is trying it again"
+        return f"it failed ({circuit.detail}); {then}"
 
     def begin(self, target: str, now_s: float) -> None:
         """A request goes to a target: the first one after its time is the probe that others wait for."""
@@ -105,15 +107,15 @@ class Circuits:
             target: which.
             now_s: now, on the clock of the other calls.
             detail: one line for a person.
-            retry_after_s: how long the target itself asked to be left alone.
+            retry_after_s: how long the target itself asked to be left alone; 0 says no more than None.
         """
         options = self._options
         circuit = self._circuits.setdefault(target, _Circuit())
         circuit.failures += 1
         circuit.detail = detail
         was_probe, circuit.probing = circuit.probing, False
-        if retry_after_s is not None:
-            left_alone_s = min(max(0.0, retry_after_s), options.longest_retry_after_s)
+        if retry_after_s is not None and retry_after_s > 0.0:
+            left_alone_s = min(retry_after_s, options.longest_retry_after_s)
             circuit.open_until_s = max(circuit.open_until_s, now_s + left_alone_s)
             return
         if was_probe or circuit.failures >= options.failures:

@@ -18,6 +18,8 @@ OWN_PREFIX = "rung/"
 #: Leaves the choice to us, as an empty name does.
 AUTO_MODEL = "rung/auto"
 
+_MOST_DIGITS = 3
+
 #: OpenAI's `reasoning_effort`, as an effort of the ladder. From `high` on it is 7 or more.
 REASONING_EFFORTS = {"none": 1, "minimal": 2, "low": 4, "medium": 6, "high": 8, "xhigh": 10}
 
@@ -62,7 +64,7 @@ def read_asking(
     if model and not model.startswith(OWN_PREFIX):
         return Asking(Asked.MODEL, model, effort)
     name = model.removeprefix(OWN_PREFIX)
-    if name.isdecimal():
+    if name.isdecimal() and len(name) <= _MOST_DIGITS:
         named = check_effort(int(name))
         if effort not in (None, named):
             raise InvalidRequestError(f"the model {model} and effort {effort} contradict each other")

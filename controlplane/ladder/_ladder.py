@@ -138,15 +138,15 @@ def build_ladder(rungs: Sequence[RungSpec], chains: Mapping[str, Sequence[str]])
 
 def _rung(place: int, spec: RungSpec, chains: Mapping[str, tuple[str, ...]]) -> Rung:
     where: tuple[str | int, ...] = ("rungs", place)
-    for field, effort in (("min_effort", spec.min_effort), ("max_effort", spec.max_effort)):
+    for effort in (spec.min_effort, spec.max_effort):
         if not MIN_EFFORT <= effort <= MAX_EFFORT:
-            raise LadderError((*where, field), f"is {effort}; an effort is 1 to 10")
+            raise LadderError((*where, "effort"), f"is {effort}; an effort is {MIN_EFFORT} to {MAX_EFFORT}")
     if spec.min_effort > spec.max_effort:
         raise LadderError(
             (*where, "effort"), f"begins at {spec.min_effort} and ends at {spec.max_effort}, before it"
         )
     for field, name in (("chain", spec.chain), ("reason", spec.reason)):
-        if name and name not in chains:
+        if name not in chains and (name or field == "chain"):
             known = ", ".join(sorted(chains)) or "none"
             raise LadderError((*where, field), f"there is no chain {name!r}; chains are: {known}")
     if spec.reason and spec.min_effort < REASON_EFFORT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -106,6 +107,8 @@ class _EmbeddingAnswer(Struct):
     usage: _Usage | None = None
 
 
+_DATA_URL = re.compile(rb'"data:[^"]*"')
+
 _head_decoder = msgspec.json.Decoder(RequestHead)
 _answer_decoder = msgspec.json.Decoder(_Answer)
 _answers_decoder = msgspec.json.Decoder(list[_Answer])
@@ -128,6 +131,11 @@ def has_images(body: bytes) -> bool:
     """Whether a chat request shows a picture."""
     # A look at the bytes: a text that speaks of the field costs a better target, and nothing else.
     return b'"image_url"' in body
+
+
+def picture_bytes(body: bytes) -> int:
+    """Size of the pictures that a chat request carries in itself, as text."""
+    return sum(len(each.group()) for each in _DATA_URL.finditer(body))
 
 
 def engine_body(body: bytes, *, model: str, stream: bool | None) -> bytes:

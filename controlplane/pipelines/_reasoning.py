@@ -205,8 +205,9 @@ class Reasoning:
         self, begun: Begun, call: ReasonCall, side: _SideJob, on_wait: OnWait | None
     ) -> None:
         demand = begun.route.demand
+        assert begun.route.reason is not None  # else the tool was not offered
         route = Route(
-            groups=begun.route.reason,
+            chain=begun.route.reason,
             demand=Demand(local_only=demand.local_only, priority=demand.priority),
             rung=begun.route.rung,
         )

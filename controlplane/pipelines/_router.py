@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from controlplane.fleet import FleetView
 from controlplane.ladder import (
@@ -14,6 +15,7 @@ from controlplane.ladder import (
     Asked,
     Asking,
     Candidate,
+    Chain,
     Circuits,
     Demand,
     Group,
@@ -22,12 +24,13 @@ from controlplane.ladder import (
     Passing,
     TargetKind,
     candidate_of,
+    chain_of,
     choose,
     explain,
     read_asking,
     refusals,
 )
-from controlplane.pipelines._openai import RequestHead, has_images, read_head
+from controlplane.pipelines._openai import RequestHead, has_images, picture_bytes, read_head
 from controlplane.pipelines._slots import Slots
 from controlplane.pipelines._wish import Wish
 from rung.errors import NoTargetError, UnknownModelError
@@ -38,6 +41,7 @@ _MODALITIES = {JobKind.CHAT: Modality.CHAT, JobKind.EMBEDDING: Modality.EMBEDDIN
 #: Bytes of a request's JSON for each token, with its syntax: an estimate that errs on the short side.
 _BYTES_PER_TOKEN = 5
 _NO_LADDER = Ladder((), {})
+_NOTHING: frozenset[str] = frozenset()
 
 
 class CloudModels(Protocol):
@@ -73,19 +77,19 @@ class Route(Struct, frozen=True, kw_only=True):
     """Who may answer a wish.
 
     Attributes:
-        groups: entries of the chain, best first.
+        chain: the targets, best first.
         demand: what the wish needs of them.
         effort: 1 to 10; 0 for a named model or chain.
         rung: where the effort is on the ladder; empty if it is on none.
-        reason: chain behind the `reason` tool; empty if the tool is not offered.
+        reason: chain behind the `reason` tool; None if the tool is not offered.
         why: how this was found, for a person.
     """
 
-    groups: tuple[Group, ...]
+    chain: Chain
     demand: Demand
     effort: int = 0
     rung: str = ""
-    reason: tuple[Group, ...] = ()
+    reason: Chain | None = None
     why: str = ""
 
 
@@ -121,11 +125,22 @@ class Router:
         self._cloud_candidates = cloud.candidates if cloud is not None else {}
         self._classify = classify
         self._now_s = now_s
-        self._passing = Passing(load=slots.load, refusal=self._refusal)
+        self._passing = Passing(
+            load=slots.load,
+            pressure=slots.pressure,
+            full=slots.full,
+            allows=self._allows,
+            refusal=self._refusal,
+        )
         # A caller who names a model is never sent elsewhere: the only target is tried however it fared.
-        self._passing_named = Passing(load=slots.load, refusal=self._cloud_refusal)
+        self._passing_named = replace(
+            self._passing,
+            allows=lambda target_id: not self._cloud_refusal(target_id),
+            refusal=self._cloud_refusal,
+        )
         self._view = fleet.view
         self._groups: dict[str, Group] = {}
+        self._chains: dict[tuple[str, str, frozenset[str], bool], Chain] = {}
 
     def route(self, wish: Wish) -> Route:
         """The route of a wish.
@@ -144,8 +159,8 @@ class Router:
             return self._named(wish)
         demand = self._demand(wish, head)
         if asking.what is Asked.CHAIN:
-            chain = self._chain(self._ladder.chains[asking.name])
-            return Route(groups=chain, demand=demand, why=f"the chain {asking.name} was asked for")
+            chain = self._chain("chain", asking.name, self._ladder.chains[asking.name], demand)
+            return Route(chain=chain, demand=demand, why=f"the chain {asking.name} was asked for")
         return self._on_ladder(wish, asking, demand)
 
     def choose(self, route: Route) -> Iterator[Candidate]:
@@ -154,36 +169,34 @@ class Router:
         Raises:
             NoTargetError: there is none, for the reasons that it names.
         """
-        chosen = choose(route.groups, route.demand, self._passing_of(route))
+        chosen = choose(route.chain, route.demand, self._passing_of(route))
         first = next(chosen, None)
         if first is None:
-            why = refusals(route.groups, route.demand, self._passing_of(route))
+            why = refusals(route.chain, route.demand, self._passing_of(route))
             raise NoTargetError(f"nothing can answer now: {why}" if why else "nothing can answer: no target")
         yield first
         yield from chosen
 
     def is_ready(self, candidate: Candidate) -> bool:
         """Whether a target would answer at once."""
-        active, queued = self._slots.load(candidate.id)
-        return candidate.rank == 0 and not (candidate.slots and (active >= candidate.slots or queued))
+        return candidate.rank == 0 and candidate.id not in self._slots.full
 
     def explain(self, wish: Wish) -> RouteExplanation:
         """Who would answer, and why each other one would not. Raises as `route`."""
         route = self.route(wish)
-        considered = explain(route.groups, route.demand, self._passing_of(route))
+        considered = explain(route.chain, route.demand, self._passing_of(route))
         taken = next((each.target for each in considered if each.taken), "")
         return RouteExplanation(considered=considered, target=taken, effort=route.effort, rung=route.rung)
 
     def _passing_of(self, route: Route) -> Passing:
-        named_one = not route.rung and len(route.groups) == 1 and len(route.groups[0]) == 1
+        named_one = not route.rung and len(route.chain.groups) == 1 and len(route.chain.groups[0]) == 1
         return self._passing_named if named_one else self._passing
 
     def _named(self, wish: Wish) -> Route:
         policy = wish.policy
-        return Route(
-            groups=(self._group(wish.model),),
-            demand=Demand(local_only=policy.local_only, priority=policy.priority),
-        )
+        demand = Demand(local_only=policy.local_only, priority=policy.priority)
+        self._group(wish.model)
+        return Route(chain=self._chain("model", wish.model, (wish.model,), demand), demand=demand)
 
     def _on_ladder(self, wish: Wish, asking: Asking, demand: Demand) -> Route:
         modality = _MODALITIES[wish.kind]
@@ -197,44 +210,60 @@ class Router:
             judged = Judged(asking.effort, f"effort {asking.effort} was asked for")
         rung = self._ladder.rung(modality, judged.effort)
         assert rung is not None  # a modality of the ladder has all efforts
+        reason = None
+        if rung.reason_chain:
+            reason = self._chain(
+                "reason", rung.name, rung.reason_chain, replace(demand, capabilities=_NOTHING)
+            )
+        if rung.capabilities:
+            demand = replace(demand, capabilities=demand.capabilities | rung.capabilities)
         return Route(
-            groups=self._chain(rung.chain),
+            chain=self._chain("rung", rung.name, rung.chain, demand),
             demand=demand,
             effort=judged.effort,
             rung=rung.name,
-            reason=self._chain(rung.reason_chain),
+            reason=reason,
             why=judged.why,
         )
 
     def _capable(self, wish: Wish, demand: Demand) -> Route:
         """Without a ladder: whoever can do it, nearest and idlest first."""
         wanted = _CAPABILITIES[wish.kind]
-        found = [
-            self._group(deployment_id)[0]
-            for deployment_id, placed in self._view.deployments.items()
-            if wanted in placed.deployment.spec.capabilities
-        ]
-        if not found:
+        demand = Demand(local_only=demand.local_only, priority=demand.priority)
+        key = ("capability", wanted, demand.capabilities, demand.local_only)
+        chain = self._chains.get(key)
+        if chain is None:
+            views = self._view.deployments.values()
+            found = [candidate_of(each) for each in views if wanted in each.deployment.spec.capabilities]
+            chain = self._chains[key] = chain_of((found,), demand)
+        if not chain.groups[0]:
             raise UnknownModelError(
                 f"no deployment can do {wanted}; `rung models` lists what there is", model=wish.model
             )
-        return Route(groups=(found,), demand=Demand(local_only=demand.local_only, priority=demand.priority))
+        return Route(chain=chain, demand=demand)
 
     def _demand(self, wish: Wish, head: RequestHead) -> Demand:
         capabilities = set()
+        text_bytes = len(wish.body)
         if head.has_tools:
             capabilities.add("tools")
         if has_images(wish.body):
             capabilities.add("vision")
+            text_bytes -= picture_bytes(wish.body)
         return Demand(
             capabilities=frozenset(capabilities),
-            context_tokens=len(wish.body) // _BYTES_PER_TOKEN if wish.kind is JobKind.CHAT else 0,
+            context_tokens=text_bytes // _BYTES_PER_TOKEN if wish.kind is JobKind.CHAT else 0,
             local_only=wish.policy.local_only,
             priority=wish.policy.priority,
         )
 
-    def _chain(self, names: Sequence[str]) -> tuple[Group, ...]:
-        return tuple(self._entry(name) for name in names)
+    def _chain(self, kind: str, name: str, targets: Sequence[str], demand: Demand) -> Chain:
+        """A chain made ready once for a snapshot; `kind` and `name` say which."""
+        key = (kind, name, demand.capabilities, demand.local_only)
+        chain = self._chains.get(key)
+        if chain is None:
+            chain = self._chains[key] = chain_of([self._entry(target) for target in targets], demand)
+        return chain
 
     def _entry(self, name: str) -> Group:
         try:
@@ -276,7 +305,13 @@ class Router:
         if view is not self._view:
             self._view = view
             self._groups = {}
+            self._chains = {}
         return view
+
+    def _allows(self, target_id: str) -> bool:
+        if self._circuits and not self._circuits.allows(target_id, self._now_s()):
+            return False
+        return not self._cloud_refusal(target_id)
 
     def _refusal(self, target_id: str) -> str:
         refusal = self._circuits.refusal(target_id, self._now_s()) if self._circuits else ""

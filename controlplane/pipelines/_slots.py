@@ -28,11 +28,19 @@ class _Lane:
 
 
 class Slots:
-    """Counts requests by deployment. A slot that becomes free goes to who waited longest."""
+    """Counts requests by deployment. A slot that becomes free goes to who waited longest.
+
+    Attributes:
+        pressure: running and waiting requests for each slot, of deployments that have any; 1 or more of
+            those without a free slot.
+        full: deployments without a free slot.
+    """
 
     def __init__(self) -> None:
         self._lanes: dict[str, _Lane] = {}
         self._released_s: dict[str, float] = {}
+        self.pressure: dict[str, float] = {}
+        self.full: set[str] = set()
 
     def load(self, deployment_id: str) -> tuple[int, int]:
         """Active and queued requests."""
@@ -55,6 +63,7 @@ class Slots:
         if lane.active >= limit or lane.waiting or lane.holds:
             return False
         lane.active += 1
+        self._weigh(deployment_id, lane)
         return True
 
     async def acquire(self, deployment_id: str) -> AsyncIterator[int]:
@@ -73,6 +82,7 @@ class Slots:
             )
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         lane.waiting.append(turn)
+        self._weigh(deployment_id, lane)
         granted = False
         try:
             place = 0
@@ -109,6 +119,7 @@ class Slots:
         """
         lane = self._lanes.setdefault(deployment_id, _Lane())
         lane.holds += 1
+        self._weigh(deployment_id, lane)
         try:
             while lane.active:
                 await lane.emptied.wait()
@@ -124,5 +135,18 @@ class Slots:
             if not turn.done():
                 lane.active += 1
                 turn.set_result(None)
+        self._weigh(deployment_id, lane)
         if not (lane.active or lane.waiting or lane.holds):
             self._lanes.pop(deployment_id, None)
+
+    def _weigh(self, deployment_id: str, lane: _Lane) -> None:
+        """Keep what a choice reads of a thousand deployments in step with one lane."""
+        if lane.holds or lane.waiting or lane.active >= lane.limit:
+            self.full.add(deployment_id)
+            self.pressure[deployment_id] = max(1.0, (lane.active + len(lane.waiting)) / lane.limit)
+        elif lane.active:
+            self.full.discard(deployment_id)
+            self.pressure[deployment_id] = lane.active / lane.limit
+        else:
+            self.full.discard(deployment_id)
+            self.pressure.pop(deployment_id, None)
