@@ -89,8 +89,18 @@ class Circuits:
         if circuit is not None and 0.0 < circuit.open_until_s <= now_s:
             circuit.probing = True
 
+    def answers(self, target: str) -> None:
+        """A target began to answer: others may go to it.
+
+        Its failures count until an answer has come to its end, for it may break each of them off.
+        """
+        circuit = self._circuits.get(target)
+        if circuit is not None:
+            circuit.probing = False
+            circuit.open_until_s = 0.0
+
     def succeeded(self, target: str) -> None:
-        """A target answered: it has a clean sheet."""
+        """A target answered to the end: it has a clean sheet."""
         if self._circuits:
             self._circuits.pop(target, None)
 

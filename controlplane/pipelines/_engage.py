@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing
+from itertools import chain
 from types import TracebackType
 from typing import Protocol
 
@@ -18,14 +19,17 @@ from controlplane.pipelines._router import Router
 from controlplane.pipelines._slots import Slots
 from controlplane.pipelines._wish import Wish
 from rung.errors import (
+    BudgetExhaustedError,
     EngineProtocolError,
     EngineRejectedError,
     EngineStartFailedError,
     EngineTimeoutError,
     HeldByProfileError,
+    NotAwakeError,
     QueueFullError,
     RungError,
     UnavailableError,
+    UnknownDeploymentError,
     VramInfeasibleError,
 )
 from rung.service import EngineClient
@@ -42,7 +46,15 @@ _AWAKE_ROUNDS = 4
 #: A target that fails so is sick; its circuit is told.
 _TARGETS_FAULT = (UnavailableError, EngineTimeoutError)
 #: After these the next target is tried.
-_MOVES_ON = (*_TARGETS_FAULT, QueueFullError, VramInfeasibleError, HeldByProfileError)
+_MOVES_ON = (
+    *_TARGETS_FAULT,
+    BudgetExhaustedError,
+    HeldByProfileError,
+    NotAwakeError,
+    QueueFullError,
+    UnknownDeploymentError,
+    VramInfeasibleError,
+)
 
 #: Called with each line of progress while an engine is made awake or a slot is waited for.
 OnWait = Callable[[str], Awaitable[None]]
@@ -115,19 +127,19 @@ class Engaged:
     A class and not a generator: this is on the path of every request.
     """
 
-    __slots__ = ("_failed", "_release", "reply", "target")
+    __slots__ = ("_ended", "_release", "reply", "target")
 
     def __init__(
         self,
         target: str,
         reply: Reply,
         release: Callable[[str], None] | None,
-        failed: Callable[[str, RungError], None],
+        ended: Callable[[str, BaseException | None], None],
     ) -> None:
         self.target = target
         self.reply = reply
         self._release = release
-        self._failed = failed
+        self._ended = ended
 
     def check_stream(self) -> None:
         """Raises EngineProtocolError if the answer is no stream."""
@@ -149,8 +161,7 @@ class Engaged:
         finally:
             if self._release is not None:
                 self._release(self.target)
-            if isinstance(error, _TARGETS_FAULT):
-                self._failed(self.target, error)
+            self._ended(self.target, error)
 
 
 class Engager:
@@ -217,9 +228,7 @@ class Engager:
 
         Raises:
             EngineRejectedError: the engine refused the request.
-            UnavailableError, DeadlineExceededError: as the last target failed.
-            QueueFullError: too many wait for it.
-            VramInfeasibleError: it does not fit.
+            RungError: as the last target failed.
         """
         failure: RungError | None = None
         if wish.policy.bridge_allowed:
@@ -244,7 +253,7 @@ class Engager:
                 self._circuits.abandoned(target.id)
                 raise
             else:
-                self._circuits.succeeded(target.id)
+                self._circuits.answers(target.id)
                 return engaged
         assert failure is not None  # there was a target
         raise failure
@@ -254,6 +263,13 @@ class Engager:
         for task in self._raising.values():
             task.cancel()
         await asyncio.gather(*self._raising.values(), return_exceptions=True)
+
+    def _ended(self, target: str, error: BaseException | None) -> None:
+        """An answer came to its end, was cut by its target, or was left by its caller."""
+        if error is None:
+            self._circuits.succeeded(target)
+        elif isinstance(error, _TARGETS_FAULT):
+            self._failed(target, error)
 
     def _failed(self, target: str, error: RungError) -> None:
         if isinstance(error, _TARGETS_FAULT):
@@ -272,15 +288,17 @@ class Engager:
 
         It is made awake all the same, for the requests that come after this one.
         """
-        found = list(targets)
-        first = found[0]
-        bridge = next((each for each in found[1:] if self._router.is_ready(each)), None)
-        if first.kind is not TargetKind.DEPLOYMENT or first.rank == 0 or bridge is None:
-            return iter(found)
+        first = next(targets)
+        if first.kind is not TargetKind.DEPLOYMENT or first.rank == 0:
+            return chain((first,), targets)
+        others = list(targets)
+        bridge = next((each for each in others if self._router.is_ready(each)), None)
+        if bridge is None:
+            return iter([first, *others])
         job.progress(Phase.ROUTE, f"{bridge.id} answers while {first.id} is made ready")
         self._raise(first.id)
-        found.remove(bridge)
-        return iter([bridge, *found])
+        others.remove(bridge)
+        return iter([bridge, first, *others])
 
     def _raise(self, deployment_id: str) -> None:
         """Make a deployment awake for those who come later; one at a time for each."""
@@ -334,7 +352,7 @@ class Engager:
         except BaseException:
             self._slots.release(spec.id)
             raise
-        return Engaged(spec.id, reply, self._slots.release, self._failed)
+        return Engaged(spec.id, reply, self._slots.release, self._ended)
 
     async def _try_cloud(
         self, job: EngagedJob, candidate: Candidate, make_body: Callable[[str], bytes], *, stream: bool
@@ -345,7 +363,7 @@ class Engager:
         reply = await self._cloud.open(
             candidate.id, make_body(model), stream=stream, idle_timeout_s=self._idle_timeout_s
         )
-        return Engaged(candidate.id, reply, None, self._failed)
+        return Engaged(candidate.id, reply, None, self._ended)
 
     async def _awake(
         self, job: EngagedJob, wish: Wish, target: DeploymentView, on_wait: OnWait | None
