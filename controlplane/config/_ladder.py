@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from controlplane.ladder import MAX_EFFORT, MIN_EFFORT, Ladder, LadderError, Modality, RungSpec, build_ladder
+from controlplane.ladder import (
+    BURST_PREFIX,
+    CHAIN_PREFIX,
+    MAX_EFFORT,
+    MIN_EFFORT,
+    Ladder,
+    LadderError,
+    Modality,
+    RungSpec,
+    build_ladder,
+)
 from rung.service import FieldError
 
 _NAME = r"^[a-z][a-z0-9._-]{0,62}$"
@@ -87,16 +98,31 @@ class LadderConfig(BaseModel):
         return build_ladder([rung.spec() for rung in self.rungs], self.chains)
 
 
-def check_targets(config: LadderConfig, known: frozenset[str]) -> None:
-    """Refuse a chain with a target that nobody has, before a request finds out.
+def check_targets(config: LadderConfig, known: Mapping[str, Sequence[frozenset[str]]]) -> None:
+    """Refuse a chain with a target that nobody has, or that cannot do what its rung promises.
+
+    Args:
+        config: the ladder.
+        known: capabilities of the targets by every name that they have.
 
     Raises:
         FieldError: at its place in the file, from the root on.
     """
     for name, entries in config.chains.items():
         for place, entry in enumerate(entries):
-            if not entry.startswith(("@", "burst/")) and entry not in known:
+            if not entry.startswith((CHAIN_PREFIX, BURST_PREFIX)) and entry not in known:
                 there = ", ".join(sorted(known)) or "none"
                 raise FieldError(
                     ("ladder", "chains", name, place), f"there is no target {entry}; there are: {there}"
                 )
+    ladder = config.value()
+    places = {rung.name: place for place, rung in enumerate(config.rungs)}
+    for rung in ladder.rungs:
+        for target in rung.chain:
+            for capabilities in known.get(target, ()):
+                missing = ", ".join(sorted(rung.capabilities - capabilities))
+                if missing:
+                    raise FieldError(
+                        ("ladder", "rungs", places[rung.name], "capabilities"),
+                        f"{target} in the chain of {rung.name} cannot do {missing}",
+                    )

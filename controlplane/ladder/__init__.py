@@ -5,6 +5,8 @@ from controlplane.ladder._choose import Chain, Demand, Group, Passing, chain_of,
 from controlplane.ladder._circuit import CircuitOptions, Circuits, CircuitState
 from controlplane.ladder._effort import AUTO_MODEL, OWN_PREFIX, Asked, Asking, read_asking
 from controlplane.ladder._ladder import (
+    BURST_PREFIX,
+    CHAIN_PREFIX,
     MAX_EFFORT,
     MIN_EFFORT,
     REASON_EFFORT,
@@ -18,6 +20,8 @@ from controlplane.ladder._ladder import (
 
 __all__ = [
     "AUTO_MODEL",
+    "BURST_PREFIX",
+    "CHAIN_PREFIX",
     "MAX_EFFORT",
     "MIN_EFFORT",
     "OWN_PREFIX",

@@ -18,6 +18,8 @@ MAX_EFFORT = 10
 REASON_EFFORT = 7
 #: In a chain, an entry that begins so stands for all entries of another chain.
 CHAIN_PREFIX = "@"
+#: A target that begins so is a burst profile: what would be rented.
+BURST_PREFIX = "burst/"
 
 
 class Modality(StrEnum):

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from controlplane.fleet import FleetView
 from controlplane.ladder import (
     AUTO_MODEL,
+    BURST_PREFIX,
     Asked,
     Asking,
     Candidate,
@@ -269,7 +270,7 @@ class Router:
         try:
             return self._group(name)
         except UnknownModelError:
-            kind = TargetKind.BURST if name.startswith("burst/") else TargetKind.DEPLOYMENT
+            kind = TargetKind.BURST if name.startswith(BURST_PREFIX) else TargetKind.DEPLOYMENT
             missing = Candidate(id=name, kind=kind, owned=False, refusal="there is no such target now")
             self._groups[name] = (missing,)
             return (missing,)
