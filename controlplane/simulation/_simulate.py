@@ -111,18 +111,23 @@ class _Life:
                 for request in self._requests:
                     await asyncio.sleep(begun_s + request.at_s - loop.time())
                     served.create_task(self._serve(node, policy, request))
-        except TimeoutError:
-            lost = len(self._requests) - len(self._outcomes)
-            raise BrokenInvariantError(f"{self._name}: {lost} requests never ended") from None
-        finally:
-            if running.done():
-                await running
-            for task in (running, *node.ongoing):
-                task.cancel()
-            await asyncio.gather(running, *node.ongoing, return_exceptions=True)
+        except* (TimeoutError, BrokenInvariantError):
+            # What is missing is said below.
+            pass
+        duration_s = loop.time() - begun_s
+        tasks = [running, *node.ongoing]
+        for task in tasks:
+            task.cancel()
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        lost = len(self._requests) - len(self._outcomes)
         if node.broken:
             raise BrokenInvariantError(f"{self._name}: {node.broken[0]}")
-        return self._report(node, loop.time() - begun_s)
+        for each in ended:
+            if isinstance(each, Exception):
+                raise each
+        if lost:
+            raise BrokenInvariantError(f"{self._name}: {lost} requests never ended")
+        return self._report(node, duration_s)
 
     async def _serve(self, node: TraceNode, policy: Policy, request: Request) -> None:
         loop = asyncio.get_running_loop()

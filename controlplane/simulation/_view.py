@@ -32,7 +32,7 @@ def print_report(console: Console, report: SimulationReport) -> None:
             console.print(Text(f"{each.policy} refused {why}", style="yellow"))
     console.print(
         Text(
-            "no swap: nothing had to give way, be woken, started or loaded. swaps: weights brought into the GPU."
+            "no swap: nothing had to give way, be woken, started or loaded. swaps: weights brought in."
             "\ngrades: requests for which nobody / sleepers / also caches gave way. total: waiting of all."
             "\nbusy: of the time, that in which at least one request ran. VRAM: how full it was on average.",
             style="dim",
