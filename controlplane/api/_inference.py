@@ -13,7 +13,6 @@ from msgspec.structs import replace
 from controlplane.api._paging import decode_token, encode_token, page_size
 from controlplane.api._ports import JobsPort, PipelinesPort
 from controlplane.api._wish import wish_from_embed, wish_from_generate
-from controlplane.fleet import Fleet, models
 from rung import codec, v1
 from rung.errors import InvalidRequestError
 from rung.types import JobState
@@ -29,8 +28,7 @@ _DEFAULT_HEARTBEAT_S = 1.0
 class InferenceServicer:
     """Decodes, calls, encodes. What is not here answers UNIMPLEMENTED (see `add_service`)."""
 
-    def __init__(self, fleet: Fleet, jobs: JobsPort, pipelines: PipelinesPort) -> None:
-        self._fleet = fleet
+    def __init__(self, jobs: JobsPort, pipelines: PipelinesPort) -> None:
         self._jobs = jobs
         self._pipelines = pipelines
 
@@ -93,7 +91,7 @@ class InferenceServicer:
     async def ListModels(self, request: v1.ListModelsRequest, context: Context) -> v1.ListModelsResponse:
         """Names that a request may use."""
         return v1.ListModelsResponse(
-            models=[codec.model_to_proto(found) for found in models(self._fleet.view)]
+            models=[codec.model_to_proto(found) for found in self._pipelines.models()]
         )
 
     async def ExplainRoute(

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Protocol
 
 from controlplane.pipelines._wish import Wish
-from rung.types import Embeddings, Job, JobEvent, JobState, RouteExplanation
+from rung.types import Embeddings, Job, JobEvent, JobState, Model, RouteExplanation
 
 
 class RunningJob(Protocol):
@@ -55,6 +55,10 @@ class PipelinesPort(Protocol):
 
     async def create_detached(self, wish: Wish) -> Job:
         """Begin a generation that outlives its caller; returns once its job is stored."""
+        ...
+
+    def models(self) -> Sequence[Model]:
+        """What a request may ask for by name."""
         ...
 
     async def embed(self, wish: Wish) -> Embeddings:

@@ -53,7 +53,7 @@ class Gateway:
         self._draining = False
         self._max_request_bytes = max_request_bytes
         app = web.Application(client_max_size=max_request_bytes, middlewares=[self._guard])
-        openai = OpenAiRoutes(pipelines, fleet)
+        openai = OpenAiRoutes(pipelines)
         job_routes = JobRoutes(jobs, pipelines)
         app.add_routes(
             [

@@ -8,9 +8,7 @@ import re
 import msgspec
 from aiohttp import web
 
-from controlplane.fleet import Fleet, models
 from controlplane.gateway._errors import error_body, error_response
-from controlplane.jobs import LiveJob
 from controlplane.pipelines import Begun, Pipelines, Wish, read_head
 from rung.errors import InvalidRequestError, RungError
 from rung.types import JobKind, Policy, Priority
@@ -26,9 +24,8 @@ _DONE = b"data: [DONE]\n\n"
 class OpenAiRoutes:
     """Handlers of the OpenAI-compatible part of the gateway."""
 
-    def __init__(self, pipelines: Pipelines, fleet: Fleet) -> None:
+    def __init__(self, pipelines: Pipelines) -> None:
         self._pipelines = pipelines
-        self._fleet = fleet
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/chat/completions`."""
@@ -47,12 +44,12 @@ class OpenAiRoutes:
 
     async def models(self, request: web.Request) -> web.StreamResponse:
         """`GET /v1/models`."""
-        return _json({"object": "list", "data": [_model_row(model) for model in models(self._fleet.view)]})
+        return _json({"object": "list", "data": [_model_row(model) for model in self._pipelines.models()]})
 
     async def model(self, request: web.Request) -> web.StreamResponse:
         """`GET /v1/models/{model}`."""
         name = request.match_info["model"]
-        for found in models(self._fleet.view):
+        for found in self._pipelines.models():
             if found.id == name:
                 return _json(_model_row(found))
         raise web.HTTPNotFound
@@ -76,8 +73,8 @@ class OpenAiRoutes:
         try:
             body = await self._pipelines.answer(begun)
         except RungError as error:
-            return error_response(error, _job_headers(begun.job))
-        return web.Response(body=body, content_type="application/json", headers=_job_headers(begun.job))
+            return error_response(error, _headers(begun))
+        return web.Response(body=body, content_type="application/json", headers=_headers(begun))
 
     async def _stream(self, request: web.Request, begun: Begun, *, keep_usage: bool) -> web.StreamResponse:
         """Relay a stream.
@@ -88,7 +85,7 @@ class OpenAiRoutes:
         response = web.StreamResponse()
 
         async def prepare() -> None:
-            response.headers.update(_job_headers(begun.job))
+            response.headers.update(_headers(begun))
             response.headers["Content-Type"] = "text/event-stream; charset=utf-8"
             response.headers["Cache-Control"] = "no-cache"
             response.headers["X-Accel-Buffering"] = "no"
@@ -108,7 +105,8 @@ class OpenAiRoutes:
             await self._pipelines.stream(begun, on_bytes, keep_usage=keep_usage, on_wait=on_wait)
         except RungError as error:
             if not response.prepared:
-                return error_response(error, _job_headers(begun.job))
+                return error_response(error, _headers(begun))
+            error.metadata["delivered_characters"] = str(begun.job.delivered_characters)
             await on_bytes(b"data: " + error_body(error) + b"\n\n")
         await on_bytes(_DONE)
         await response.write_eof()
@@ -116,21 +114,30 @@ class OpenAiRoutes:
 
 
 def read_policy(request: web.Request) -> Policy:
-    """Policy from `X-Rung-Local-Only` and `X-Rung-Priority`. Raises InvalidRequestError."""
+    """Policy from `X-Rung-Local-Only`, `X-Rung-Bridge` and `X-Rung-Priority`. Raises InvalidRequestError."""
     headers = request.headers
     local_only = headers.get("X-Rung-Local-Only")
+    bridge = headers.get("X-Rung-Bridge")
     priority = headers.get("X-Rung-Priority")
-    if local_only is None and priority is None:
+    if local_only is None and bridge is None and priority is None:
         return _DEFAULT_POLICY
-    if local_only not in (None, "true", "false", "1", "0"):
-        raise InvalidRequestError(f"X-Rung-Local-Only is {local_only!r}; it must be true or false")
     try:
         parsed = Priority(priority) if priority is not None else Priority.AGENT
     except ValueError:
         raise InvalidRequestError(
             f"X-Rung-Priority is {priority!r}; it must be user, agent or background"
         ) from None
-    return Policy(local_only=local_only in ("true", "1"), priority=parsed)
+    return Policy(
+        local_only=_is_true("X-Rung-Local-Only", local_only),
+        bridge_allowed=_is_true("X-Rung-Bridge", bridge),
+        priority=parsed,
+    )
+
+
+def _is_true(name: str, value: str | None) -> bool:
+    if value not in (None, "true", "false", "1", "0"):
+        raise InvalidRequestError(f"{name} is {value!r}; it must be true or false")
+    return value in ("true", "1")
 
 
 _DEFAULT_POLICY = Policy()
@@ -144,8 +151,12 @@ def read_request_id(request: web.Request) -> str:
     return found
 
 
-def _job_headers(job: LiveJob) -> dict[str, str]:
+def _headers(begun: Begun) -> dict[str, str]:
+    job, route = begun.job, begun.route
     headers = {"X-Rung-Job": job.id}
+    if route.rung:
+        headers["X-Rung-Effort"] = str(route.effort)
+        headers["X-Rung-Rung"] = route.rung
     if job.request_id:
         headers["X-Request-Id"] = job.request_id
     served = job.served

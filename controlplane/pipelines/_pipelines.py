@@ -33,7 +33,7 @@ from controlplane.pipelines._wish import Wish
 from rung import reason_of_error
 from rung.errors import InvalidRequestError, JobCancelledError, RungError
 from rung.service import EngineClient, StreamPacer
-from rung.types import Embeddings, FailureReason, Job, JobKind, Phase, RouteExplanation
+from rung.types import Embeddings, FailureReason, Job, JobKind, Model, Phase, RouteExplanation
 
 _log = structlog.get_logger("rung.pipelines")
 
@@ -137,6 +137,10 @@ class Pipelines:
     def explain(self, wish: Wish) -> RouteExplanation:
         """Who would answer, and why; starts nothing. Raises UnknownModelError, InvalidRequestError."""
         return self._router.explain(wish)
+
+    def models(self) -> tuple[Model, ...]:
+        """What a request may ask for by name."""
+        return self._router.models()
 
     async def stream(
         self, begun: Begun, on_bytes: OnBytes, *, keep_usage: bool, on_wait: OnWait | None = None

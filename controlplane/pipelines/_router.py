@@ -9,10 +9,11 @@ from typing import Protocol
 from msgspec import Struct
 from msgspec.structs import replace
 
-from controlplane.fleet import FleetView
+from controlplane.fleet import FleetView, models
 from controlplane.ladder import (
     AUTO_MODEL,
     BURST_PREFIX,
+    OWN_PREFIX,
     Asked,
     Asking,
     Candidate,
@@ -35,7 +36,7 @@ from controlplane.pipelines._openai import RequestHead, has_images, picture_byte
 from controlplane.pipelines._slots import Slots
 from controlplane.pipelines._wish import Wish
 from rung.errors import NoTargetError, UnknownModelError
-from rung.types import JobKind, RouteExplanation
+from rung.types import JobKind, Model, RouteExplanation
 
 _CAPABILITIES = {JobKind.CHAT: "chat", JobKind.EMBEDDING: "embedding"}
 _MODALITIES = {JobKind.CHAT: Modality.CHAT, JobKind.EMBEDDING: Modality.EMBEDDING}
@@ -188,6 +189,24 @@ class Router:
         considered = explain(route.chain, route.demand, self._passing_of(route))
         taken = next((each.target for each in considered if each.taken), "")
         return RouteExplanation(considered=considered, target=taken, effort=route.effort, rung=route.rung)
+
+    def models(self) -> tuple[Model, ...]:
+        """What a request may ask for: models of deployments, models of the cloud, and names of ours."""
+        cloud = [
+            Model(
+                id=name,
+                deployments=(),
+                ready=not self._cloud_refusal(found.id),
+                context_tokens=found.context_tokens,
+                capabilities=tuple(sorted(found.capabilities)),
+            )
+            for name, found in self._cloud_candidates.items()
+        ]
+        names = (
+            [AUTO_MODEL, *(OWN_PREFIX + name for name in self._ladder.chains)] if self._ladder.rungs else []
+        )
+        own = [Model(id=name, deployments=(), ready=True) for name in names]
+        return (*models(self._look()), *cloud, *own)
 
     def _passing_of(self, route: Route) -> Passing:
         named_one = not route.rung and len(route.chain.groups) == 1 and len(route.chain.groups[0]) == 1

@@ -20,6 +20,7 @@ from rung.types import (
     JobEvent,
     JobKind,
     JobState,
+    Model,
     Phase,
     PhaseProgress,
     RouteExplanation,
@@ -111,7 +112,11 @@ class FakePipelines:
     #: What a started job says at once.
     script: tuple[EventPayload, ...] = (TokenDelta("Hi"), JobDone("stop"))
     error: RungError | None = None
+    found_models: tuple[Model, ...] = ()
     started: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def models(self) -> tuple[Model, ...]:
+        return self.found_models
 
     def start(self, wish: Wish) -> FakeJob:
         if self.error is not None:

@@ -27,8 +27,7 @@ from rung.errors import (
 )
 from rung.service import add_service
 from rung.transport import DETAILS_TRAILER, error_from_rpc
-from rung.types import Job, JobCancelled, JobDone, JobKind, JobState, PhaseProgress, Residency, TokenDelta
-from tests.fakes.agent_server import ScriptedAgent, a_deployment, a_spec
+from rung.types import Job, JobCancelled, JobDone, JobKind, JobState, Model, PhaseProgress, TokenDelta
 from tests.fakes.api_server import ApiServer, an_api_server
 
 if TYPE_CHECKING:
@@ -111,7 +110,6 @@ async def test_every_rpc_is_served_and_every_error_is_rich(plane: ApiServer) -> 
             assert error.status not in ("INTERNAL", "UNIMPLEMENTED"), f"{method.full_name}: {error.message}"
     assert unimplemented == {
         *("Predict", "GetArtifact", "DeleteNode", "CreateJoinToken", "JoinNode"),
-        *("ListProfiles", "SwitchProfile"),
         *(method.name for method in Default().FindServiceByName("rung.v1.BurstService").methods),
     }
 
@@ -290,18 +288,10 @@ async def test_explaining_starts_nothing(plane: ApiServer) -> None:
     assert plane.jobs.live == {}
 
 
-async def test_models() -> None:
-    spec = a_spec(aliases=("small",))
-    agent = ScriptedAgent(deployments={spec.id: a_deployment(spec, Residency.AWAKE)})
-    await agent.start()
-    async with an_api_server([agent], [spec, a_spec("cold", model="other")]) as plane:
-        async for view in plane.fleet.changes():
-            if view.deployments[spec.id].deployment.residency is Residency.AWAKE:
-                break
-        answer = await stub(plane).ListModels(v1.ListModelsRequest())
-        assert [(model.id, list(model.deployments), model.ready) for model in answer.models] == [
-            ("other", ["cold"], False),
-            ("small", ["chat-1"], True),
-            ("tiny", ["chat-1"], True),
-        ]
-    await agent.stop()
+async def test_models(plane: ApiServer) -> None:
+    tiny = Model(id="tiny", deployments=("chat-1",), ready=True, context_tokens=4096, capabilities=("chat",))
+    plane.pipelines.found_models = (tiny, Model(id="rung/auto", deployments=(), ready=True))
+
+    answer = await stub(plane).ListModels(v1.ListModelsRequest())
+
+    assert [codec.model_from_proto(model) for model in answer.models] == list(plane.pipelines.found_models)
