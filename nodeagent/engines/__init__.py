@@ -1,6 +1,7 @@
 """Adapters: one for each dialect that an engine may speak."""
 
 from nodeagent.engines._base import (
+    DEEPEST_LEVEL,
     CommandLine,
     EngineAdapter,
     EngineHealth,
@@ -21,6 +22,7 @@ from nodeagent.engines._probe_only import ProbeOnlyAdapter
 from nodeagent.engines._vllm import VllmAdapter
 
 __all__ = [
+    "DEEPEST_LEVEL",
     "ComfyUiAdapter",
     "ComfyUiDevice",
     "ComfyUiQueue",

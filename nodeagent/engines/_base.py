@@ -112,6 +112,10 @@ class EngineAdapter(Protocol):
         ...
 
 
+#: A level of sleep that is not known is taken for the one whose way back is right for all.
+DEEPEST_LEVEL = 2
+
+
 @runtime_checkable
 class SleepControl(Protocol):
     """What an adapter has whose engine can leave the GPU and come back without being started anew.
@@ -180,6 +184,18 @@ class ShrinkControl(SleepControl, Protocol):
 @runtime_checkable
 class FreeControl(Protocol):
     """What an adapter has whose engine keeps models as a cache, and gives their memory back when asked."""
+
+    @property
+    def frees_model(self) -> bool:
+        """Whether that is the deployment's own model: freed, it sleeps at level 2 until it is woken.
+
+        Such an adapter has `SleepControl`, too.
+        """
+        ...
+
+    async def requests(self, base_url: str, spec: DeploymentSpec) -> int | None:
+        """How much the engine has in hand, whoever asked; None if it does not say. Raises as `free`."""
+        ...
 
     async def free(self, base_url: str, spec: DeploymentSpec) -> None:
         """Ask for it, and return once the engine has taken note: it may get round to it later.

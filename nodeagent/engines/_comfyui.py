@@ -133,6 +133,16 @@ class ComfyUiAdapter:
                 f"{spec.id}: /free answers {answer.status}", engine_status=str(answer.status)
             )
 
+    @property
+    def frees_model(self) -> bool:
+        """See `FreeControl.frees_model`: it loads again what a prompt needs, and is awake all the while."""
+        return False
+
+    async def requests(self, base_url: str, spec: DeploymentSpec) -> int | None:
+        """See `FreeControl.requests`: the prompts that run and those that wait."""
+        found = await self.queue(base_url, spec)
+        return found.running + found.pending
+
     async def queue(self, base_url: str, spec: DeploymentSpec) -> ComfyUiQueue:
         """What it has to do.
 

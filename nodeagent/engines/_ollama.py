@@ -25,6 +25,8 @@ from rung.types import DeploymentSpec, OllamaEngine
 
 #: Residency is ours to decide: a model stays until it is told to go.
 _FOR_EVER = -1
+#: The level of sleep at which weights are dropped.
+_UNLOADED = 2
 #: An unload waits for requests and then for the driver; Ollama itself gives that 5 s.
 _UNLOAD_TIMEOUT_S = 15.0
 _UNLOAD_POLL_S = 0.1
@@ -74,10 +76,10 @@ class _Refusal(Struct):
 class OllamaAdapter:
     """Speaks to Ollama: its own routes for residency, OpenAI's for generations.
 
-    There is nothing between loaded and not: `free` unloads the deployment's model, `wake` loads it, and
-    there are no levels of sleep. A generation loads it too, wherever it finds room, so none may be sent
-    to a model that was unloaded. With an Ollama of somebody else every generation also sets the model's
-    keep-alive back to that server's default.
+    A deployment whose model is not loaded sleeps: its server runs, and holds none of its weights. That is
+    level 2, where they are dropped and read again. A generation would load it too, wherever it finds room,
+    so none may be sent to it while it sleeps. With an Ollama of somebody else every generation sets the
+    model's keep-alive back to that server's default, and it may fall asleep by itself.
 
     Args:
         client: connections to engines.
@@ -118,7 +120,7 @@ class OllamaAdapter:
         return CommandLine(arguments=("serve",), environment=environment)
 
     async def probe(self, base_url: str, spec: DeploymentSpec) -> Probe:
-        """See `EngineAdapter.probe`. Ready says that it can answer, which may mean loading first."""
+        """See `EngineAdapter.probe`. It sleeps while its model is not loaded."""
         return await guarded(self._probe(base_url, spec))
 
     def load_progress(self, line: str) -> LoadProgress | None:
@@ -136,17 +138,22 @@ class OllamaAdapter:
         _refuse_cloud(spec, _engine(spec))
         return relay(self._client, base_url, kind, body, what=spec.id, idle_timeout_s=idle_timeout_s)
 
+    @property
+    def frees_model(self) -> bool:
+        """See `FreeControl.frees_model`: it does."""
+        return True
+
     def sleep_levels(self, spec: DeploymentSpec) -> tuple[int, ...]:
-        """See `SleepControl.sleep_levels`: none."""
-        return ()
+        """See `SleepControl.sleep_levels`: 2, since nothing is kept in host memory."""
+        return (_UNLOADED,)
 
     async def requests(self, base_url: str, spec: DeploymentSpec) -> int | None:
         """See `SleepControl.requests`: Ollama does not say."""
         return None
 
     async def sleep(self, base_url: str, spec: DeploymentSpec, level: int) -> None:
-        """Always raises InvalidRequestError: Ollama keeps no weights in host memory; `free` unloads."""
-        raise InvalidRequestError(f"{spec.id}: Ollama cannot sleep, only unload", deployment=spec.id)
+        """Unload its model, which is all the sleep that there is; as `free`."""
+        await self.free(base_url, spec)
 
     async def wake(self, base_url: str, spec: DeploymentSpec, level: int) -> None:
         """Load the deployment's model and keep it loaded; `level` has no meaning here.
@@ -224,11 +231,13 @@ class OllamaAdapter:
             detail = f"Ollama has no model {wanted}; `ollama pull {wanted}` gets it"
             return Probe(health=EngineHealth.UNWELL, detail=detail, models=names)
         model = await self.loaded(base_url, spec)
+        if model is None:
+            return Probe(health=EngineHealth.ASLEEP, detail="its model is not loaded", models=names)
         return Probe(
             health=EngineHealth.READY,
             detail=_residency(model),
             models=names,
-            context_tokens=model.context_tokens if model is not None else 0,
+            context_tokens=model.context_tokens,
         )
 
 
@@ -251,9 +260,7 @@ def _full_name(name: str) -> str:
     return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
 
 
-def _residency(model: OllamaModel | None) -> str:
-    if model is None:
-        return "not loaded; a request would load it"
+def _residency(model: OllamaModel) -> str:
     if model.vram_bytes >= model.size_bytes:
         return ""
     share = 100 * (model.size_bytes - model.vram_bytes) / model.size_bytes

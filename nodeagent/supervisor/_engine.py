@@ -8,8 +8,9 @@ from contextlib import AbstractAsyncContextManager, contextmanager
 
 from msgspec.structs import replace
 
-from nodeagent.engines import EngineAdapter, FreeControl, ShrinkControl, SleepControl
+from nodeagent.engines import DEEPEST_LEVEL, EngineAdapter, FreeControl, ShrinkControl, SleepControl
 from nodeagent.runtimes import EngineRuntime, RunningEngine
+from nodeagent.supervisor._freeing import DRAIN_TIMEOUT_S, free_cache
 from nodeagent.supervisor._gpus import GpuTurns
 from nodeagent.supervisor._lifecycle import RUNNING, EngineLifecycle
 from nodeagent.supervisor._measuring import Look, Meter
@@ -332,7 +333,9 @@ class EngineSupervisor:
             FailedPreconditionError: it is neither asleep nor awake.
             RungError: it did not wake. Its residency says how it is.
         """
-        self._require_ours("wake it where it was started")
+        # What anybody's engine is asked to give back, it may be asked to take again.
+        if not (isinstance(self.adapter, FreeControl) and self.adapter.frees_model):
+            self._require_ours("wake it where it was started")
         async with self._turns.turn("waking", emit):
             if self.residency is Residency.AWAKE:
                 return LifecycleDone(self.deployment)
@@ -346,28 +349,34 @@ class EngineSupervisor:
             return LifecycleDone(self.deployment)
 
     async def free(self, emit: Emit) -> LifecycleDone:
-        """Have the engine give back what it keeps as a cache; it stays awake. Also one of somebody else.
+        """Have the engine give back what it keeps as a cache, after what it is doing. Also somebody else's.
+
+        It stays awake, but for one whose cache is its model: that one sleeps then, and is woken by `wake`.
 
         Raises:
             PinnedDeploymentError: it is pinned by this agent's own record.
             FailedPreconditionError: its engine keeps no cache.
             NotAwakeError: it does not run.
+            DeadlineExceededError: it was busy for too long; nothing was asked of it.
             RungError: it did not take the call, or it ended.
         """
         self._require_freeable()
         async with self._turns.turn("flush", emit):
             control = self._require_freeable()
+            if control.frees_model and self.residency is Residency.ASLEEP:
+                return LifecycleDone(self.deployment)
             async with self._gpu_turn("flush", emit):
                 self._require_awake()
-                running, spec = self.running, self._state.record.spec
-                assert running is not None
-                with Progress(emit, lambda: self.residency) as progress:
-                    before = await self._meter.read()
-                    progress.say("asking it to give back its memory")
-                    await control.free(running.base_url, spec)
-                    progress.say("measuring what it gave back")
-                    freed_bytes = await self._meter.freed(before, expected_bytes=None)
-            if self.residency is not Residency.AWAKE:
+                if control.frees_model:
+                    await self._lifecycle.stop_tending()
+                    freed_bytes = await self._sleep.fall_asleep(
+                        self._sleep_control(), DEEPEST_LEVEL, emit, drain_timeout_s=DRAIN_TIMEOUT_S
+                    )
+                else:
+                    freed_bytes = await free_cache(
+                        self._state, control, self._meter, emit, drain_timeout_s=DRAIN_TIMEOUT_S
+                    )
+            if self.residency not in (Residency.AWAKE, Residency.ASLEEP):
                 raise EngineUnreachableError(self.deployment.detail, deployment=self.id)
             return LifecycleDone(self.deployment, freed_bytes)
 

@@ -7,14 +7,14 @@ from contextlib import suppress
 
 from msgspec.structs import replace
 
-from nodeagent.engines import EngineAdapter, ShrinkControl
+from nodeagent.engines import EngineAdapter, EngineHealth, Probe, ShrinkControl
 from nodeagent.runtimes import EngineRuntime, LaunchPlan
 from nodeagent.supervisor._loading import until_ready
 from nodeagent.supervisor._planning import usual_s
 from nodeagent.supervisor._progress import Emit, Progress
-from nodeagent.supervisor._records import KEPT_LOAD_TIMES
+from nodeagent.supervisor._records import KEPT_TIMES
 from nodeagent.supervisor._state import DeploymentState, has_process
-from nodeagent.supervisor._tending import tend
+from nodeagent.supervisor._tending import note_asleep, tend
 from nodeagent.supervisor._turns import Start
 from rung import reason_of_error
 from rung.errors import FailedPreconditionError, RungError, UnavailableError
@@ -46,6 +46,8 @@ class EngineLifecycle:
     async def bring_up(self, start: Start, emit: Emit, plan: LaunchPlan | None) -> None:
         """Start what a plan says, or without one go on with what loads already; return once it is awake.
 
+        What somebody else runs may be asleep.
+
         Raises:
             NotAllowedError, InvalidRequestError, EngineStartFailedError: as `EngineRuntime.start`.
             EngineStartFailedError: it did not become ready; nothing is left running.
@@ -63,7 +65,7 @@ class EngineLifecycle:
                     )
                     state.record = replace(state.record, running=running)
                     state.save(Residency.STARTING)
-                await self._until_ready(progress)
+                found = await self._until_ready(progress)
                 await self._learn_of_cache()
         except BaseException as error:
             # An agent that ends leaves an engine that loads to the next one.
@@ -72,14 +74,18 @@ class EngineLifecycle:
                 await self._give_up(error, emit)
             raise
         if plan is not None and not self.external:
-            times_s = (*state.record.load_times_s, progress.elapsed_s)[-KEPT_LOAD_TIMES:]
+            times_s = (*state.record.load_times_s, progress.elapsed_s)[-KEPT_TIMES:]
             state.record = replace(state.record, load_times_s=times_s)
-        self.awake()
+        if found.health is EngineHealth.ASLEEP:
+            note_asleep(state, found, self.adapter)
+            self.tend()
+        else:
+            self.awake()
 
-    async def _until_ready(self, progress: Progress) -> None:
+    async def _until_ready(self, progress: Progress) -> Probe:
         record = self._state.record
         assert record.running is not None
-        await until_ready(
+        return await until_ready(
             record.running, record.spec, runtime=self.runtime, adapter=self.adapter, progress=progress
         )
 

@@ -7,7 +7,7 @@ from collections import deque
 
 import structlog
 
-from nodeagent.engines import EngineAdapter, EngineHealth, LoadProgress, Probe
+from nodeagent.engines import DEEPEST_LEVEL, EngineAdapter, EngineHealth, LoadProgress, Probe, SleepControl
 from nodeagent.runtimes import EngineExit, EngineRuntime, RunningEngine
 from nodeagent.supervisor._planning import last_words
 from nodeagent.supervisor._progress import Progress
@@ -33,42 +33,61 @@ async def until_ready(
     runtime: EngineRuntime,
     adapter: EngineAdapter,
     progress: Progress,
-) -> None:
-    """Return once the engine answers requests.
+) -> Probe:
+    """Return once the engine answers requests; one of somebody else may be found asleep.
+
+    One whose server is up before its model is loaded is told to load it.
 
     Raises:
-        EngineStartFailedError: it has ended, or its time is over. It may still run.
+        EngineStartFailedError: it has ended, it cannot load, or its time is over. It may still run.
     """
     external = isinstance(spec.engine.runtime, ExternalRuntime)
     patience_s = _ADOPT_PATIENCE_S if external else spec.engine.start_timeout_s
     loading = _Loading()
     exit_task = asyncio.ensure_future(exit_of(running, runtime))
     log_task = asyncio.ensure_future(_follow(running, loading, runtime=runtime, adapter=adapter))
+    load_task: asyncio.Task[None] | None = None
     try:
         while True:
             probe = await adapter.probe(running.base_url, spec)
             # First: another server on the same port would answer for an engine that has ended.
-            if probe.health is EngineHealth.READY and not exit_task.done():
-                return
+            if not exit_task.done():
+                if probe.health is EngineHealth.READY or (probe.health is EngineHealth.ASLEEP and external):
+                    return probe
+                if probe.health is EngineHealth.ASLEEP and load_task is None:
+                    load_task = _load(running, spec, adapter)
             if exit_task.done():
                 ended = exit_task.result()
                 how = f": {ended.detail}" if external else f" {ended.detail} while it was loading"
                 raise EngineStartFailedError(
                     f"{spec.id}{how}{last_words(ended.log_tail)}", deployment=spec.id
                 )
+            if load_task is not None and load_task.done() and load_task.exception() is not None:
+                words = last_words(await tail_of(running, runtime))
+                raise EngineStartFailedError(
+                    f"{spec.id} could not load its model: {load_task.exception()}{words}", deployment=spec.id
+                )
             if progress.elapsed_s > patience_s:
                 why = f": {probe.detail}" if probe.detail else ""
-                words = last_words(await _tail(running, runtime))
+                words = last_words(await tail_of(running, runtime))
                 raise EngineStartFailedError(
                     f"{spec.id} was not ready within {patience_s:g} s{why}{words}", deployment=spec.id
                 )
             found = loading.progress
-            progress.say(found.detail or _waiting_for(probe), percent=found.percent)
+            waiting_for = _waiting_for(probe) if load_task is None else "loading its model"
+            progress.say(found.detail or waiting_for, percent=found.percent)
             await asyncio.wait([exit_task], timeout=_READY_POLL_S)
     finally:
-        for task in (exit_task, log_task):
+        tasks = [task for task in (exit_task, log_task, load_task) if task is not None]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(exit_task, log_task, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _load(running: RunningEngine, spec: DeploymentSpec, adapter: EngineAdapter) -> asyncio.Task[None] | None:
+    if not isinstance(adapter, SleepControl):
+        return None
+    return asyncio.create_task(adapter.wake(running.base_url, spec, DEEPEST_LEVEL))
 
 
 async def exit_of(running: RunningEngine, runtime: EngineRuntime) -> EngineExit:
@@ -97,7 +116,7 @@ async def _follow(
             loading.progress = found
 
 
-async def _tail(running: RunningEngine, runtime: EngineRuntime) -> list[str]:
+async def tail_of(running: RunningEngine, runtime: EngineRuntime) -> list[str]:
     """The end of an engine's output; what there is of it if its runtime goes away."""
     lines: deque[str] = deque(maxlen=_TAIL_LINES)
     try:

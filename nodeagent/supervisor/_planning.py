@@ -87,7 +87,7 @@ def require_free_port(spec: DeploymentSpec) -> None:
 
 
 def usual_s(times_s: Sequence[float]) -> float | None:
-    """The median of earlier load times; None before the first."""
+    """The median of earlier times; None before the first."""
     return sorted(times_s)[len(times_s) // 2] if times_s else None
 
 

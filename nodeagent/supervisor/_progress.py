@@ -55,6 +55,10 @@ class Progress:
         if self._timer is not None:
             self._timer.cancel()
 
+    def expect(self, usual_s: float | None) -> None:
+        """From now on it usually takes so long; None if that is not known."""
+        self._usual_s = None if usual_s is None else self.elapsed_s + usual_s
+
     def say(self, what: str | Callable[[], str], *, percent: float | None = None) -> None:
         """Tell what is being done now; a function is asked each time. The same again tells nothing new."""
         if (what, percent) == (self._what, self._percent):

@@ -18,8 +18,8 @@ from rung.types import DeploymentSpec, Residency, ResidencyClass
 
 _log = structlog.get_logger("rung.agent")
 
-#: Load times that are kept to tell how long the next load will take.
-KEPT_LOAD_TIMES = 5
+#: Times that are kept to tell how long the next load, sleep or wake will take.
+KEPT_TIMES = 5
 
 
 class EngineRecord(Struct, frozen=True, kw_only=True):
@@ -30,7 +30,8 @@ class EngineRecord(Struct, frozen=True, kw_only=True):
     engine that ran before, whose output can still be read. `sleep_level` is that of an engine that
     sleeps, falls asleep or wakes; with one of these residencies the agent may have left it half-way.
     `shrunk` stands in its place where only the KV cache is given up. `kv_cache_bytes` is what the engine
-    said of that when it loaded.
+    said of that when it loaded. `transition_times_s` has what earlier sleeps and wakes took, by what they
+    were ("sleep 1", "wake 2", …).
     """
 
     spec: DeploymentSpec
@@ -44,6 +45,7 @@ class EngineRecord(Struct, frozen=True, kw_only=True):
     sleep_level: int = 0
     shrunk: bool = False
     kv_cache_bytes: int | None = None
+    transition_times_s: dict[str, tuple[float, ...]] = {}
 
 
 class Records:

@@ -10,15 +10,17 @@ R = Residency
 EDGES: dict[Residency, frozenset[Residency]] = {
     # An agent that comes back may find that what it left running is gone.
     R.STOPPED: frozenset({R.STARTING, R.FAILED}),
-    R.STARTING: frozenset({R.AWAKE, R.STOPPING, R.FAILED}),
-    R.AWAKE: frozenset({R.FALLING_ASLEEP, R.STOPPING, R.FAILED}),
+    # What others run may be found asleep.
+    R.STARTING: frozenset({R.AWAKE, R.ASLEEP, R.STOPPING, R.FAILED}),
+    # Without having been told to: Ollama lets go of a model by itself, and others have hands, too.
+    R.AWAKE: frozenset({R.FALLING_ASLEEP, R.ASLEEP, R.STOPPING, R.FAILED}),
     R.FALLING_ASLEEP: frozenset({R.ASLEEP, R.AWAKE, R.FAILED}),
-    R.ASLEEP: frozenset({R.WAKING, R.STOPPING, R.FAILED}),
+    R.ASLEEP: frozenset({R.WAKING, R.AWAKE, R.STOPPING, R.FAILED}),
     # One that refuses to wake sleeps on.
     R.WAKING: frozenset({R.AWAKE, R.ASLEEP, R.FAILED}),
     R.STOPPING: frozenset({R.STOPPED, R.FAILED}),
-    # An engine of somebody else that answers again is awake without having been started by us.
-    R.FAILED: frozenset({R.STARTING, R.STOPPING, R.STOPPED, R.AWAKE}),
+    # An engine of somebody else that answers again is awake without having been started by us, or asleep.
+    R.FAILED: frozenset({R.STARTING, R.STOPPING, R.STOPPED, R.AWAKE, R.ASLEEP}),
 }
 
 

@@ -9,11 +9,14 @@ from typing import Any, NamedTuple, TypeVar
 
 from msgspec.structs import replace
 
-from nodeagent.engines import EngineHealth, ShrinkControl, SleepControl
+from nodeagent.engines import DEEPEST_LEVEL, EngineHealth, ShrinkControl, SleepControl
 from nodeagent.runtimes import EngineExit
+from nodeagent.supervisor._answering import require_answer
+from nodeagent.supervisor._draining import drained
 from nodeagent.supervisor._lifecycle import EngineLifecycle
-from nodeagent.supervisor._loading import exit_of
+from nodeagent.supervisor._loading import exit_of, tail_of
 from nodeagent.supervisor._measuring import ENOUGH, Memory, Meter
+from nodeagent.supervisor._planning import last_words
 from nodeagent.supervisor._progress import Emit, Progress
 from nodeagent.supervisor._state import DeploymentState
 from nodeagent.supervisor._tending import note_lost
@@ -30,13 +33,12 @@ _POLL_S = 0.25
 _DYING_S = 1.0
 #: A transition that failed leaves it asleep or awake; so long is it asked which.
 _SETTLE_PATIENCE_S = 60.0
-#: A level that is not known is taken for the one whose way back is right for all.
-_DEEPEST_LEVEL = 2
 
 
 class _Way(NamedTuple):
-    """A way to sleep: what it is called while it goes on and afterwards, and the calls that it takes."""
+    """A way to sleep: its name, what it is called while it goes on and afterwards, and its calls."""
 
+    name: str
     doing: str
     done: str
     take: Callable[[str, DeploymentSpec], Awaitable[None]]
@@ -93,13 +95,15 @@ class EngineSleep:
         async def take(base_url: str, spec: DeploymentSpec) -> None:
             await control.sleep(base_url, spec, level)
 
-        way = _Way(f"putting it to sleep at level {level}", f"asleep at level {level}", take)
+        way = _Way(
+            f"sleep {level}", f"putting it to sleep at level {level}", f"asleep at level {level}", take
+        )
         return await self._leave(control, way, emit, drain_timeout_s)
 
     async def shrink(self, control: ShrinkControl, emit: Emit, *, drain_timeout_s: float) -> int | None:
         """Have an engine that is awake give up its KV cache; as `fall_asleep`."""
         self._state.record = replace(self._state.record, sleep_level=0, shrunk=True)
-        way = _Way("shrinking it to its weights", "shrunk to its weights", control.shrink)
+        way = _Way("shrink", "shrinking it to its weights", "shrunk to its weights", control.shrink)
         return await self._leave(control, way, emit, drain_timeout_s)
 
     async def _leave(
@@ -111,7 +115,7 @@ class EngineSleep:
         state.save(Residency.FALLING_ASLEEP)
         async with self._watched() as watch:
             with Progress(self._lifecycle.telling(emit), Residency.FALLING_ASLEEP) as progress:
-                before = await watch.unless_gone(
+                before, began_s = await watch.unless_gone(
                     self._put_to_sleep(watch, control, way, progress, drain_timeout_s)
                 )
                 progress.say("measuring what it gave back")
@@ -119,21 +123,25 @@ class EngineSleep:
                 freed_bytes = await watch.unless_gone(
                     self._meter.freed(before, expected_bytes=expected_bytes)
                 )
+                state.took(way.name, progress.elapsed_s - began_s)
         state.asleep(_how_asleep(way.done, freed_bytes, expected_bytes))
         self._lifecycle.tend()
         return freed_bytes
 
     async def _put_to_sleep(
         self, watch: _Watch, control: SleepControl, way: _Way, progress: Progress, drain_timeout_s: float
-    ) -> Memory | None:
-        """Drain it and have it sleep; returns what it held before."""
+    ) -> tuple[Memory | None, float]:
+        """Drain it and have it sleep; returns what it held before, and when it was idle."""
         state = self._state
         running, spec = state.record.running, state.record.spec
         assert running is not None
         before: Memory | None = None
+        idle_s = progress.elapsed_s
         try:
             async with asyncio.timeout(drain_timeout_s):
-                await self._drained(control, progress)
+                await drained(state, control, progress)
+            idle_s = progress.elapsed_s
+            progress.expect(state.usual_s(way.name))
             before = await self._meter.read()
             progress.say(way.doing)
             await way.take(running.base_url, spec)
@@ -149,19 +157,7 @@ class EngineSleep:
                 self._lifecycle.awake()
                 raise
             progress.say(f"it sleeps, although the call failed: {error.message}")
-        return before
-
-    async def _drained(self, control: SleepControl, progress: Progress) -> None:
-        """Return when no request runs: of this agent's, or of those who reach the engine without it."""
-        state = self._state
-        running = state.record.running
-        assert running is not None
-        if not state.idle.is_set():
-            progress.say(lambda: f"letting {_requests(state.deployment.active_requests)} finish")
-            await state.idle.wait()
-        while count := await control.requests(running.base_url, state.record.spec):
-            progress.say(f"letting {_requests(count)} finish that did not come through the agent")
-            await asyncio.sleep(_POLL_S)
+        return before, idle_s
 
     def _expected_bytes(self, before: Memory | None) -> int | None:
         """What a sleep should free, if that can be said."""
@@ -182,7 +178,10 @@ class EngineSleep:
         state.show(Residency.WAKING, "waking")
         state.save(Residency.WAKING)
         async with self._watched() as watch:
-            with Progress(self._lifecycle.telling(emit), Residency.WAKING) as progress:
+            name = self._name_of_wake()
+            with Progress(
+                self._lifecycle.telling(emit), Residency.WAKING, usual_s=state.usual_s(name)
+            ) as progress:
                 try:
                     await watch.unless_gone(self._come_back(control, progress))
                 except RungError as error:
@@ -191,7 +190,31 @@ class EngineSleep:
                         self._lifecycle.tend()
                         raise
                 await watch.unless_gone(self._meter.read())
+                await watch.unless_gone(self._require_answer(progress))
+                state.took(name, progress.elapsed_s)
         self._lifecycle.awake()
+
+    def _name_of_wake(self) -> str:
+        record = self._state.record
+        return "grow" if record.shrunk else f"wake {record.sleep_level or DEEPEST_LEVEL}"
+
+    async def _require_answer(self, progress: Progress) -> None:
+        """Ask an engine that says that it is awake for one token.
+
+        Raises:
+            EngineUnreachableError: it gives none; it has FAILED, and may still run.
+        """
+        state, runtime = self._state, self._lifecycle.runtime
+        running = state.record.running
+        assert running is not None
+        progress.say("asking it for one token")
+        try:
+            await require_answer(self._lifecycle.adapter, running.base_url, state.record.spec)
+        except RungError as error:
+            detail = f"{error.message}; stop it{last_words(await tail_of(running, runtime))}"
+            # Not stored: what is on disk still says what is to be found out.
+            state.show(Residency.FAILED, detail, failure_reason=FailureReason.ENGINE_LOST)
+            raise EngineUnreachableError(detail, deployment=state.id) from error
 
     async def _come_back(self, control: SleepControl, progress: Progress) -> None:
         record = self._state.record
@@ -200,7 +223,7 @@ class EngineSleep:
             progress.say("giving it its KV cache again")
             await control.grow(record.running.base_url, record.spec)
             return
-        level = record.sleep_level or _DEEPEST_LEVEL
+        level = record.sleep_level or DEEPEST_LEVEL
         progress.say(f"waking it from level {level}")
         await control.wake(record.running.base_url, record.spec, level)
 
@@ -262,10 +285,6 @@ class EngineSleep:
         finally:
             exit_task.cancel()
             await asyncio.gather(exit_task, return_exceptions=True)
-
-
-def _requests(count: int) -> str:
-    return f"{count} running {'request' if count == 1 else 'requests'}"
 
 
 def _how_asleep(done: str, freed_bytes: int | None, expected_bytes: int | None) -> str:

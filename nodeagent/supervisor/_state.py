@@ -9,7 +9,8 @@ from collections.abc import Callable
 from msgspec.structs import replace
 
 from nodeagent.runtimes import RunningEngine
-from nodeagent.supervisor._records import EngineRecord, Records
+from nodeagent.supervisor._planning import usual_s
+from nodeagent.supervisor._records import KEPT_TIMES, EngineRecord, Records
 from nodeagent.supervisor._residency import require_edge
 from rung.types import Deployment, Endpoint, EndpointScope, FailureReason, Residency
 
@@ -121,6 +122,16 @@ class DeploymentState:
         self.record = replace(
             self.record, running=None, last_run=last_run, sleep_level=0, shrunk=False, kv_cache_bytes=None
         )
+
+    def took(self, transition: str, time_s: float) -> None:
+        """Note how long a sleep or a wake took; it is stored with whatever is stored next."""
+        known = self.record.transition_times_s
+        times_s = (*known.get(transition, ()), time_s)[-KEPT_TIMES:]
+        self.record = replace(self.record, transition_times_s={**known, transition: times_s})
+
+    def usual_s(self, transition: str) -> float | None:
+        """How long such a sleep or wake of this deployment usually takes; None before the first."""
+        return usual_s(self.record.transition_times_s.get(transition, ()))
 
     def count(self, change: int) -> None:
         """Add to the running requests.

@@ -6,8 +6,9 @@ import asyncio
 from contextlib import suppress
 
 import structlog
+from msgspec.structs import replace
 
-from nodeagent.engines import EngineAdapter, EngineHealth
+from nodeagent.engines import EngineAdapter, EngineHealth, Probe, SleepControl
 from nodeagent.runtimes import EngineExit, EngineRuntime, RunningEngine
 from nodeagent.supervisor._loading import RETURN_INTERVAL_S, exit_of
 from nodeagent.supervisor._planning import last_words
@@ -37,6 +38,15 @@ async def tend(state: DeploymentState, *, runtime: EngineRuntime, adapter: Engin
         probe = await adapter.probe(running.base_url, state.record.spec)
         if probe.health is EngineHealth.READY:
             state.awake()
+        elif probe.health is EngineHealth.ASLEEP:
+            note_asleep(state, probe, adapter)
+
+
+def note_asleep(state: DeploymentState, probe: Probe, adapter: EngineAdapter) -> None:
+    """An engine sleeps without having been told to: note it, with its level if there is but one."""
+    levels = adapter.sleep_levels(state.record.spec) if isinstance(adapter, SleepControl) else ()
+    state.record = replace(state.record, sleep_level=levels[0] if len(levels) == 1 else 0, shrunk=False)
+    state.asleep(f"asleep: {probe.detail or 'nobody here told it to'}")
 
 
 async def _until_gone(
@@ -53,10 +63,15 @@ async def _until_gone(
             await asyncio.wait([exit_task], timeout=_HEALTH_INTERVAL_S)
             if exit_task.done():
                 break
-            if state.residency is Residency.ASLEEP:
-                # That it answers nothing is as it should be.
-                continue
             probe = await adapter.probe(running.base_url, state.record.spec)
+            if state.residency is Residency.ASLEEP:
+                # That it does not answer is as it should be. One that does was woken by somebody else.
+                if probe.health is EngineHealth.READY:
+                    state.awake()
+                continue
+            if probe.health is EngineHealth.ASLEEP and state.idle.is_set():
+                note_asleep(state, probe, adapter)
+                continue
             missed = 0 if probe.health is EngineHealth.READY else missed + 1
             if missed == 0 and state.deployment.detail != "ready":
                 state.show(Residency.AWAKE, "ready")

@@ -86,6 +86,7 @@ class SleepyAdapter(ScriptedAdapter):
     #: The figures show so much later that a sleeper's memory is free.
     lag_s: float = 0.0
     others_requests: int | None = 0
+    frees_model: bool = False
     #: Called when a call comes.
     on_call: Callable[[], Awaitable[None]] = _nothing
 

@@ -99,7 +99,8 @@ def start(adapter: OllamaAdapter, gpus: SimulatedGpus, tmp_path: Path) -> Starte
 
 
 async def ready(engine: EngineProcess, adapter: OllamaAdapter) -> None:
-    await engine.become(EngineHealth.READY, adapter, QWEN)
+    """Its server is up, and nothing is loaded."""
+    await engine.become(EngineHealth.ASLEEP, adapter, QWEN)
 
 
 def held(gpus: SimulatedGpus) -> int:
@@ -130,12 +131,12 @@ async def names_loaded(engine: EngineProcess) -> list[str]:
 # Loading and unloading.
 
 
-async def test_it_is_ready_at_once_and_holds_nothing(
+async def test_it_listens_at_once_and_sleeps_while_nothing_is_loaded(
     start: Started, adapter: OllamaAdapter, gpus: SimulatedGpus
 ) -> None:
     async with start() as engine:
-        probe, _ = await engine.become(EngineHealth.READY, adapter, QWEN)
-        assert probe.detail == "not loaded; a request would load it"
+        probe, _ = await engine.become(EngineHealth.ASLEEP, adapter, QWEN)
+        assert probe.detail == "its model is not loaded"
         assert "qwen3:8b" in probe.models
         await until(lambda: "Listening on" in engine.log(), "it says where it listens")
         steps = [found for text in engine.log().splitlines() if (found := adapter.load_progress(text))]
@@ -511,7 +512,7 @@ async def test_a_pull_tells_how_far_it_is_and_goes_on_where_it_was_cut(
         assert cut[-1]["completed"] == cut[-1]["total"] // 2
         await post(url + "/sim/faults", {"faults": []})
         _, rest = await post(url + "/api/pull", {"model": "llama3:8b"})
-        assert (await adapter.probe(url, spec_of("llama3:8b"))).health is EngineHealth.READY
+        assert (await adapter.probe(url, spec_of("llama3:8b"))).health is EngineHealth.ASLEEP
         whole = await post(url + "/api/pull", {"model": "phi4:14b", "stream": False})
         await post(url + "/sim/faults", {"faults": ["error_frame_then_done"]})
         _, failed = await post(url + "/api/pull", {"model": "nowhere:1b"})

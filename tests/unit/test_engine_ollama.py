@@ -161,8 +161,6 @@ async def test_a_loaded_model_is_ready(adapter: OllamaAdapter) -> None:
 @pytest.mark.parametrize(
     ("loaded", "detail"),
     [
-        ([], "not loaded; a request would load it"),
-        ([{"name": "other:latest", "size": 1, "size_vram": 1}], "not loaded; a request would load it"),
         ([{**LOADED, "size_vram": 1_500}], "75 % of it is on the CPU"),
         ([{**LOADED, "size_vram": 0}], "100 % of it is on the CPU"),
     ],
@@ -177,6 +175,18 @@ async def test_a_probe_tells_where_the_model_is(
         probe = await adapter.probe(url, SPEC)
 
     assert (probe.health, probe.detail) == (EngineHealth.READY, detail)
+
+
+@pytest.mark.parametrize("loaded", [[], [{"name": "other:latest", "size": 1, "size_vram": 1}]])
+async def test_one_whose_model_is_not_loaded_sleeps(adapter: OllamaAdapter, loaded: list[object]) -> None:
+    script = Script()
+    script.loaded = [{"models": loaded}]
+
+    async with script.serve() as url:
+        probe = await adapter.probe(url, SPEC)
+
+    assert (probe.health, probe.detail) == (EngineHealth.ASLEEP, "its model is not loaded")
+    assert probe.models == ("qwen3:8b", "nomic-embed-text:latest")
 
 
 @pytest.mark.parametrize(
@@ -208,12 +218,19 @@ async def test_nothing_listening_is_absent(adapter: OllamaAdapter, unused_tcp_po
 # Loading and unloading.
 
 
-async def test_it_has_no_levels_of_sleep(adapter: OllamaAdapter) -> None:
+async def test_its_only_sleep_drops_the_weights(adapter: OllamaAdapter) -> None:
     assert isinstance(adapter, SleepControl)
     assert isinstance(adapter, FreeControl)
-    assert adapter.sleep_levels(SPEC) == ()
-    with pytest.raises(InvalidRequestError, match="cannot sleep, only unload"):
-        await adapter.sleep("http://127.0.0.1:1", SPEC, 1)
+    assert adapter.frees_model
+    assert adapter.sleep_levels(SPEC) == (2,)
+    script = Script()
+    script.answer = (200, {"model": "qwen3:8b", "done": True, "done_reason": "unload"})
+    script.loaded = [{"models": []}]
+
+    async with script.serve() as url:
+        await adapter.sleep(url, SPEC, 2)
+
+    assert script.asked == [("/api/generate", {"model": "qwen3:8b", "keep_alive": 0, "stream": False})]
 
 
 async def test_waking_loads_for_ever(adapter: OllamaAdapter) -> None:

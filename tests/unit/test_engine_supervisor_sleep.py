@@ -366,12 +366,11 @@ async def test_a_stop_tells_what_it_freed_also_of_a_sleeper(tmp_path: Path, asle
 
 
 @in_virtual_time
-async def test_a_flush_gives_memory_back_and_disturbs_nobody(tmp_path: Path) -> None:
+async def test_a_flush_gives_memory_back_and_it_stays_awake(tmp_path: Path) -> None:
     async with a_node(tmp_path) as (agent, adapter):
         await awake(agent, adapter)
         adapter.lag_s = 1.5
-        with agent.supervisor.engine("chat-1").serving():
-            freed = await done(agent.free())
+        freed = await done(agent.free())
 
         assert freed.freed_bytes == AWAKE_BYTES - ASLEEP_BYTES
         assert (freed.deployment.residency, freed.deployment.vram_bytes) == (AWAKE, ASLEEP_BYTES)
