@@ -21,7 +21,8 @@ from controlplane.fleet import Fleet, NodeSchedulers, log_alert
 from controlplane.gateway import Gateway
 from controlplane.jobs import Jobs
 from controlplane.pipelines import Pipelines, Slots
-from controlplane.store import JobStore
+from controlplane.profiles import Profiles
+from controlplane.store import JobStore, ProfileStates
 from rung.errors import RungError
 from rung.service import CallInterceptor, EngineClient, GrpcServer, ServerOptions, configure_logging
 
@@ -70,7 +71,12 @@ async def serve(config: Config) -> None:
             # Without a host of our own, no engine's loopback is ours.
             own_host_id=None if server.direct_relay else "",
         )
-        schedulers = NodeSchedulers(fleet, idle_s=slots.idle_s, alert=log_alert)
+        reserves = {node.id: node.reserve() for node in config.nodes}
+        profiles = Profiles(
+            fleet=fleet, store=ProfileStates(store), profiles=config.profile_values(), reserves=reserves
+        )
+        await profiles.start()
+        schedulers = NodeSchedulers(fleet, idle_s=slots.idle_s, alert=log_alert, reserves=reserves)
         fleet.make_awake = schedulers.make_awake
         client = EngineClient()
         stack.push_async_callback(client.aclose)
@@ -83,7 +89,7 @@ async def serve(config: Config) -> None:
             registry=registry,
             engine_idle_timeout_s=server.engine_idle_timeout_s,
         )
-        services = build_services(fleet, schedulers, jobs, pipelines)
+        services = build_services(fleet, schedulers, jobs, pipelines, profiles)
         grpc_server = GrpcServer(
             ServerOptions(
                 host=server.host, port=server.grpc_port, max_request_bytes=server.max_request_bytes
@@ -110,6 +116,7 @@ async def serve(config: Config) -> None:
         _calm_collector()
         stack.push_async_callback(fleet.aclose)
         stack.push_async_callback(schedulers.aclose)
+        stack.push_async_callback(profiles.aclose)
         stack.push_async_callback(pipelines.aclose)
         ready_file = server.state_dir / "controlplane.json"
         ready_file.write_text(

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import grpc.aio
@@ -14,11 +15,13 @@ from controlplane.api._fleet_stream import (
     FleetEvent,
     Heartbeat,
     NodeRemoved,
+    ProfileChanged,
     follow,
     with_load,
 )
 from controlplane.api._paging import LARGEST_PAGE, decode_token, encode_token, page_size
 from controlplane.fleet import Fleet, LifecycleAction
+from controlplane.profiles import Profiles
 from rung import codec, v1
 from rung.errors import UnknownDeploymentError, UnknownNodeError
 from rung.types import Deployment, FleetSnapshot, Node
@@ -28,12 +31,16 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
+#: Where the caller leaves it to us: weights in host RAM, from where they wake in seconds.
+_SLEEP_LEVEL = 1
+
 
 class FleetServicer:
     """Decodes, calls, encodes. What is not here answers UNIMPLEMENTED (see `add_service`)."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, profiles: Profiles) -> None:
         self._fleet = fleet
+        self._profiles = profiles
 
     async def ListNodes(self, request: v1.ListNodesRequest, context: Context) -> v1.ListNodesResponse:
         """All nodes."""
@@ -102,7 +109,7 @@ class FleetServicer:
             request.deployment_id,
             request.operation_id,
             force=request.force,
-            level=request.level,
+            level=request.level or _SLEEP_LEVEL,
         ):
             yield v1.SleepDeploymentResponse(event=codec.lifecycle_event_to_proto(event))
 
@@ -135,6 +142,21 @@ class FleetServicer:
             response.sequence = sequence
             yield response
 
+    async def ListProfiles(
+        self, request: v1.ListProfilesRequest, context: Context
+    ) -> v1.ListProfilesResponse:
+        """The profiles, and which is current."""
+        return codec.profile_list_to_proto(self._profiles.listing())
+
+    async def SwitchProfile(
+        self, request: v1.SwitchProfileRequest, context: Context
+    ) -> AsyncIterator[v1.SwitchProfileResponse]:
+        """Apply a profile and stream its steps."""
+        switch = self._profiles.switch(request.name, request.operation_id, dry_run=request.dry_run)
+        async with aclosing(switch) as events:
+            async for event in events:
+                yield v1.SwitchProfileResponse(event=codec.profile_event_to_proto(event))
+
     def _node(self, node_id: str) -> v1.Node:
         node = self._fleet.view.nodes.get(node_id)
         if node is None:
@@ -157,6 +179,8 @@ def _response(event: FleetEvent) -> v1.WatchFleetResponse:
             return v1.WatchFleetResponse(removed_node_id=event.node_id)
         case DeploymentRemoved():
             return v1.WatchFleetResponse(removed_deployment_id=event.deployment_id)
+        case ProfileChanged():
+            return v1.WatchFleetResponse(profile=event.profile)
         case Heartbeat():
             heartbeat = v1.FleetHeartbeat(time=codec.timestamp_to_proto(event.time_s))
             return v1.WatchFleetResponse(heartbeat=heartbeat)

@@ -30,13 +30,21 @@ class DeploymentRemoved(Struct, frozen=True):
     deployment_id: str
 
 
+class ProfileChanged(Struct, frozen=True):
+    """Another profile is current; empty for none."""
+
+    profile: str
+
+
 class Heartbeat(Struct, frozen=True):
     """Nothing changed; the server's clock."""
 
     time_s: float
 
 
-FleetEvent: TypeAlias = FleetSnapshot | Node | Deployment | NodeRemoved | DeploymentRemoved | Heartbeat
+FleetEvent: TypeAlias = (
+    FleetSnapshot | Node | Deployment | NodeRemoved | DeploymentRemoved | ProfileChanged | Heartbeat
+)
 
 
 class FollowedFleet(Protocol):
@@ -58,10 +66,11 @@ class FollowedFleet(Protocol):
 
 
 class Shown(Struct, frozen=True):
-    """What a reader was shown: nodes, and deployments with their load."""
+    """What a reader was shown: nodes, deployments with their load, and the current profile."""
 
     nodes: Mapping[str, Node]
     deployments: Mapping[str, Deployment]
+    profile: str
 
 
 def with_load(deployment: Deployment, load: Load) -> Deployment:
@@ -75,7 +84,7 @@ def with_load(deployment: Deployment, load: Load) -> Deployment:
 def shown_now(view: FleetView, load: Load) -> Shown:
     """What there is to show."""
     deployments = {key: with_load(found.deployment, load) for key, found in view.deployments.items()}
-    return Shown(view.nodes, deployments)
+    return Shown(view.nodes, deployments, view.profile)
 
 
 def snapshot_of(shown: Shown) -> FleetSnapshot:
@@ -83,11 +92,12 @@ def snapshot_of(shown: Shown) -> FleetSnapshot:
     return FleetSnapshot(
         nodes=tuple(shown.nodes[key] for key in sorted(shown.nodes)),
         deployments=tuple(shown.deployments[key] for key in sorted(shown.deployments)),
+        profile=shown.profile,
     )
 
 
 def differences(before: Shown, now: Shown) -> Iterator[FleetEvent]:
-    """What changed: nodes first, then deployments, then what is gone."""
+    """What changed: nodes first, then deployments, then what is gone, then the profile."""
     for key, node in now.nodes.items():
         known = before.nodes.get(key)
         if known is not node and known != node:
@@ -102,6 +112,8 @@ def differences(before: Shown, now: Shown) -> Iterator[FleetEvent]:
     for key in before.nodes:
         if key not in now.nodes:
             yield NodeRemoved(key)
+    if now.profile != before.profile:
+        yield ProfileChanged(now.profile)
 
 
 async def follow(fleet: FollowedFleet, heartbeat_s: float = HEARTBEAT_S) -> AsyncGenerator[FleetEvent, None]:

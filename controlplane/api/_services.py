@@ -13,6 +13,7 @@ from controlplane.api._inference import InferenceServicer
 from controlplane.api._ports import JobsPort, PipelinesPort
 from controlplane.api._vram import VramServicer
 from controlplane.fleet import Fleet, NodeSchedulers
+from controlplane.profiles import Profiles
 from rung.service import add_service
 
 #: Full names of the services that the control plane has.
@@ -42,12 +43,16 @@ class Services:
 
 
 def build_services(
-    fleet: Fleet, schedulers: NodeSchedulers, jobs: JobsPort, pipelines: PipelinesPort
+    fleet: Fleet,
+    schedulers: NodeSchedulers,
+    jobs: JobsPort,
+    pipelines: PipelinesPort,
+    profiles: Profiles,
 ) -> Services:
     """All services of the control plane."""
     servicers: dict[str, object] = {
-        "rung.v1.InferenceService": InferenceServicer(fleet, jobs, pipelines),
-        "rung.v1.FleetService": FleetServicer(fleet),
+        "rung.v1.InferenceService": InferenceServicer(jobs, pipelines),
+        "rung.v1.FleetService": FleetServicer(fleet, profiles),
         "rung.v1.VramService": VramServicer(fleet, schedulers),
     }
     pool = Default()

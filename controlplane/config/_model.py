@@ -13,6 +13,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from controlplane.cloud import CloudProvider
 from controlplane.config._cloud import CloudProviderConfig, check_cloud
+from controlplane.config._profiles import ProfileConfig, check_profiles
+from controlplane.vram import Reserve
 from rung import types
 from rung.errors import LoopbackOnlyError
 from rung.service import ByteSize, DurationS, FieldError, load_yaml_model, require_loopback
@@ -106,6 +108,34 @@ class NodeConfig(_Model):
     id: str = Field(pattern=_ID)
     address: Annotated[str, AfterValidator(_address)] = Field(description="host:port of its agent.")
     ownership: types.NodeOwnership = types.NodeOwnership.OWNED
+    vram_reserve_bytes: ByteSize = Field(
+        default=Reserve().vram_bytes,
+        ge=0,
+        alias="vram_reserve",
+        description="Kept free on each of its GPUs: for a driver, a desktop, and measuring a second late.",
+    )
+    host_reserve_bytes: ByteSize = Field(
+        default=Reserve().host_bytes,
+        ge=0,
+        alias="host_reserve",
+        description="Host memory that sleeping models never get.",
+    )
+    vram_bytes: ByteSize = Field(
+        default=0,
+        ge=0,
+        alias="vram",
+        description="Memory of each of its GPUs: lets profiles be checked before anything runs.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.vram_bytes and self.vram_reserve_bytes >= self.vram_bytes:
+            raise FieldError(("vram_reserve",), "is all of its vram: nothing would ever be granted there")
+        return self
+
+    def reserve(self) -> Reserve:
+        """As the schedulers have it."""
+        return Reserve(vram_bytes=self.vram_reserve_bytes, host_bytes=self.host_reserve_bytes)
 
 
 class LlamaCppConfig(_Model):
@@ -298,11 +328,12 @@ class DeploymentConfig(_Model):
 
 
 class Config(_Model):
-    """A control plane, its nodes, its deployments and its cloud providers."""
+    """A control plane, its nodes, its deployments, its profiles and its cloud providers."""
 
     server: ServerConfig = ServerConfig()
     nodes: tuple[NodeConfig, ...] = ()
     deployments: tuple[DeploymentConfig, ...] = ()
+    profiles: tuple[ProfileConfig, ...] = ()
     cloud: tuple[CloudProviderConfig, ...] = ()
 
     @model_validator(mode="after")
@@ -328,6 +359,7 @@ class Config(_Model):
                 raise FieldError(
                     ("deployments", place, "port"), f"{other} has port {deployment.port} on the same node"
                 )
+        check_profiles(self.profiles, self._specs(), self.nodes)
         aliases = {alias for deployment in self.deployments for alias in deployment.aliases}
         check_cloud(self.cloud, models | aliases)
         return self
@@ -335,6 +367,14 @@ class Config(_Model):
     def deployment_specs(self) -> tuple[types.DeploymentSpec, ...]:
         """The deployments as the rest of the system has them."""
         return tuple(deployment.spec() for deployment in self.deployments)
+
+    def profile_values(self) -> tuple[types.Profile, ...]:
+        """The profiles as the rest of the system has them."""
+        specs = self._specs()
+        return tuple(profile.profile(specs) for profile in self.profiles)
+
+    def _specs(self) -> dict[str, types.DeploymentSpec]:
+        return {spec.id: spec for spec in self.deployment_specs()}
 
     def cloud_providers(self) -> tuple[CloudProvider, ...]:
         """The cloud providers as the rest of the system has them."""

@@ -1,6 +1,7 @@
 """Nodes and their agents: dial, watch, reconcile; the fleet as one immutable view."""
 
 from controlplane.fleet._agent_client import AgentClient, AgentRun
+from controlplane.fleet._division import Division, utilization_of
 from controlplane.fleet._fleet import ConfiguredNode, Fleet
 from controlplane.fleet._operations import LifecycleAction
 from controlplane.fleet._pools import find_gpu, ledger_of, pool_of
@@ -13,6 +14,7 @@ __all__ = [
     "AgentRun",
     "ConfiguredNode",
     "DeploymentView",
+    "Division",
     "Fleet",
     "FleetView",
     "LifecycleAction",

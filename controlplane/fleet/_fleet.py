@@ -13,6 +13,7 @@ from typing import Protocol
 from msgspec.structs import replace
 
 from controlplane.fleet._agent_client import AgentRun
+from controlplane.fleet._division import Division, divided
 from controlplane.fleet._node_session import NodeSession
 from controlplane.fleet._operations import KEEP_ALIVE_S, LifecycleAction, Operation, Operations
 from controlplane.fleet._pools import is_scheduled
@@ -23,6 +24,7 @@ from rung.errors import (
     ConfigError,
     EngineStartFailedError,
     FailedPreconditionError,
+    HeldByProfileError,
     InvalidRequestError,
     NodeUnreachableError,
     NotOursError,
@@ -112,7 +114,9 @@ class Fleet:
         #: How a deployment on a GPU is made awake, with room made for it; None leaves it to its agent.
         self.make_awake: Callable[[str], AsyncGenerator[RaisingProgress, None]] | None = None
         self._nodes = {node.id: node for node in nodes}
-        self._deployments = tuple(deployments)
+        self._configured = tuple(deployments)
+        self._deployments = self._configured
+        self._division = Division()
         self._own_host_id = host_id() if own_host_id is None else own_host_id
         self._sessions = {
             node.id: NodeSession(
@@ -138,8 +142,30 @@ class Fleet:
 
     @property
     def held(self) -> set[str]:
-        """Deployments that an operator stopped: they stay so until somebody needs or starts them."""
-        return self._held
+        """Those that an operator stopped, or a profile: they stay so until somebody needs or starts them."""
+        return self._held | self._division.down
+
+    @property
+    def configured(self) -> tuple[DeploymentSpec, ...]:
+        """The deployments as configured, whatever a profile asks."""
+        return self._configured
+
+    @property
+    def division(self) -> Division:
+        """What a profile asks of the fleet now."""
+        return self._division
+
+    def divide(self, division: Division) -> None:
+        """Let a profile's division hold from now on. Nothing that runs is changed by that."""
+        self._division = division
+        self._deployments = divided(self._configured, division)
+        self._rebuild()
+
+    def require_raisable(self, deployment_id: str) -> None:
+        """Raise EngineStartFailedError if a profile wants a deployment that is down to stay so."""
+        found = self._view.deployments.get(deployment_id)
+        if found is not None and found.hold and found.deployment.residency is not Residency.AWAKE:
+            raise EngineStartFailedError(f"{deployment_id}: {found.hold}", deployment=deployment_id)
 
     @property
     def busy(self) -> set[str]:
@@ -221,6 +247,7 @@ class Fleet:
             NotOursError: the engine is run by somebody else.
             PinnedDeploymentError: it is pinned and `force` is not set.
             NodeUnreachableError: its node does not answer.
+            HeldByProfileError: it is to come up, and the profile wants it down.
             FailedPreconditionError: its node drains, the agent refuses, or it was called off.
             VramInfeasibleError: there is no room for it, and waiting does not help.
         """
@@ -377,7 +404,7 @@ class Fleet:
     def _rebuild(self) -> None:
         nodes = {node_id: self._node(session) for node_id, session in self._sessions.items()}
         reported = {node_id: session.report.deployments for node_id, session in self._sessions.items()}
-        self._view = build_view(nodes, self._deployments, reported, self._own_host_id)
+        self._view = build_view(nodes, self._deployments, reported, self._own_host_id, self._division)
         if self._held:
             # A stop that was refused, or a start by somebody else: nothing is held any more.
             busy = self.busy
@@ -441,6 +468,8 @@ def _require_permitted(action: LifecycleAction, target: DeploymentView, *, force
         )
     if node.state in _AWAY:
         raise NodeUnreachableError(f"{node.id} does not answer: {node.detail or node.state}", node=node.id)
+    if target.hold and action in _RAISING and target.deployment.residency is not Residency.AWAKE:
+        raise HeldByProfileError(f"{spec.id}: {target.hold}", deployment=spec.id)
     if _is_external(spec) and action in (
         LifecycleAction.START,
         LifecycleAction.STOP,

@@ -7,14 +7,10 @@ from collections.abc import Callable
 from msgspec.structs import replace
 
 from controlplane.fleet._view import DeploymentView, FleetView
-from controlplane.vram import Facts, Ledger, build_ledger
+from controlplane.vram import Facts, Ledger, Reserve, build_ledger
 from rung.errors import InvalidRequestError, NotFoundError, UnavailableError, UnknownNodeError
 from rung.types import ComfyUiEngine, ExternalRuntime, Gpu, Node, NodeState, OllamaEngine, Residency
 
-#: Kept free on each GPU: what a driver, a desktop and measuring a second late may take.
-RESERVE_BYTES = 1 << 30
-#: Host memory that sleepers never get.
-HOST_RESERVE_BYTES = 4 << 30
 #: Engines that keep models as a cache, and what one without any holds: CUDA context and the like.
 _CACHING = (ComfyUiEngine, OllamaEngine)
 _HELD_FLUSHED_BYTES = 1 << 29
@@ -70,6 +66,7 @@ def ledger_of(
     *,
     load: Callable[[str], tuple[int, int]],
     idle_s: Callable[[str], float],
+    reserve: Reserve,
 ) -> Ledger:
     """What a pool holds now, and whose it is. Raises as `find_gpu`.
 
@@ -78,6 +75,7 @@ def ledger_of(
         pool_id: `node/index`.
         load: active and queued requests of a deployment.
         idle_s: time since a deployment was last used.
+        reserve: what is kept free on the node.
     """
     node, gpu = find_gpu(view, pool_id)
     assert node.status is not None
@@ -104,10 +102,10 @@ def ledger_of(
         total_bytes=gpu.memory_total_bytes,
         free_bytes=gpu.memory_free_bytes,
         deployments=on_pool,
-        reserve_bytes=RESERVE_BYTES,
+        reserve_bytes=reserve.vram_bytes,
         unified=gpu.unified_memory,
         host_free_bytes=node.status.host.memory_available_bytes,
-        host_reserve_bytes=HOST_RESERVE_BYTES,
+        host_reserve_bytes=reserve.host_bytes,
     )
 
 

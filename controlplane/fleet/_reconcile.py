@@ -69,7 +69,8 @@ def decide(
        is not heard gets nothing started. Nothing is ever stopped.
     2. An engine that somebody else runs is never started: its agent is told of it once (STOPPED means
        that the agent does not know it), and looks after it from then on.
-    3. Not what an operator stopped (`held`), or what has an operation under way (`busy`).
+    3. Not what an operator stopped (`held`) or a profile wants down, or what has an operation under way
+       (`busy`).
     4. Not before the backoff after a failed start, or after a crash soon after a good one, is over.
 
     Args:
@@ -84,7 +85,7 @@ def decide(
     for deployment_id, found in view.deployments.items():
         if not _is_wanted(found.deployment) or found.node.state is not NodeState.READY:
             continue
-        if deployment_id in held or deployment_id in busy:
+        if found.hold or deployment_id in held or deployment_id in busy:
             continue
         record = records.get(deployment_id)
         if record is None or record.earliest_next_s <= now_s:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 
 import structlog
 
+from controlplane.fleet._division import utilization_of
 from controlplane.fleet._fleet import Fleet
 from controlplane.fleet._operations import KEEP_ALIVE_S, LifecycleAction
 from controlplane.fleet._pools import is_scheduled, ledger_of, pool_of
@@ -25,6 +26,7 @@ from controlplane.vram import (
     PlacedDeployment,
     ReclaimAction,
     ReclaimStep,
+    Reserve,
     VramAlert,
     reserved_bytes,
 )
@@ -52,6 +54,8 @@ _RISING = frozenset({Residency.STARTING, Residency.WAKING})
 _SAMPLE_AGE_S = 0.8
 #: How long to wait for a measurement of after a step.
 _FRESH_S = 4.0
+_RESERVE = Reserve()
+_NO_RESERVES: Mapping[str, Reserve] = {}
 
 
 class NodeWorld:
@@ -61,17 +65,24 @@ class NodeWorld:
         fleet: the fleet.
         node_id: the node.
         idle_s: time since a deployment was last used.
+        reserve: what is never granted.
     """
 
-    def __init__(self, fleet: Fleet, node_id: str, *, idle_s: Callable[[str], float]) -> None:
+    def __init__(
+        self, fleet: Fleet, node_id: str, *, idle_s: Callable[[str], float], reserve: Reserve = _RESERVE
+    ) -> None:
         self._fleet = fleet
         self._node_id = node_id
         self._idle_s = idle_s
-        self._seen_bytes: dict[str, int] = {}
+        self._reserve = reserve
+        #: By deployment and the share that its engine was started with.
+        self._seen_bytes: dict[tuple[str, float], int] = {}
 
     async def measure(self, pool_id: str) -> Measurement:
         """The pool as the agent last said. Raises as `ledger_of`."""
-        ledger = ledger_of(self._fleet.view, pool_id, load=self._fleet.load, idle_s=self._idle_s)
+        ledger = ledger_of(
+            self._fleet.view, pool_id, load=self._fleet.load, idle_s=self._idle_s, reserve=self._reserve
+        )
         heard_s = self._fleet.session(self._node_id).status_heard_s
         return Measurement(ledger=ledger, measured_s=heard_s - _SAMPLE_AGE_S)
 
@@ -98,10 +109,11 @@ class NodeWorld:
         """What it holds when awake: as measured the last time, else as declared, else 0 for not known."""
         deployment = found.deployment
         spec = deployment.spec
-        seen_bytes = self._seen_bytes.get(spec.id)
+        key = (spec.id, utilization_of(spec))
+        seen_bytes = self._seen_bytes.get(key)
         if deployment.residency is Residency.AWAKE and deployment.vram_bytes:
             # The most of it: what has just come up may not have taken all yet.
-            seen_bytes = self._seen_bytes[spec.id] = max(seen_bytes or 0, deployment.vram_bytes)
+            seen_bytes = self._seen_bytes[key] = max(seen_bytes or 0, deployment.vram_bytes)
         if seen_bytes is not None:
             return seen_bytes
         if deployment.residency is Residency.ASLEEP and deployment.shrunk and deployment.kv_cache_bytes:
@@ -175,7 +187,14 @@ def _only_rung_errors() -> Iterator[None]:
 
 
 class NodeSchedulers:
-    """One scheduler for each node; the way by which deployments become awake."""
+    """One scheduler for each node; the way by which deployments become awake.
+
+    Args:
+        fleet: the fleet.
+        idle_s: time since a deployment was last used.
+        alert: told when a pool runs low, and when it has recovered.
+        reserves: by node, what is never granted, where that is not as usual.
+    """
 
     def __init__(
         self,
@@ -183,10 +202,14 @@ class NodeSchedulers:
         *,
         idle_s: Callable[[str], float],
         alert: Callable[[VramAlert], None],
+        reserves: Mapping[str, Reserve] = _NO_RESERVES,
     ) -> None:
         self._fleet = fleet
         self._schedulers = {
-            node_id: _make(NodeWorld(fleet, node_id, idle_s=idle_s), alert) for node_id in fleet.view.nodes
+            node_id: _make(
+                NodeWorld(fleet, node_id, idle_s=idle_s, reserve=reserves.get(node_id, _RESERVE)), alert
+            )
+            for node_id in fleet.view.nodes
         }
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -231,6 +254,7 @@ class NodeSchedulers:
             VramInfeasibleError: there is no room for it, and waiting does not help.
             UnknownDeploymentError, EngineStartFailedError, NodeUnreachableError: as `Fleet.ensure_awake`.
         """
+        self._fleet.require_raisable(deployment_id)
         found = self._fleet.view.deployments.get(deployment_id)
         if found is None or not is_scheduled(found):
             async with aclosing(self._fleet.ensure_awake(deployment_id)) as steps:

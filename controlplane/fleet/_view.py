@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from msgspec import Struct
 from msgspec.structs import replace
 
+from controlplane.fleet._division import Division
 from rung.types import (
     Deployment,
     DeploymentSpec,
@@ -30,31 +31,35 @@ from rung.types import (
 _OPENAI_SHAPED = (LlamaCppEngine, OpenAiCompatibleEngine, VllmEngine, OllamaEngine)
 #: States in which the agent's word is current.
 _HEARD = frozenset({NodeState.READY, NodeState.DRAINING, NodeState.DRAINED})
+_UNDIVIDED = Division()
 
 
 class DeploymentView(Struct, frozen=True):
     """A deployment, its node, and how to talk to its engine.
 
     `direct_url` is the engine's base URL if this process may talk to the engine itself, else None.
-    `agent_id` is the id by which the node's agent knows the deployment.
+    `agent_id` is the id by which the node's agent knows the deployment. `hold` says why it is not to be
+    made awake; empty if it may be.
     """
 
     deployment: Deployment
     node: Node
     direct_url: str | None
     agent_id: str
+    hold: str = ""
 
 
 class FleetView(Struct, frozen=True):
     """Nodes and deployments by id; `by_model` has models, aliases and deployment ids.
 
-    Where several deployments share a name, configured ones come first, in the order of the
-    configuration.
+    `profile` is the one that was applied and verified; empty if none. Where several deployments share a
+    name, configured ones come first, in the order of the configuration.
     """
 
     nodes: dict[str, Node] = {}
     deployments: dict[str, DeploymentView] = {}
     by_model: dict[str, tuple[DeploymentView, ...]] = {}
+    profile: str = ""
 
 
 def build_view(
@@ -62,6 +67,7 @@ def build_view(
     configured: Sequence[DeploymentSpec],
     reported: Mapping[str, Mapping[str, Deployment]],
     own_host_id: str,
+    division: Division = _UNDIVIDED,
 ) -> FleetView:
     """Put together what is configured and what the agents report.
 
@@ -75,6 +81,7 @@ def build_view(
         configured: deployments of these nodes, with unique ids.
         reported: by node, what its agent last said, by the agent's ids.
         own_host_id: host id of this process; empty if no engine is to be reached directly.
+        division: what a profile asks.
     """
     views: dict[str, DeploymentView] = {}
     names: dict[str, list[DeploymentView]] = {}
@@ -82,7 +89,8 @@ def build_view(
 
     def add(deployment: Deployment, node: Node, agent_id: str) -> None:
         shown = deployment if node.state in _HEARD else _unknown(deployment, node)
-        view = DeploymentView(shown, node, direct_url(deployment, node, own_host_id), agent_id)
+        hold = division.holds.get(shown.spec.id, "")
+        view = DeploymentView(shown, node, direct_url(deployment, node, own_host_id), agent_id, hold)
         views[shown.spec.id] = view
         for name in dict.fromkeys((shown.spec.model, *shown.spec.aliases, shown.spec.id, agent_id)):
             if name:
@@ -99,7 +107,8 @@ def build_view(
                 view_id = agent_id if len(nodes) == 1 else f"{node_id}/{agent_id}"
                 spec = replace(found.spec, id=view_id, node_id=node_id)
                 add(replace(found, spec=spec, adopted=True), node, agent_id)
-    return FleetView(dict(nodes), views, {name: tuple(found) for name, found in names.items()})
+    by_model = {name: tuple(found) for name, found in names.items()}
+    return FleetView(dict(nodes), views, by_model, division.profile)
 
 
 def replace_node(view: FleetView, node: Node) -> FleetView:
@@ -117,7 +126,7 @@ def replace_node(view: FleetView, node: Node) -> FleetView:
             name: tuple(changed.get(found.deployment.spec.id, found) for found in views)
             for name, views in by_model.items()
         }
-    return FleetView(view.nodes | {node.id: node}, view.deployments | changed, by_model)
+    return FleetView(view.nodes | {node.id: node}, view.deployments | changed, by_model, view.profile)
 
 
 def models(view: FleetView) -> tuple[Model, ...]:

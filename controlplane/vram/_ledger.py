@@ -21,6 +21,18 @@ GIB = 1 << 30
 HELD_ASLEEP_ESTIMATE_BYTES = 3 * GIB // 2
 
 
+class Reserve(Struct, frozen=True, kw_only=True):
+    """What is never granted.
+
+    Attributes:
+        vram_bytes: of each GPU: what a driver, a desktop and measuring a second late may take.
+        host_bytes: host RAM that sleepers never get.
+    """
+
+    vram_bytes: int = GIB
+    host_bytes: int = 4 * GIB
+
+
 class Timings(Struct, frozen=True, kw_only=True):
     """How long each action takes, and how long it takes to undo it.
 

@@ -11,11 +11,13 @@ from prometheus_client import CollectorRegistry
 
 from controlplane.api import build_services
 from controlplane.fleet import Fleet, NodeSchedulers, log_alert
+from controlplane.profiles import Profiles
 from rung.service import CallInterceptor, GrpcServer, ServerOptions
 from rung.transport import ChannelOptions, open_channel
-from rung.types import DeploymentSpec, NodeOwnership
+from rung.types import DeploymentSpec, NodeOwnership, Profile
 from tests.fakes.agent_server import ScriptedAgent
 from tests.fakes.jobs import FakeJobs, FakePipelines
+from tests.fakes.store import MemoryProfileStore
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class ApiServer:
     load: dict[str, tuple[int, int]]
     server: GrpcServer
     channel: grpc.aio.Channel
+    profiles: Profiles
 
 
 @asynccontextmanager
@@ -41,6 +44,8 @@ async def an_api_server(
     deployments: Sequence[DeploymentSpec] = (),
     *,
     max_request_bytes: int = 1024 * 1024,
+    profiles: Sequence[Profile] = (),
+    profile_store: MemoryProfileStore | None = None,
 ) -> AsyncIterator[ApiServer]:
     load: dict[str, tuple[int, int]] = {}
     fleet = Fleet(
@@ -54,7 +59,9 @@ async def an_api_server(
     pipelines = FakePipelines(jobs)
     schedulers = NodeSchedulers(fleet, idle_s=lambda _: 60.0, alert=log_alert)
     fleet.make_awake = schedulers.make_awake
-    services = build_services(fleet, schedulers, jobs, pipelines)
+    all_profiles = Profiles(fleet=fleet, store=profile_store or MemoryProfileStore(), profiles=profiles)
+    await all_profiles.start()
+    services = build_services(fleet, schedulers, jobs, pipelines, all_profiles)
     server = GrpcServer(
         ServerOptions(port=0, max_request_bytes=max_request_bytes),
         services=services.descriptors,
@@ -67,9 +74,10 @@ async def an_api_server(
     schedulers.start()
     channel = open_channel(ChannelOptions(address=f"127.0.0.1:{server.port}"))
     try:
-        yield ApiServer(fleet, jobs, pipelines, load, server, channel)
+        yield ApiServer(fleet, jobs, pipelines, load, server, channel, all_profiles)
     finally:
         await channel.close()
         await server.stop(0)
+        await all_profiles.aclose()
         await schedulers.aclose()
         await fleet.aclose()

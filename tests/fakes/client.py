@@ -22,6 +22,8 @@ from rung.types import (
     Node,
     PhaseProgress,
     Priority,
+    ProfileEvent,
+    ProfileList,
     ReclaimGrade,
     ReclaimPlan,
     Tool,
@@ -56,6 +58,8 @@ class FakeClient(AsyncClient):
         self.error: RungError | None = None
         self.events: list[JobEvent] = []
         self.operation: list[LifecycleEvent] = []
+        self.profiles = ProfileList(profiles=())
+        self.switch: list[ProfileEvent] = []
         self.snapshots: list[FleetSnapshot] = []
         self.jobs: list[Job] = []
         self.models: tuple[Model, ...] = ()
@@ -163,6 +167,17 @@ class FakeClient(AsyncClient):
         self._ask("watch_fleet")
         for snapshot in self.snapshots:
             yield snapshot
+
+    async def list_profiles(self) -> ProfileList:
+        self._ask("list_profiles")
+        return self.profiles
+
+    async def switch_profile(
+        self, name: str, *, dry_run: bool = False, operation_id: str = ""
+    ) -> AsyncGenerator[ProfileEvent, None]:
+        self._ask("switch_profile", (name, dry_run))
+        for event in self.switch:
+            yield event
 
     async def _operate(self, what: str, about: Any) -> AsyncGenerator[LifecycleEvent, None]:
         self._ask(what, about)

@@ -1,11 +1,11 @@
-"""A store in memory, which a test can make fail or wait."""
+"""Stores in memory, which a test can make fail or wait."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Sequence
 
-from controlplane.store import StoredSegment
+from controlplane.store import ProfileState, StoredSegment
 from rung.errors import UnavailableError
 from rung.types import Job, JobState
 
@@ -58,3 +58,19 @@ class MemoryStore:
             del self.jobs[job_id]
             self.segments_of.pop(job_id, None)
         return len(old)
+
+
+class MemoryProfileStore:
+    """Remembers in memory; `written` is all that it was ever told. With `failing` set, writes raise."""
+
+    def __init__(self) -> None:
+        self.written: list[ProfileState] = []
+        self.failing = False
+
+    async def read(self) -> ProfileState:
+        return self.written[-1] if self.written else ProfileState()
+
+    async def write(self, state: ProfileState) -> None:
+        if self.failing:
+            raise UnavailableError("the disk is full")
+        self.written.append(state)

@@ -115,6 +115,7 @@ async def stack(
     *,
     agent: Mapping[str, Any] | None = None,
     server: Mapping[str, Any] | None = None,
+    profiles: Sequence[Mapping[str, Any]] = (),
 ) -> AsyncIterator[Stack]:
     """Start both; at the end stop whatever engine is left, and both."""
     agent_file, plane_file = folder / "agent.yaml", folder / "rung.yaml"
@@ -137,6 +138,7 @@ async def stack(
         | dict(server or {}),
         "nodes": [{"id": "box", "address": f"127.0.0.1:{agent_process.ready['port']}"}],
         "deployments": [{"node": "box", **deployment} for deployment in deployments],
+        "profiles": list(profiles),
     }
     plane_file.write_text(yaml.safe_dump(plane_config))
     plane_process = RungProcess(

@@ -16,6 +16,7 @@ from rung._client_calls import Connection
 from rung._client_fleet import operate, watch_snapshots
 from rung._client_jobs import JobStream, watch_events
 from rung._client_leases import HeldLease, LeaseStep, acquire, held, release, renew
+from rung._client_profiles import list_profiles, switch
 from rung.errors import InvalidRequestError
 from rung.transport import ChannelOptions, TlsOptions
 from rung.types import (
@@ -36,6 +37,8 @@ from rung.types import (
     PhaseProgress,
     Policy,
     Priority,
+    ProfileEvent,
+    ProfileList,
     ReclaimGrade,
     ReclaimPlan,
     RouteExplanation,
@@ -395,6 +398,33 @@ class AsyncClient:
         """Ask a `cache` engine to give back its memory. As `start_deployment`."""
         request = v1.FreeDeploymentRequest(operation_id=_operation(operation_id), deployment_id=deployment_id)
         return operate(self._connection, lambda stubs: stubs.fleet.FreeDeployment, request)
+
+    # Profiles.
+
+    async def list_profiles(self) -> ProfileList:
+        """The profiles by name, and which of them was applied and verified."""
+        return await list_profiles(self._connection)
+
+    def switch_profile(
+        self, name: str, *, dry_run: bool = False, operation_id: str = ""
+    ) -> AsyncGenerator[ProfileEvent, None]:
+        """Apply a profile and follow its steps; the last event is `ProfileDone` or `ProfileFailed`.
+
+        Leaving does not end the switch. If a step fails, it goes back to what was before.
+
+        Args:
+            name: the profile.
+            dry_run: only say what would be done: one event, with the `ProfilePlan`.
+            operation_id: the same id joins the same switch; empty makes a new one.
+
+        Raises:
+            UnknownProfileError: no such profile.
+            FailedPreconditionError: another switch is under way.
+            InvalidRequestError, VramInfeasibleError: it does not fit its GPU, or not now.
+            UnavailableError: the server, or a node that it needs, cannot be reached.
+        """
+        request = v1.SwitchProfileRequest(operation_id=_operation(operation_id), name=name, dry_run=dry_run)
+        return switch(self._connection, request)
 
     # VRAM.
 

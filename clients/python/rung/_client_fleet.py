@@ -52,6 +52,8 @@ class FleetFold:
             self._nodes.pop(message.removed_node_id, None)
         elif kind == "removed_deployment_id":
             self._deployments.pop(message.removed_deployment_id, None)
+        elif kind == "profile":
+            self._profile = message.profile
         return FleetSnapshot(
             nodes=tuple(node for _, node in sorted(self._nodes.items())),
             deployments=tuple(each for _, each in sorted(self._deployments.items())),

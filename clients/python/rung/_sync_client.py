@@ -48,6 +48,8 @@ from rung.types import (
     PhaseProgress,
     Policy,
     Priority,
+    ProfileEvent,
+    ProfileList,
     ReclaimGrade,
     ReclaimPlan,
     RouteExplanation,
@@ -404,6 +406,19 @@ class Client:
     def free_deployment(self, deployment_id: str, *, operation_id: str = "") -> Stream[LifecycleEvent]:
         """See `AsyncClient.free_deployment`."""
         return Stream(self._thread, self._client.free_deployment(deployment_id, operation_id=operation_id))
+
+    # Profiles.
+
+    def list_profiles(self) -> ProfileList:
+        """See `AsyncClient.list_profiles`."""
+        return self._thread.run(self._client.list_profiles())
+
+    def switch_profile(
+        self, name: str, *, dry_run: bool = False, operation_id: str = ""
+    ) -> Stream[ProfileEvent]:
+        """See `AsyncClient.switch_profile`."""
+        source = self._client.switch_profile(name, dry_run=dry_run, operation_id=operation_id)
+        return Stream(self._thread, source)
 
     # VRAM.
 

@@ -48,6 +48,8 @@ _HINTS = {
     "UNKNOWN_JOB": "`rung jobs list` shows the jobs that are known.",
     "UNKNOWN_DEPLOYMENT": "`rung deployments` lists them.",
     "UNKNOWN_NODE": "`rung status` shows the nodes.",
+    "UNKNOWN_PROFILE": "`rung profile list` shows them.",
+    "HELD_BY_PROFILE": "`rung profile list` shows the profiles; another one may let it come up.",
     "PINNED_DEPLOYMENT": "It is pinned so that nothing takes it away; add --force if you mean it.",
     "EXTERNAL_ENGINE": "Somebody else runs this engine: start and stop it the way it was started.",
     "NOT_AWAKE": "`rung start DEPLOYMENT` or `rung wake DEPLOYMENT` makes it ready.",

@@ -177,6 +177,8 @@ def fleet_view(
             node_view(node, own, now_s=now_s, bar_width=bar_width, ascii_only=ascii_only),
             Text(),
         ]
+    if snapshot.profile:
+        parts += [Text.assemble("profile ", (snapshot.profile, "bold")), Text()]
     parts.append(deployments_table(snapshot.deployments))
     return Group(*parts)
 
