@@ -83,6 +83,7 @@ class _Baseline:
             return
         visit.swapped = True
         await self._make_room(engine, engine.awake_bytes - engine.resident_bytes, visit)
+        await self._stop_sleepers(engine, engine.awake_bytes - engine.resident_bytes, visit)
         self._check_room(engine, engine.awake_bytes - engine.resident_bytes)
         await self._node.bring_up(self._node.pool_id, engine.name)
 
@@ -92,12 +93,19 @@ class _Baseline:
         if self._node.room_bytes < engine.missing_bytes(checkpoint) and not engine.has(checkpoint):
             # It would do so by itself: what it keeps makes place for what it needs.
             await self._evict(engine, ReclaimAction.FREE, visit)
+        await self._stop_sleepers(engine, engine.missing_bytes(checkpoint), visit)
         self._check_room(engine, engine.missing_bytes(checkpoint))
         return engine.missing_bytes(checkpoint)
 
     async def _make_room(self, engine: TraceEngine, need_bytes: int, visit: Visit) -> None:
         """Have others give way, as far as that is the policy."""
         raise NotImplementedError
+
+    async def _stop_sleepers(self, engine: TraceEngine, need_bytes: int, visit: Visit) -> None:
+        """The last resort: what sleepers still hold."""
+        for each in self._others(engine):
+            if self._node.room_bytes < need_bytes and each.residency is Residency.ASLEEP:
+                await self._evict(each, ReclaimAction.STOP, visit)
 
     def _check_room(self, engine: TraceEngine, need_bytes: int) -> None:
         missing_bytes = need_bytes - self._node.room_bytes
@@ -202,9 +210,6 @@ class AllOrNothing(_Baseline):
                 await self._evict(each, _put_away(each) if self.sleeps else ReclaimAction.STOP, visit)
                 if is_heavy:
                     self._evicted.append(each)
-        for each in self._others(engine):
-            if self._node.room_bytes < need_bytes and each.residency is Residency.ASLEEP:
-                await self._evict(each, ReclaimAction.STOP, visit)
 
     async def _restore(self, engine: TraceEngine) -> None:
         if engine.kind is ResidencyClass.ON_DEMAND:
@@ -259,7 +264,7 @@ class LeastRecentlyUsed(_Baseline):
     def _way_out(self, engine: TraceEngine) -> ReclaimAction | None:
         if engine.kind is ResidencyClass.CACHE:
             return ReclaimAction.FREE if engine.cache_bytes else None
-        return ReclaimAction.STOP
+        return ReclaimAction.STOP if engine.residency is Residency.AWAKE else None
 
 
 class LeastRecentlyUsedAsleep(LeastRecentlyUsed):
@@ -271,8 +276,7 @@ class LeastRecentlyUsedAsleep(LeastRecentlyUsed):
     def _way_out(self, engine: TraceEngine) -> ReclaimAction | None:
         if engine.kind is not ResidencyClass.SLEEPABLE:
             return super()._way_out(engine)
-        # Asleep it still has a little to give.
-        return _put_away(engine) if engine.residency is Residency.AWAKE else ReclaimAction.STOP
+        return _put_away(engine) if engine.residency is Residency.AWAKE else None
 
 
 class OneAtATime(_Baseline):
@@ -292,9 +296,9 @@ def _put_away(engine: TraceEngine) -> ReclaimAction:
     return ReclaimAction.SLEEP if 1 in engine.sleep_levels else ReclaimAction.STOP
 
 
-def _reluctance(engine: TraceEngine) -> tuple[bool, bool, float, str]:
-    """Who goes last has the most: the sleepers, then the busy, then those that were used last."""
-    return engine.residency is Residency.ASLEEP, engine.active > 0, engine.used_s, engine.name
+def _reluctance(engine: TraceEngine) -> tuple[bool, float, str]:
+    """Who goes last has the most: the busy, and of those and the others who was used last."""
+    return engine.active > 0, engine.used_s, engine.name
 
 
 def _is_overdue(engine: TraceEngine) -> bool:
