@@ -13,7 +13,7 @@ import msgspec
 
 from controlplane.cloud._estimate import answer_limit
 from controlplane.cloud._values import CloudModel, Thinking
-from rung.errors import InvalidRequestError, UnavailableError
+from rung.errors import InvalidRequestError, UnsuitableTargetError
 
 _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[\w=.+-]+)*;base64,(.*)", re.DOTALL)
 #: Tokens to think with, by `reasoning_effort`; the least that the API takes is 1,024.
@@ -34,10 +34,10 @@ def anthropic_body(fields: dict[str, Any], model: CloudModel, *, stream: bool) -
 
     Raises:
         InvalidRequestError: the request contradicts itself or OpenAI's own rules.
-        UnavailableError: it wants something that this dialect cannot say; another target may.
+        UnsuitableTargetError: it wants something that this dialect cannot say; another target may.
     """
     if (fields.get("n") or 1) != 1:
-        raise UnavailableError(f"{model.id} gives one choice, and the request wants {fields['n']}")
+        raise UnsuitableTargetError(f"{model.id} gives one choice, and the request wants {fields['n']}")
     system, messages = _conversation(fields["messages"], model.id)
     wanted: dict[str, Any] = {
         "model": model.model,
@@ -127,7 +127,7 @@ def _user_blocks(content: Any, place: int, what: str) -> list[dict[str, Any]]:
         elif kind == "file":
             blocks.append(_document(part.get("file"), where, what))
         elif kind == "input_audio":
-            raise UnavailableError(f"{what} takes no audio")
+            raise UnsuitableTargetError(f"{what} takes no audio")
         else:
             raise InvalidRequestError(f"{where}.type is {kind!r}")
     return blocks
@@ -148,10 +148,10 @@ def _image(url: Any, where: str) -> dict[str, Any]:
 def _document(file: Any, where: str, what: str) -> dict[str, Any]:
     data = file.get("file_data") if isinstance(file, dict) else None
     if not isinstance(data, str):
-        raise UnavailableError(f"{what} takes files by their contents only, and {where} has none")
+        raise UnsuitableTargetError(f"{what} takes files by their contents only, and {where} has none")
     match = _DATA_URL.fullmatch(data)
     if match is None or match[1] != "application/pdf":
-        raise UnavailableError(f"{what} takes files that are PDF, as a base64 data URL")
+        raise UnsuitableTargetError(f"{what} takes files that are PDF, as a base64 data URL")
     block: dict[str, Any] = {
         "type": "document",
         "source": {"type": "base64", "media_type": match[1], "data": match[2]},

@@ -48,20 +48,23 @@ class DailyBudget:
         self._provider = provider
         self._cap = cap_micro_usd
         self._day = day_of(now_s)
+        self._ends_s = day_end_s(self._day)
         self._spent = spent_micro_usd
         self._reserved: dict[str, int] = {}
+        self._reserved_total = 0
 
     def spending(self, now_s: float) -> Spending:
         """How it stands."""
         self._turn_day(now_s)
-        return Spending(self._spent, sum(self._reserved.values()), self._cap, day_end_s(self._day))
+        return Spending(self._spent, self._reserved_total, self._cap, self._ends_s)
 
     def refusal(self, now_s: float) -> str:
         """Why no call can be made, however small; empty if one can."""
-        spending = self.spending(now_s)
-        if spending.spent_micro_usd + spending.reserved_micro_usd < self._cap:
+        # Asked for at each choice of a target.
+        self._turn_day(now_s)
+        if self._spent + self._reserved_total < self._cap:
             return ""
-        return f"the daily spending cap of {self._provider} is reached: {_told(spending)}"
+        return f"the daily spending cap of {self._provider} is reached: {_told(self.spending(now_s))}"
 
     def reserve(self, call_id: str, micro_usd: int, now_s: float) -> str:
         """Set an amount aside for a call; returns the day that it counts to.
@@ -81,6 +84,7 @@ class DailyBudget:
                 retry_after=str(max(1, int(spending.resets_at_s - now_s))),
             )
         self._reserved[call_id] = micro_usd
+        self._reserved_total += micro_usd
         return self._day
 
     def settle(self, call_id: str, micro_usd: int, now_s: float) -> None:
@@ -89,15 +93,19 @@ class DailyBudget:
         More than was reserved counts, too: what is owed is owed. Settling twice changes nothing.
         """
         self._turn_day(now_s)
-        if self._reserved.pop(call_id, None) is not None:
+        reserved = self._reserved.pop(call_id, None)
+        if reserved is not None:
+            self._reserved_total -= reserved
             self._spent += micro_usd
 
     def _turn_day(self, now_s: float) -> None:
         # Only forward: a clock that is set back does not give a day's money a second time.
-        if (day := day_of(now_s)) > self._day:
-            self._day = day
-            self._spent = 0
-            self._reserved.clear()
+        if now_s < self._ends_s:
+            return
+        self._day = day_of(now_s)
+        self._ends_s = day_end_s(self._day)
+        self._spent = self._reserved_total = 0
+        self._reserved.clear()
 
 
 def _told(spending: Spending) -> str:

@@ -27,6 +27,7 @@ from controlplane.cloud._values import (
     CloudUsage,
     Dialect,
 )
+from controlplane.ladder import Candidate, TargetKind
 from rung.errors import (
     EngineFailedError,
     EngineProtocolError,
@@ -154,8 +155,8 @@ class CloudTargets:
         stack.push_async_callback(spend.aclose)  # after the store's own, so that it runs before
         targets = CloudTargets(providers, client, spend, registry)
 
-    For the ladder, `models` is what there is (it never changes) and `refusal` why one cannot answer now;
-    neither waits for anything. For a request, `open` gives a reply that is relayed like an engine's.
+    For the ladder, `candidates` is what there is (it never changes) and `refusal` why one cannot answer
+    now; neither waits for anything. For a request, `open` gives a reply that is relayed like an engine's.
 
     Keys are read here, once, and leave only in the header of a request to their own provider.
 
@@ -183,6 +184,9 @@ class CloudTargets:
         self._now_s = now_s
         self._providers = {provider.id: provider for provider in providers}
         self._models = {model.id: model for provider in providers for model in provider.models}
+        self._candidates = {
+            name: _candidate(model) for model in self._models.values() for name in (model.id, *model.aliases)
+        }
         found = os.environ if environment is None else environment
         self._keys = {provider.id: read_key(provider, found) for provider in providers}
         self._holds: dict[str, _Hold] = {}
@@ -204,9 +208,18 @@ class CloudTargets:
             if isinstance(key, str):
                 _log.warning("cloud_provider_refused", provider=provider.id, reason=key)
 
+    @property
+    def candidates(self) -> Mapping[str, Candidate]:
+        """All targets as the ladder has them, by id and by alias; they never change."""
+        return self._candidates
+
     def models(self) -> tuple[CloudModel, ...]:
         """All targets, in the order of the configuration."""
         return tuple(self._models.values())
+
+    def model_name(self, target_id: str) -> str:
+        """The provider's own name of a model. Raises UnknownModelError."""
+        return self._model(target_id).model
 
     def refusal(self, target_id: str) -> str:
         """Why a target cannot answer now: no key, no money, or it said so itself. Empty if it can.
@@ -241,12 +254,13 @@ class CloudTargets:
         Raises:
             UnknownModelError: there is no such target.
             InvalidRequestError: the request cannot be understood.
+            UnsuitableTargetError: the target cannot do what the request wants; another may.
             EngineRejectedError: the provider says that the request is wrong.
             BudgetExhaustedError: the daily cap does not leave what the call could cost.
             EngineFailedError: the provider is in trouble, or we are with it: `metadata` has
                 `engine_status`, `failure` (a `CloudFailureKind`), and `retry_after` in seconds if it said.
-            UnavailableError: the target is refused, or cannot do what the request wants; and, as
-                EngineUnreachableError and EngineProtocolError, what goes wrong on the way.
+            UnavailableError: the target is refused; and, as EngineUnreachableError and
+                EngineProtocolError, what goes wrong on the way.
             EngineTimeoutError: it said nothing for the idle timeout.
         """
         model = self._model(target_id)
@@ -351,6 +365,18 @@ class CloudTargets:
         if model is None:
             raise UnknownModelError(f"there is no cloud model {target_id!r}", model=target_id)
         return model
+
+
+def _candidate(model: CloudModel) -> Candidate:
+    return Candidate(
+        id=model.id,
+        kind=TargetKind.CLOUD,
+        owned=False,
+        state=f"a cloud model of {model.provider}",
+        capabilities=frozenset(model.capabilities),
+        context_tokens=model.context_tokens,
+        usd_per_million_tokens=model.prices.completion_usd,
+    )
 
 
 async def _beginning(upstream: EngineReply) -> bytes:

@@ -30,6 +30,7 @@ from rung.errors import (
     RungError,
     UnavailableError,
     UnknownDeploymentError,
+    UnsuitableTargetError,
     VramInfeasibleError,
 )
 from rung.service import EngineClient
@@ -53,6 +54,7 @@ _MOVES_ON = (
     NotAwakeError,
     QueueFullError,
     UnknownDeploymentError,
+    UnsuitableTargetError,
     VramInfeasibleError,
 )
 

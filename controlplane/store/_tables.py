@@ -44,3 +44,16 @@ profile_state = Table(
     Column("id", Integer, primary_key=True),
     Column("record", LargeBinary, nullable=False),
 )
+
+#: Calls to cloud models, by the day of UTC on which they were made; `spent` is unknown while they run.
+cloud_calls = Table(
+    "cloud_calls",
+    metadata,
+    Column("day", String(10), primary_key=True),
+    Column("id", String(64), primary_key=True),
+    Column("provider", String(64), nullable=False),
+    Column("model", String(256), nullable=False),
+    Column("reserved_micro_usd", BigInteger, nullable=False),
+    Column("spent_micro_usd", BigInteger),
+    sqlite_with_rowid=False,
+)

@@ -173,6 +173,13 @@ class NotAwakeError(FailedPreconditionError):
     http_status = 503
 
 
+class UnsuitableTargetError(FailedPreconditionError):
+    """The target cannot do what the request wants; another might."""
+
+    reason = "UNSUITABLE_TARGET"
+    http_status = 400
+
+
 class LoopbackOnlyError(FailedPreconditionError):
     """A port was asked to listen on an interface other than loopback."""
 
