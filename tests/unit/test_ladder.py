@@ -22,10 +22,17 @@ CHAINS = {"quick": ["orchestrator"], "reasoning": ["spark/qwen", "thinker", "dee
 
 
 def a_rung(
-    name: str, first: int, last: int, *, modality: Modality = Modality.CHAT, **fields: str
+    name: str,
+    first: int,
+    last: int,
+    *,
+    modality: Modality = Modality.CHAT,
+    chain: str = "quick",
+    reason: str = "",
 ) -> RungSpec:
-    values = {"chain": "quick", **fields}
-    return RungSpec(name=name, modality=modality, min_effort=first, max_effort=last, **values)
+    return RungSpec(
+        name=name, modality=modality, min_effort=first, max_effort=last, chain=chain, reason=reason
+    )
 
 
 def a_ladder() -> Ladder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -146,7 +147,7 @@ class TestGivingWay:
 
 
 class TestRefusals:
-    CASES = (
+    CASES: ClassVar[Any] = (
         ([[ours("a", refusal="its node box is unreachable")]], Demand(), {}, "its node box is unreachable"),
         (
             [[cloud("a")]],
