@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -22,6 +23,7 @@ from rung.types import (
     DeploymentSpec,
     EngineSpec,
     ExternalRuntime,
+    OllamaEngine,
     ProcessRuntime,
     Residency,
     ResidencyClass,
@@ -108,6 +110,9 @@ def test_what_an_engine_can_sleep_at_is_its_own_word_unless_somebody_knows_bette
     assert build_entry(deployment("a"), Facts()).sleep_levels == (1, 2)
     assert build_entry(deployment("a", sleep_mode=False), Facts()).sleep_levels == ()
     assert build_entry(deployment("a"), Facts(sleep_levels=(2,))).sleep_levels == (2,)
+    ollama = msgspec.structs.replace(deployment("a").spec.engine, engine=OllamaEngine(model="qwen3:8b"))
+    spec = msgspec.structs.replace(deployment("a").spec, engine=ollama)
+    assert build_entry(msgspec.structs.replace(deployment("a"), spec=spec), Facts()).sleep_levels == (2,)
 
 
 def test_a_busy_deployment_is_not_idle_and_an_external_one_is_marked() -> None:
