@@ -3,7 +3,9 @@
 from controlplane.ladder._candidate import Candidate, TargetKind, candidate_of
 from controlplane.ladder._choose import Chain, Demand, Group, Passing, chain_of, choose, explain, refusals
 from controlplane.ladder._circuit import CircuitOptions, Circuits, CircuitState
+from controlplane.ladder._classifier import Classification, ClassifiedRequest, Feature, classify
 from controlplane.ladder._effort import AUTO_MODEL, OWN_PREFIX, Asked, Asking, read_asking
+from controlplane.ladder._judge import judge_request, read_judgement
 from controlplane.ladder._ladder import (
     BURST_PREFIX,
     CHAIN_PREFIX,
@@ -33,7 +35,10 @@ __all__ = [
     "CircuitOptions",
     "CircuitState",
     "Circuits",
+    "Classification",
+    "ClassifiedRequest",
     "Demand",
+    "Feature",
     "Group",
     "Ladder",
     "LadderError",
@@ -46,7 +51,10 @@ __all__ = [
     "candidate_of",
     "chain_of",
     "choose",
+    "classify",
     "explain",
+    "judge_request",
     "read_asking",
+    "read_judgement",
     "refusals",
 ]
