@@ -24,7 +24,7 @@ from rung.types import (
 _GIB = 1 << 30
 _SLEEPING = frozenset({Residency.FALLING_ASLEEP, Residency.ASLEEP, Residency.WAKING})
 #: An agent says once a second what it measures; one that has not for so long is away.
-_FRESH_S = 10.0
+_FRESH_S = 4.0
 
 
 def is_as_wanted(fleet: Fleet, deployment_id: str, wanted: Residency) -> bool:

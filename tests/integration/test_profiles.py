@@ -7,6 +7,7 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from tests.integration.test_turns import GIB, a_vllm
 
 AWAKE, ASLEEP, STOPPED = Residency.AWAKE, Residency.ASLEEP, Residency.STOPPED
 
-PROFILES = [
+PROFILES: list[dict[str, Any]] = [
     {
         "name": "dev",
         "deployments": [

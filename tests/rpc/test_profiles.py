@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from rung import AsyncClient
+from rung import AsyncClient, Client
 from rung.errors import (
     AlreadyExistsError,
     FailedPreconditionError,
@@ -22,6 +22,7 @@ from rung.errors import (
 )
 from rung.types import (
     FailureReason,
+    LifecycleDone,
     LifecyclePayload,
     LifecycleProgress,
     NodeState,
@@ -291,7 +292,7 @@ async def test_what_a_holding_profile_wants_down_is_not_woken(box: Box) -> None:
     # Not for a request either, nor because it is to be kept running.
     with pytest.raises(UnavailableError, match="profile gaming holds it stopped"):
         await drained(box.plane.fleet.ensure_awake("coder"))
-    for _ in range(3):
+    for _ in range(15):
         await box.plane.fleet.wait_changed(1.0)
     assert {box.residency(name) for name in ("reasoner", "coder", "images")} == {STOPPED}
 
@@ -360,6 +361,42 @@ async def test_something_is_heard_every_second_with_the_time_that_is_left(box: B
     assert isinstance(events[-1].payload, ProfileDone)
 
 
+async def test_a_step_counts_once_it_is_measured_and_not_because_the_agent_says_so(box: Box) -> None:
+    await box.switch("dev")
+    obey = box.card.agent.script
+
+    async def pretends(agent: ScriptedAgent, call: Call) -> AsyncIterator[LifecyclePayload]:
+        if call.action == "sleep":
+            yield LifecycleDone(replace(agent.deployments["reasoner"], residency=ASLEEP))
+            return
+        async for payload in obey(agent, call):
+            yield payload
+
+    box.card.agent.script = pretends
+    events = await box.switch("creative")
+    failed = events[-1].payload
+    assert isinstance(failed, ProfileFailed)
+    assert "reasoner is awake, not asleep" in failed.detail
+    assert failed.current == "dev"
+    assert ("start", "images") not in box.told()
+
+
+async def test_the_blocking_client_switches_too(box: Box) -> None:
+    def blocking() -> tuple[list[ProfileEvent], str]:
+        with Client(f"127.0.0.1:{box.plane.server.port}") as client:
+            events = list(client.switch_profile("creative"))
+            return events, client.list_profiles().current
+
+    events, current = await asyncio.to_thread(blocking)
+    assert events[-1].payload == ProfileDone("creative")
+    assert current == "creative"
+
+
+async def test_sleeping_without_a_level_keeps_the_weights(box: Box) -> None:
+    await drained(box.client.sleep_deployment("reasoner"))
+    assert [call.level for call in box.card.agent.calls] == [1]
+
+
 async def test_what_makes_no_sense_is_refused(box: Box) -> None:
     with pytest.raises(UnknownProfileError, match="profiles are: creative, dev, gaming, small"):
         await box.switch("developer")
@@ -397,7 +434,7 @@ async def test_the_current_profile_outlives_the_control_plane(
     async with a_box(card, store) as box:
         assert (await box.client.list_profiles()).current == "gaming"
         # And it holds: `coder` is to be kept running, by its configuration.
-        for _ in range(3):
+        for _ in range(15):
             await box.plane.fleet.wait_changed(1.0)
         assert box.told() == []
         assert (await box.switch("gaming", operation_id="mine"))[-1].payload == ProfileDone("gaming")
