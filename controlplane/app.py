@@ -16,13 +16,14 @@ import uvloop
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
 from controlplane.api import build_services
+from controlplane.cloud import CloudSpend, CloudTargets
 from controlplane.config import Config
 from controlplane.fleet import Fleet, NodeSchedulers, log_alert
 from controlplane.gateway import Gateway
 from controlplane.jobs import Jobs
 from controlplane.pipelines import Pipelines, Slots
 from controlplane.profiles import Profiles
-from controlplane.store import JobStore, ProfileStates
+from controlplane.store import CloudCalls, JobStore, ProfileStates
 from rung.errors import RungError
 from rung.service import CallInterceptor, EngineClient, GrpcServer, ServerOptions, configure_logging
 
@@ -76,10 +77,18 @@ async def serve(config: Config) -> None:
             fleet=fleet, store=ProfileStates(store), profiles=config.profile_values(), reserves=reserves
         )
         await profiles.start()
-        schedulers = NodeSchedulers(fleet, idle_s=slots.idle_s, alert=log_alert, reserves=reserves)
+        schedulers = NodeSchedulers(
+            fleet,
+            idle_s=slots.idle_s,
+            alert=log_alert,
+            reserves=reserves,
+        )
         fleet.make_awake = schedulers.make_awake
         client = EngineClient()
         stack.push_async_callback(client.aclose)
+        providers = config.cloud_providers()
+        spend = await CloudSpend.open(providers, CloudCalls(store))
+        stack.push_async_callback(spend.aclose)
         pipelines = Pipelines(
             jobs=jobs,
             fleet=fleet,
@@ -87,6 +96,9 @@ async def serve(config: Config) -> None:
             slots=slots,
             client=client,
             registry=registry,
+            ladder=config.ladder.value() if config.ladder is not None else None,
+            ask_judge=config.ladder is not None and config.ladder.classifier == "judge",
+            cloud=CloudTargets(providers, client, spend, registry) if providers else None,
             engine_idle_timeout_s=server.engine_idle_timeout_s,
         )
         services = build_services(fleet, schedulers, jobs, pipelines, profiles)

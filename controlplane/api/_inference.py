@@ -36,7 +36,7 @@ class InferenceServicer:
         self, request: v1.GenerateRequest, context: Context
     ) -> AsyncIterator[v1.GenerateResponse]:
         """Begin a job and stream its log; a caller that goes away cancels it unless it is detached."""
-        wish = wish_from_generate(request)
+        wish = await self._pipelines.prepare(wish_from_generate(request))
         job = self._pipelines.start(wish)
         if not wish.policy.detached:
             # Called however the call ends; a job that has ended does not mind.
@@ -50,7 +50,7 @@ class InferenceServicer:
 
     async def CreateJob(self, request: v1.CreateJobRequest, context: Context) -> v1.CreateJobResponse:
         """Begin a detached job."""
-        wish = wish_from_generate(request.generate)
+        wish = await self._pipelines.prepare(wish_from_generate(request.generate))
         wish = replace(wish, policy=replace(wish.policy, detached=True))
         return v1.CreateJobResponse(job=codec.job_to_proto(await self._pipelines.create_detached(wish)))
 
@@ -98,7 +98,8 @@ class InferenceServicer:
         self, request: v1.ExplainRouteRequest, context: Context
     ) -> v1.ExplainRouteResponse:
         """Who would answer."""
-        return codec.route_explanation_to_proto(self._pipelines.explain(wish_from_generate(request.generate)))
+        wish = await self._pipelines.prepare(wish_from_generate(request.generate))
+        return codec.route_explanation_to_proto(self._pipelines.explain(wish))
 
 
 def _states(numbers: Collection[int]) -> frozenset[JobState]:

@@ -49,6 +49,10 @@ class JobsPort(Protocol):
 class PipelinesPort(Protocol):
     """What carries wishes out, as `controlplane.pipelines.Pipelines` does."""
 
+    async def prepare(self, wish: Wish) -> Wish:
+        """The wish as it is to be begun."""
+        ...
+
     def start(self, wish: Wish) -> RunningJob:
         """Begin a generation."""
         ...

@@ -31,7 +31,7 @@ class OpenAiRoutes:
         """`POST /v1/chat/completions`."""
         body = await request.read()
         head = read_head(body)
-        begun = self._begin(request, JobKind.CHAT, head.model, body)
+        begun = await self._begin(request, JobKind.CHAT, head.model, body)
         if head.stream:
             return await self._stream(request, begun, keep_usage=head.wants_usage)
         return await self._answer(begun)
@@ -40,7 +40,7 @@ class OpenAiRoutes:
         """`POST /v1/embeddings`."""
         body = await request.read()
         head = read_head(body)
-        return await self._answer(self._begin(request, JobKind.EMBEDDING, head.model, body))
+        return await self._answer(await self._begin(request, JobKind.EMBEDDING, head.model, body))
 
     async def models(self, request: web.Request) -> web.StreamResponse:
         """`GET /v1/models`."""
@@ -54,16 +54,15 @@ class OpenAiRoutes:
                 return _json(_model_row(found))
         raise web.HTTPNotFound
 
-    def _begin(self, request: web.Request, kind: JobKind, model: str, body: bytes) -> Begun:
-        begun = self._pipelines.begin(
-            Wish(
-                kind=kind,
-                model=model,
-                body=body,
-                policy=read_policy(request),
-                request_id=read_request_id(request),
-            )
+    async def _begin(self, request: web.Request, kind: JobKind, model: str, body: bytes) -> Begun:
+        wish = Wish(
+            kind=kind,
+            model=model,
+            body=body,
+            policy=read_policy(request),
+            request_id=read_request_id(request),
         )
+        begun = self._pipelines.begin(await self._pipelines.prepare(wish))
         task = asyncio.current_task()
         assert task is not None
         begun.job.on_cancel(task.cancel)

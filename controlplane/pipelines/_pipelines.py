@@ -17,6 +17,7 @@ from controlplane.jobs import Jobs, LiveJob
 from controlplane.ladder import Circuits, Ladder
 from controlplane.pipelines._begun import Begun
 from controlplane.pipelines._engage import CloudPort, Engager, OnWait
+from controlplane.pipelines._judging import Judge, judge_by_rule
 from controlplane.pipelines._metrics import PipelineMetrics
 from controlplane.pipelines._openai import (
     AnswerReader,
@@ -27,7 +28,7 @@ from controlplane.pipelines._openai import (
     read_usage,
 )
 from controlplane.pipelines._reasoning import Reasoning
-from controlplane.pipelines._router import CloudModels, Judged, Router
+from controlplane.pipelines._router import CloudModels, Router
 from controlplane.pipelines._slots import Slots
 from controlplane.pipelines._wish import Wish
 from rung import reason_of_error
@@ -63,6 +64,7 @@ class Pipelines:
         client: EngineClient,
         registry: CollectorRegistry,
         ladder: Ladder | None = None,
+        ask_judge: bool = False,
         cloud: Cloud | None = None,
         engine_idle_timeout_s: float = 600.0,
     ) -> None:
@@ -82,11 +84,20 @@ class Pipelines:
             engine_idle_timeout_s=engine_idle_timeout_s,
         )
         self._reasoning = Reasoning(self._router, self._engager)
+        self._judge = Judge(self._router, self._engager) if ask_judge else None
         self._metrics = PipelineMetrics(registry, jobs)
         self._tasks: set[asyncio.Task[None]] = set()
         self._pacer = StreamPacer(
             unpaced_streams=_UNPACED_STREAMS, interval_per_stream_s=_INTERVAL_PER_STREAM_S
         )
+
+    async def prepare(self, wish: Wish) -> Wish:
+        """The wish as it is to be begun: with the effort that the orchestrator gives it, if it is asked.
+
+        Raises:
+            InvalidRequestError: as `begin`.
+        """
+        return wish if self._judge is None else await self._judge.prepare(wish)
 
     def begin(self, wish: Wish) -> Begun:
         """Accept a wish.
@@ -297,8 +308,3 @@ def parse_kind(kind: str) -> JobKind:
     if kind in (JobKind.CHAT, JobKind.EMBEDDING):
         return JobKind(kind)
     raise InvalidRequestError(f"kind is {kind!r}; this version has chat and embedding")
-
-
-def judge_by_rule(body: bytes) -> Judged:
-    """The effort of a request that leaves it open."""
-    return Judged(4, "nobody said otherwise")

@@ -131,12 +131,14 @@ class Router:
             load=slots.load,
             pressure=slots.pressure,
             full=slots.full,
+            left_alone=lambda: circuits.left_alone(now_s()) if circuits else (),
             allows=self._allows,
             refusal=self._refusal,
         )
         # A caller who names a model is never sent elsewhere: the only target is tried however it fared.
         self._passing_named = replace(
             self._passing,
+            left_alone=lambda: (),
             allows=lambda target_id: not self._cloud_refusal(target_id),
             refusal=self._cloud_refusal,
         )
@@ -164,6 +166,14 @@ class Router:
             chain = self._chain("chain", asking.name, self._ladder.chains[asking.name], demand)
             return Route(chain=chain, demand=demand, why=f"the chain {asking.name} was asked for")
         return self._on_ladder(wish, asking, demand)
+
+    def leaves_open(self, wish: Wish) -> bool:
+        """Whether it is for us to say how much effort a wish is worth. Raises as `route`."""
+        if wish.model in self._look().by_model or not self._ladder.rungs:
+            return False
+        head = read_head(wish.body)
+        asking = read_asking(wish.model, head.effort, head.reasoning_effort, self._ladder.chains)
+        return asking.what is Asked.EFFORT and asking.effort is None
 
     def choose(self, route: Route) -> Iterator[Candidate]:
         """The targets to try, best first; one after the other, so that the later ones cost nothing.
@@ -227,7 +237,7 @@ class Router:
         if asking.effort is None:
             judged = self._classify(wish.body)
         else:
-            judged = Judged(asking.effort, f"effort {asking.effort} was asked for")
+            judged = Judged(asking.effort, wish.effort_why or "the caller asked for it")
         rung = self._ladder.rung(modality, judged.effort)
         assert rung is not None  # a modality of the ladder has all efforts
         reason = None

@@ -11,7 +11,8 @@ class Wish(Struct, frozen=True, kw_only=True):
     """One request, from whichever API it came.
 
     `body` is the JSON of the OpenAI route of its kind; `model` is what the caller named, and may be
-    empty. `effort` is 1 to 10, or None when the caller left it open.
+    empty. `effort` is 1 to 10, or None when the caller left it open; `effort_why` says who else than the
+    caller set it.
     """
 
     kind: JobKind
@@ -19,4 +20,5 @@ class Wish(Struct, frozen=True, kw_only=True):
     body: bytes = b""
     policy: Policy = Policy()
     effort: int | None = None
+    effort_why: str = ""
     request_id: str = ""

@@ -48,7 +48,9 @@ class Plane:
 
 
 @asynccontextmanager
-async def a_plane(*, ladder: Ladder | None = None, cloud: Cloud | None = None) -> AsyncIterator[Plane]:
+async def a_plane(
+    *, ladder: Ladder | None = None, cloud: Cloud | None = None, ask_judge: bool = False
+) -> AsyncIterator[Plane]:
     """A gateway with one deployment, `tiny-1` of the model `tiny`, served by the plane's engine."""
     async with EngineServer() as engine, aiohttp.ClientSession() as http:
         fleet = FakeFleet(deployment_view("tiny-1", engine.url))
@@ -64,6 +66,7 @@ async def a_plane(*, ladder: Ladder | None = None, cloud: Cloud | None = None) -
             client=client,
             registry=registry,
             ladder=ladder,
+            ask_judge=ask_judge,
             cloud=cloud,
             engine_idle_timeout_s=0.3,
         )

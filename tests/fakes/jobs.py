@@ -118,6 +118,9 @@ class FakePipelines:
     def models(self) -> tuple[Model, ...]:
         return self.found_models
 
+    async def prepare(self, wish: Wish) -> Wish:
+        return wish
+
     def start(self, wish: Wish) -> FakeJob:
         if self.error is not None:
             raise self.error

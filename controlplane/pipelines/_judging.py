@@ -1,0 +1,148 @@
+"""The effort of a request whose caller left it open: by rule, or by asking the orchestrator."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import structlog
+from msgspec import Struct
+from msgspec.structs import replace
+
+from controlplane.ladder import (
+    AUTO_MODEL,
+    MIN_EFFORT,
+    ClassifiedRequest,
+    classify,
+    judge_request,
+    read_judgement,
+)
+from controlplane.pipelines._engage import Engager
+from controlplane.pipelines._openai import engine_body
+from controlplane.pipelines._router import Judged, Router
+from controlplane.pipelines._wish import Wish
+from rung.errors import RungError
+from rung.types import JobKind, Phase, Served
+
+_log = structlog.get_logger("rung.pipelines")
+
+#: A judge that has not answered by then is not waited for: the rule decides.
+_JUDGE_TIMEOUT_S = 5.0
+_SHOWN_FEATURES = 3
+
+
+class _Part(Struct):
+    type: str = ""
+    text: str = ""
+
+
+class _Message(Struct):
+    role: str = ""
+    content: str | list[_Part] | None = None
+
+
+class _Conversation(Struct):
+    messages: list[_Message] = []
+    tools: msgspec.Raw = msgspec.Raw()
+
+
+_decoder = msgspec.json.Decoder(_Conversation)
+
+
+def classified_request(body: bytes) -> ClassifiedRequest:
+    """What the classifier looks at of a chat request; an empty one for what is none."""
+    try:
+        conversation = _decoder.decode(body)
+    except msgspec.DecodeError:
+        return ClassifiedRequest(text="")
+    texts = [_text(message) for message in conversation.messages]
+    last = next(
+        (place for place in reversed(range(len(texts))) if conversation.messages[place].role == "user"), None
+    )
+    content = conversation.messages[last].content if last is not None else None
+    return ClassifiedRequest(
+        text=texts[last] if last is not None else "",
+        messages=len(texts),
+        characters=sum(map(len, texts)),
+        tools=bytes(conversation.tools).strip() not in (b"", b"null", b"[]"),
+        images=isinstance(content, list) and any(part.type == "image_url" for part in content),
+    )
+
+
+def judge_by_rule(body: bytes) -> Judged:
+    """The effort of a chat request by the classifier, with the features that weighed most."""
+    found = classify(classified_request(body))
+    features = ", ".join(f"{each.name} {each.weight:+g}" for each in found.features[:_SHOWN_FEATURES])
+    return Judged(found.effort, f"by rule, score {found.score:g}: {features}")
+
+
+class Judge:
+    """Asks the orchestrator, which is the target of the least effort, how hard a request is.
+
+    Args:
+        router: who the orchestrator is.
+        engager: asks it.
+    """
+
+    def __init__(self, router: Router, engager: Engager) -> None:
+        self._router = router
+        self._engager = engager
+
+    async def prepare(self, wish: Wish) -> Wish:
+        """The wish with an effort, where it leaves that open and the orchestrator says one.
+
+        Where the request may go, its text goes to the judge, and nowhere else.
+        """
+        if wish.kind is not JobKind.CHAT or wish.effort is not None or not self._router.leaves_open(wish):
+            return wish
+        asked = replace(
+            wish,
+            model=AUTO_MODEL,
+            effort=MIN_EFFORT,
+            body=judge_request(classified_request(wish.body), model=AUTO_MODEL),
+        )
+        try:
+            async with asyncio.timeout(_JUDGE_TIMEOUT_S):
+                effort = await self._ask(asked)
+        except (RungError, TimeoutError) as error:
+            _log.info("judge_failed", error=str(error) or f"no answer within {_JUDGE_TIMEOUT_S:g} s")
+            return wish
+        if effort is None:
+            return wish
+        return replace(wish, effort=effort, effort_why="the orchestrator judged it so")
+
+    async def _ask(self, wish: Wish) -> int | None:
+        targets = self._router.choose(self._router.route(wish))
+
+        def make_body(model: str) -> bytes:
+            return engine_body(wish.body, model=model, stream=False)
+
+        engaging = self._engager.engage(_Silent(), wish, targets, make_body, stream=False)
+        async with await engaging as engaged:
+            return read_judgement(await engaged.reply.read())
+
+
+class _Silent:
+    """A job that nobody watches: what the judge is asked is no job of the caller's."""
+
+    id = "judge"
+    model = AUTO_MODEL
+
+    def progress(
+        self,
+        phase: Phase,
+        detail: str = "",
+        *,
+        percent: float | None = None,
+        remaining_s: float | None = None,
+    ) -> None:
+        """Nothing."""
+
+    def begin_generating(self, served: Served) -> None:
+        """Nothing."""
+
+
+def _text(message: _Message) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    return "\n".join(part.text for part in message.content or () if part.text)
