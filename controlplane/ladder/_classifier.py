@@ -285,7 +285,7 @@ def _said(words: list[str]) -> _Present:
     found = _INDEX.find(words)
     opening = f" {' '.join(words[:_OPENING_WORDS])} "
     for name in _OPENINGS & found.keys():
-        if not any(f" {term} " in opening for term in found[name]):
+        if not any(f" {term}" in opening for term in found[name]):
             del found[name]
     if "asks what something is" in found:
         if len(words) > _SHORT_WORDS or "looks for a cause" in found or "proves" in found:

@@ -109,9 +109,15 @@ def test_asking_what_a_hard_thing_is_is_not_hard() -> None:
 
 
 def test_accents_and_capitals_make_no_difference() -> None:
-    assert features("BEWEISE, dass die Schätzung größer ist") == features(
-        "beweise, dass die schatzung grosser ist"
-    )
+    accented = features("Wäge ab, was die Verschlüsselung bewirkt")
+    assert accented == features("WAGE AB, WAS DIE VERSCHLUSSELUNG BEWIRKT")
+    assert "needs thought" in accented
+    assert "is a deep subject" in accented
+
+
+def test_a_fact_is_asked_for_only_by_the_first_words() -> None:
+    assert "asks for a fact" in features("Who is logged in?")
+    assert "asks for a fact" not in features("Write a little script that says at once who is logged in")
 
 
 def test_the_weights_of_the_features_add_up_to_the_score_and_the_heaviest_comes_first() -> None:
