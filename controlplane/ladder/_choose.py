@@ -7,7 +7,7 @@ targets a choice then looks at those alone that could be the first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from itertools import filterfalse
 from typing import TypeAlias
 
@@ -64,6 +64,7 @@ class Passing(Struct, frozen=True, kw_only=True):
         load: active and queued requests of a target.
         pressure: requests for each slot of a target; idle ones may be missing.
         full: targets without a free slot.
+        left_alone: targets that are not tried now because they failed, all of them at once.
         allows: whether a target is to be tried now, beyond what its candidate says.
         refusal: why it is not; empty if it is.
     """
@@ -71,6 +72,7 @@ class Passing(Struct, frozen=True, kw_only=True):
     load: Load
     pressure: Mapping[str, float]
     full: Container[str]
+    left_alone: Callable[[], Collection[str]]
     allows: Callable[[str], bool]
     refusal: Callable[[str], str]
 
@@ -109,7 +111,7 @@ def choose(chain: Chain, demand: Demand, passing: Passing) -> Iterator[Candidate
     """
     done: set[str] = set()
     dearer: list[Candidate] = []
-    # 1. Those with a free slot. The others are skipped without a step of the interpreter for each.
+    # 1. Those with a free slot.
     for candidate in _in_order(chain, passing.full, passing):
         if candidate.id not in passing.full and _is_open(candidate, demand, passing):
             done.add(candidate.id)
@@ -160,9 +162,15 @@ def refusals(chain: Chain, demand: Demand, passing: Passing) -> str:
 
 
 def _in_order(chain: Chain, skipped: Container[str], passing: Passing) -> Iterator[Candidate]:
-    """The candidates of each tier that is not skipped as a whole, idlest first."""
+    """The candidates of each tier that is not skipped as a whole, idlest first.
+
+    Those that are skipped take no step of the interpreter each.
+    """
     looked_at: set[int] = set()
-    for target_id in filterfalse(skipped.__contains__, chain.ids):
+    ids: Iterable[str] = filterfalse(skipped.__contains__, chain.ids)
+    if left_alone := passing.left_alone():
+        ids = filterfalse(left_alone.__contains__, ids)
+    for target_id in ids:
         place = chain.tier_of[target_id]
         if place not in looked_at:
             looked_at.add(place)
@@ -172,9 +180,11 @@ def _in_order(chain: Chain, skipped: Container[str], passing: Passing) -> Iterat
 
 def _idlest_first(tier: Sequence[str], pressure: Mapping[str, float]) -> Iterator[str]:
     """The ids of a tier, idlest first; all are ordered only if the first was not enough."""
-    best = next(filterfalse(pressure.__contains__, tier), None)
-    if best is None:
+    try:
         best = min(tier, key=pressure.__getitem__)
+    except KeyError:
+        # One of them is idle.
+        best = next(filterfalse(pressure.__contains__, tier))
     yield best
     if len(tier) > 1:
         yield from (each for each in sorted(tier, key=lambda each: pressure.get(each, 0.0)) if each != best)

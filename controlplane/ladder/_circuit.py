@@ -74,6 +74,10 @@ class Circuits:
         circuit = self._circuits.get(target)
         return circuit is None or (circuit.open_until_s <= now_s and not circuit.probing)
 
+    def left_alone(self, now_s: float) -> set[str]:
+        """Targets that a request may not go to now."""
+        return {target for target in self._circuits if not self.allows(target, now_s)}
+
     def refusal(self, target: str, now_s: float) -> str:
         """Why a request is not to go to a target now; empty if it may."""
         if self.allows(target, now_s):

@@ -73,6 +73,7 @@ class Moment:
             load=lambda target_id: self.loads.get(target_id, (0, 0)),
             pressure=pressure,
             full={name for name, each in pressure.items() if each >= 1.0},
+            left_alone=lambda: set(list(self.failed)[::2]),
             allows=lambda target_id: not self._refusal(target_id),
             refusal=self._refusal,
         )
