@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -116,6 +118,71 @@ async def test_a_request_is_whole_and_its_answer_too(client: EngineClient, engin
     assert "Authorization: Bearer secret" in lines
     assert "Accept-Encoding: identity" in lines
     assert body == b'{"a": 1}'
+
+
+async def test_further_headers_go_out_and_those_of_limits_come_back(
+    client: EngineClient, engine: ScriptedEngine
+) -> None:
+    limits = b"X-RateLimit-Remaining-Tokens: 0\r\nretry-after-ms: 250\r\nServer: x\r\n"
+    answers(engine, OK + limits + b"Content-Length: 0\r\n\r\n", OK + b"Content-Length: 0\r\n\r\n")
+
+    found = []
+    for key in ("one", "two"):
+        async with await client.post(
+            engine.url, b"{}", what="chat-1", idle_timeout_s=5, headers=(("x-api-key", key),)
+        ) as reply:
+            found.append(dict(reply.limits))
+
+    assert found[0] == {"x-ratelimit-remaining-tokens": "0", "retry-after-ms": "250"}
+    assert [b"x-api-key: one" in engine.requests[0], b"x-api-key: two" in engine.requests[1]] == [True, True]
+    assert b"Authorization" not in engine.requests[0]
+
+
+async def test_a_header_cannot_bring_another_one(client: EngineClient, engine: ScriptedEngine) -> None:
+    with pytest.raises(EngineUnreachableError) as raised:
+        await client.post(
+            engine.url, b"{}", what="chat-1", idle_timeout_s=5, headers=(("x-api-key", "a\r\nb: c"),)
+        )
+
+    assert "a\r\n" not in raised.value.message
+
+
+TLS = Path(__file__).parent.parent / "data" / "tls"
+
+
+@pytest.fixture
+async def tls_port() -> AsyncIterator[int]:
+    """A listener that says OK over TLS, with a certificate for localhost that no authority has signed."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError, asyncio.IncompleteReadError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(OK + b"Content-Length: 2\r\n\r\nOK")
+            await writer.drain()
+        writer.close()
+
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(TLS / "localhost.pem", TLS / "localhost.key")
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    yield server.sockets[0].getsockname()[1]
+    server.close()
+
+
+async def test_a_certificate_that_nobody_vouches_for_is_refused(client: EngineClient, tls_port: int) -> None:
+    with pytest.raises(EngineUnreachableError, match="certificate"):
+        await client.post(f"https://localhost:{tls_port}/", b"{}", what="cloud", idle_timeout_s=5)
+
+
+async def test_a_certificate_is_good_for_its_own_name_only(tls_port: int) -> None:
+    client = EngineClient(ssl.create_default_context(cafile=TLS / "localhost.pem"))
+    async with await client.post(
+        f"https://localhost:{tls_port}/", b"{}", what="cloud", idle_timeout_s=5
+    ) as reply:
+        assert await reply.read() == b"OK"
+
+    with pytest.raises(EngineUnreachableError, match="certificate"):
+        await client.post(f"https://127.0.0.1:{tls_port}/", b"{}", what="cloud", idle_timeout_s=5)
+    await client.aclose()
 
 
 async def test_what_came_with_the_head_can_be_taken_at_once(

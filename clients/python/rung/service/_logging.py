@@ -29,7 +29,9 @@ def configure_logging(*, level: str = "info", form: Literal["auto", "json", "con
     ]
     renderer: structlog.typing.Processor
     if console:
-        renderer = structlog.dev.ConsoleRenderer()
+        # Without the values of variables: keys are among them.
+        tracebacks = structlog.dev.RichTracebackFormatter(show_locals=False)
+        renderer = structlog.dev.ConsoleRenderer(exception_formatter=tracebacks)
     else:
         shared.append(structlog.processors.format_exc_info)
         renderer = structlog.processors.JSONRenderer()
