@@ -16,6 +16,8 @@ from tests.fakes.engine_server import EngineServer
 from tests.fakes.fleet_view import deployment_view
 from tests.fakes.gateway import Plane, a_plane
 
+#: The rule says 6, and is not sure of it.
+UNSURE = "Plan the migration of our mail to another provider over a weekend."
 HARD = "Prove that the sum of two continuous functions is continuous, then refactor this proof into lemmas."
 
 
@@ -70,16 +72,24 @@ async def test_the_judge_decides_what_the_caller_left_open(judged: Judged) -> No
     )
     assert headers["X-Rung-Effort"] == "9"
     assert judged.asked[0]["model"] == "tiny-served"
-    assert json.loads(judged.asked[0]["messages"][1]["content"])["request"] == "Hi"
+    assert json.loads(judged.asked[0]["messages"][1]["content"])["request"] == UNSURE
 
 
 @pytest.mark.parametrize("verdict", ["eleven", '{"effort": 0}', ""])
 async def test_a_judge_without_a_verdict_leaves_it_to_the_rule(judged: Judged, verdict: str) -> None:
     judged.verdict = verdict
 
+    _, answer, _ = await judged.ask(UNSURE)
+
+    assert answer["rung"]["rung"] == "small"
+    assert len(judged.asked) == 1
+
+
+async def test_the_judge_is_not_asked_when_the_rule_is_sure(judged: Judged) -> None:
     _, answer, _ = await judged.ask("Hi")
 
     assert answer["rung"]["rung"] == "small"
+    assert judged.asked == []
 
 
 @pytest.mark.parametrize(("field", "value"), [("effort", 3), ("reasoning_effort", "low")])
