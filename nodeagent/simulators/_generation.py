@@ -19,6 +19,7 @@ from nodeagent.simulators._settings import Pace
 _TOKEN = re.compile(r"\s*\S{1,6}|\s+")
 _COUNT_TO = re.compile(r"\bcount to (\d{1,6})\b", re.IGNORECASE)
 _CALL_THE_TOOL = re.compile(r"\b(?:call|use) (?:the|a|your) tool\b", re.IGNORECASE)
+_HARD = re.compile(r"\b(?:prove|proof|derive|debug|analy[sz]e|step by step)\b", re.IGNORECASE)
 #: What a chat template adds around each message.
 _TOKENS_PER_MESSAGE = 4
 EMBEDDING_DIMENSIONS = 64
@@ -142,7 +143,8 @@ def plan_answer(
     """What to answer. The same request gets the same answer.
 
     "count to N" is obeyed, `ignore_eos` goes on until `max_tokens`, and a tool is called if the request
-    has one and says "call the tool" or demands it.
+    has one and says "call the tool" or demands it. A question that looks hard is handed on, as it is, to a
+    tool that takes a `problem`.
     """
     prompt_tokens = request.prompt_tokens
     room = max(context_tokens - prompt_tokens, 1)
@@ -154,7 +156,7 @@ def plan_answer(
     tool = _tool_to_call(request)
     if tool is not None:
         pieces.append(Piece(PieceKind.TOOL_NAME, tool.name))
-        arguments = msgspec.json.encode(_arguments_for(tool)).decode()
+        arguments = msgspec.json.encode(_arguments_for(tool, request)).decode()
         pieces += [Piece(PieceKind.TOOL_ARGUMENTS, token) for token in tokens_of(arguments)]
     else:
         spoken = [Piece(PieceKind.CONTENT, token) for token in tokens_of(_answer(request, engine, model))]
@@ -229,13 +231,25 @@ def _tool_to_call(request: GenerationRequest) -> ToolFunction | None:
         named = choice.get("function", {})
         wanted = named.get("name") if isinstance(named, dict) else None
         return next((tool.function for tool in request.tools if tool.function.name == wanted), None)
-    asked = bool(_CALL_THE_TOOL.search(request.last_text)) and request.messages[-1:] != []
-    if choice == "required" or (asked and request.messages[-1].role == "user"):
+    if choice == "required":
         return request.tools[0].function
+    if not request.messages or request.messages[-1].role != "user":
+        return None
+    if _CALL_THE_TOOL.search(request.last_text):
+        return request.tools[0].function
+    if _HARD.search(request.last_text):
+        return next((tool.function for tool in request.tools if _takes_a_problem(tool.function)), None)
     return None
 
 
-def _arguments_for(tool: ToolFunction) -> dict[str, object]:
+def _takes_a_problem(tool: ToolFunction) -> bool:
+    required = tool.parameters.get("required")
+    return isinstance(required, list) and "problem" in required
+
+
+def _arguments_for(tool: ToolFunction, request: GenerationRequest) -> dict[str, object]:
+    if _takes_a_problem(tool):
+        return {"problem": request.last_text}
     properties = tool.parameters.get("properties", {})
     if not isinstance(properties, dict):
         return {}
