@@ -96,6 +96,12 @@ class Child:
                 os.killpg(self.pid, signal.SIGKILL)
             await self._process.wait()
 
+    async def kill(self) -> None:
+        """End it at once, without a chance to say anything; returns when it is gone."""
+        with suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
+
     def log_tail(self, lines: int = _TAIL_LINES) -> list[str]:
         """Its last words."""
         with suppress(OSError), self.log_path.open(errors="replace") as log:

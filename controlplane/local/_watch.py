@@ -36,7 +36,9 @@ class Watch:
 
     def __init__(self) -> None:
         self._stop = asyncio.Event()
-        self._waits: dict[asyncio.Task[int], Child] = {}
+        self._died = asyncio.Event()
+        self._dead: list[Child] = []
+        self._waits: dict[str, asyncio.Task[None]] = {}
 
     async def __aenter__(self) -> Watch:
         loop = asyncio.get_running_loop()
@@ -47,16 +49,25 @@ class Watch:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for task in self._waits:
+        for task in self._waits.values():
             task.cancel()
-        await asyncio.gather(*self._waits, return_exceptions=True)
+        await asyncio.gather(*self._waits.values(), return_exceptions=True)
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
             loop.remove_signal_handler(number)
 
     def add(self, child: Child) -> None:
         """Watch a child from now on."""
-        self._waits[asyncio.create_task(child.wait(), name=f"wait-{child.name}")] = child
+        self._waits[child.name] = asyncio.create_task(self._wait(child), name=f"wait-{child.name}")
+
+    def remove(self, child: Child) -> None:
+        """A child may end from now on."""
+        self._waits.pop(child.name).cancel()
+
+    async def _wait(self, child: Child) -> None:
+        await child.wait()
+        self._dead.append(child)
+        self._died.set()
 
     async def during(self, work: Coroutine[Any, Any, T]) -> T:
         """Do `work` while all children live; it is cancelled otherwise.
@@ -67,19 +78,19 @@ class Watch:
         """
         working = asyncio.create_task(work)
         stopping = asyncio.create_task(self._stop.wait())
+        dying = asyncio.create_task(self._died.wait())
         try:
-            await asyncio.wait({working, stopping, *self._waits}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({working, stopping, dying}, return_when=asyncio.FIRST_COMPLETED)
             if stopping.done():
                 raise StopRequestedError
-            for task, child in self._waits.items():
+            if self._dead:
                 # A child's death explains why the work failed, not the other way round.
-                if task.done():
-                    raise ChildDiedError(child)
+                raise ChildDiedError(self._dead[0])
             return await working
         finally:
-            stopping.cancel()
-            working.cancel()
-            await asyncio.gather(stopping, working, return_exceptions=True)
+            for task in (stopping, dying, working):
+                task.cancel()
+            await asyncio.gather(stopping, dying, working, return_exceptions=True)
 
     async def until_stopped(self) -> None:
         """Wait for a signal.

@@ -87,6 +87,26 @@ class TestWatch:
                 await watch.until_stopped()
         assert child.log_tail() == ["last words"]
 
+    async def test_one_that_may_end_does_not_end_the_work_and_one_that_came_meanwhile_does(
+        self, tmp_path: Path
+    ) -> None:
+        first = await start(_WAITS, tmp_path / "first")
+        came: list[Child] = []
+
+        async def work() -> None:
+            watch.remove(first)
+            await first.kill()
+            came.append(await start("print('last words')", tmp_path / "second"))
+            watch.add(came[0])
+            await asyncio.Event().wait()
+
+        async with Watch() as watch:
+            watch.add(first)
+            with pytest.raises(ChildDiedError) as died:
+                await watch.during(work())
+        assert first.exit_code == -signal.SIGKILL
+        assert died.value.child is came[0]
+
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
     async def test_a_signal_ends_the_work_and_not_the_process(self, number: signal.Signals) -> None:
         async with Watch() as watch:
