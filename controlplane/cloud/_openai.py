@@ -64,7 +64,7 @@ _QUIRKS = {
         limit_field="max_tokens",
     ),
 }
-_NO_QUIRKS = Quirks()
+_NO_QUIRKS = Quirks(takes_thoughts=True)
 
 
 def quirks_of(provider: str) -> Quirks:
@@ -93,7 +93,7 @@ def openai_body(fields: dict[str, Any], model: CloudModel, *, stream: bool, quir
     wanted[quirks.limit_field or written] = answer_limit(fields, model)
     if "reasoning" not in model.capabilities:
         wanted.pop("reasoning_effort", None)
-    if not quirks.takes_thoughts:
+    if not quirks.takes_thoughts or "reasoning_content" in model.drop_fields:
         wanted["messages"] = [_without_thoughts(message) for message in fields["messages"]]
     wanted["model"] = model.model
     wanted["stream"] = stream

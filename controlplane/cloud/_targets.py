@@ -73,8 +73,8 @@ class AnswerTranslator(Protocol):
 class CloudReply:
     """The answer of a cloud model in OpenAI's shapes, whatever its dialect; its status is a success.
 
-    Leave it always as a context: that settles what the call has cost. `usage` and `cost_usd` are
-    complete by then.
+    Leave it always as a context: that settles what the call has cost, if the end of the body has not done
+    so already. `cost_usd` is right from then on.
     """
 
     def __init__(
@@ -107,12 +107,16 @@ class CloudReply:
         async for chunk in self._upstream.chunks(interval_s):
             if out := self._translator.feed(chunk):
                 yield out
-        if out := self._translator.finish():
+        out = self._translator.finish()
+        self._settle_once()
+        if out:
             yield out
 
     async def read(self) -> bytes:
         """The whole body. Raises as `EngineReply.read`, and EngineProtocolError: it is no answer."""
-        return self._translator.whole(await self._upstream.read())
+        body = self._translator.whole(await self._upstream.read())
+        self._settle_once()
+        return body
 
     async def __aenter__(self) -> CloudReply:
         return self
@@ -121,10 +125,13 @@ class CloudReply:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Let go, and settle the call; before the end of the body this breaks the generation off."""
+        self._settle_once()
+        await self._upstream.aclose()
+
+    def _settle_once(self) -> None:
         if not self._settled:
             self._settled = True
             self.cost_usd = self._settle(self._billed())
-        await self._upstream.aclose()
 
     def _billed(self) -> CloudUsage:
         translator = self._translator
@@ -285,7 +292,8 @@ class CloudTargets:
         try:
             await self._check(upstream, model, provider, key, stream=stream)
         except BaseException:
-            self._spend.settle(call, 0)
+            # What was refused costs nothing; what was answered in a shape of its own is paid all the same.
+            self._settle(call, model, most if 200 <= upstream.status < 300 else CloudUsage())
             await upstream.aclose()
             raise
         settle = partial(self._settle, call, model)

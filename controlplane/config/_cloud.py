@@ -64,7 +64,9 @@ class CloudModelConfig(BaseModel):
         default=None, ge=0, description="As other tokens of the prompt where it is left out."
     )
     drop_fields: tuple[str, ...] = Field(
-        default=(), description="Fields of a request that the model refuses, such as temperature."
+        default=(),
+        description="Fields of a request that the model refuses, such as temperature; "
+        "reasoning_content stands for the thoughts in earlier turns.",
     )
     thinking: Thinking = Field(
         default=Thinking.OFF,

@@ -27,7 +27,7 @@ class CloudFault(StrEnum):
     RATE_LIMIT_RETRY_INFO = "rate_limit_retry_info"
     RATE_LIMIT_RESET = "rate_limit_reset"
     RATE_LIMIT = "rate_limit"
-    #: Out of money, as DeepSeek says it, and as OpenAI (429) and Anthropic (400) do.
+    #: Out of money, as DeepSeek says it (but quoting the key), and as OpenAI (429) and Anthropic (400) do.
     BALANCE = "balance"
     QUOTA = "quota"
     #: 529 of Anthropic, 503 of others.
@@ -127,7 +127,8 @@ def _refusal(fault: CloudFault, *, anthropic: bool, key: str) -> Refusal | None:
                 },
             )
         case CloudFault.BALANCE:
-            return Refusal(402, error_body(anthropic, "billing_error", "Insufficient Balance"))
+            message = f"Insufficient Balance of {key}"
+            return Refusal(402, error_body(anthropic, "billing_error", message))
         case CloudFault.QUOTA if anthropic:
             message = "Your credit balance is too low to access the Anthropic API."
             return Refusal(400, error_body(True, "invalid_request_error", message))

@@ -330,7 +330,9 @@ async def test_something_else_than_a_stream_is_not_relayed(stage: Stage) -> None
     await stage.api.misbehave("not_a_stream")
 
     with pytest.raises(EngineProtocolError, match="answered a stream with application/json"):
-        await stage.open(_body())
+        await stage.open(_body(max_tokens=100))
+
+    assert stage.spent_micro_usd > 1000
 
 
 async def test_silence_ends_and_a_caller_that_leaves_reaches_the_provider(stage: Stage) -> None:
@@ -414,11 +416,12 @@ async def test_prometheus_is_told_what_was_spent(openai: CloudProcess, store: Cl
             reserved = registry.get_sample_value("rung_cloud_reserved_usd", {"provider": "openai"})
             async for _ in reply.chunks():
                 pass
+            known_at_the_end = reply.cost_usd
         labels = {"provider": "openai", "model": "openai/chat"}
         spent = registry.get_sample_value("rung_cloud_spend_usd_total", labels)
 
     assert reserved == pytest.approx(0.041, abs=0.001)
-    assert spent == reply.cost_usd > 0
+    assert spent == reply.cost_usd == known_at_the_end > 0
 
 
 @pytest.mark.parametrize("fault", ["wrong_key", "refused", "balance", "cut_mid_stream", "hang"])

@@ -53,7 +53,7 @@ def _sent(provider: str, *, reasons: bool = True, stream: bool = True, **changes
         ("openai", "max_completion_tokens", False, {"effort", "min_p", "max_tokens"}),
         ("deepseek", "max_tokens", True, {"effort", "min_p", "reasoning_effort", "max_completion_tokens"}),
         ("google", "max_tokens", False, {"effort", "min_p", "max_completion_tokens"}),
-        ("elsewhere", "max_tokens", False, {"effort", "max_completion_tokens"}),
+        ("elsewhere", "max_tokens", True, {"effort", "max_completion_tokens"}),
     ],
 )
 def test_each_provider_gets_what_it_takes(
@@ -82,6 +82,7 @@ def test_only_who_reasons_is_told_how_hard() -> None:
 
 def test_fields_that_a_model_refuses_are_left_out() -> None:
     assert "temperature" not in _sent("openai", drop=["temperature"])
+    assert "reasoning_content" not in _sent("deepseek", drop=["reasoning_content"])["messages"][1]
 
 
 def test_an_answer_in_one_piece_is_not_asked_for_stream_options() -> None:
