@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from controlplane.cloud import CloudProvider
 from controlplane.config._cloud import CloudProviderConfig, check_cloud
 from controlplane.config._profiles import ProfileConfig, check_profiles
+from controlplane.config._swap_slots import check_ports
 from controlplane.vram import Reserve
 from rung import types
 from rung.errors import LoopbackOnlyError
@@ -278,7 +279,12 @@ class DeploymentConfig(_Model):
     served_model_name: str = ""
     residency_class: types.ResidencyClass = types.ResidencyClass.ON_DEMAND
     keep_running: bool = False
-    slots: int = Field(default=16, ge=1, le=4096)
+    slots: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="Requests that it serves at once; unset means 16, and 1 for what makes images.",
+    )
     vram_bytes: ByteSize = Field(default=0, ge=0, alias="vram")
     idle_timeout_s: DurationS | None = Field(default=None, alias="idle_timeout")
     shrinkable: bool = Field(
@@ -288,6 +294,11 @@ class DeploymentConfig(_Model):
     capabilities: tuple[str, ...] = ("chat",)
     context_tokens: int = Field(default=0, ge=0)
     port: int = Field(default=0, ge=0, le=65535)
+    swap_slot: str = Field(
+        default="",
+        pattern=r"^([a-z0-9][a-z0-9._-]{0,62})?$",
+        description="Deployments of a node with the same one take turns, on one port if they name the same.",
+    )
     gpus: tuple[str, ...] = ()
     start_timeout_s: DurationS = Field(default=600.0, gt=0, alias="start_timeout")
     stop_grace_s: DurationS = Field(default=10.0, ge=0, alias="stop_grace")
@@ -302,6 +313,7 @@ class DeploymentConfig(_Model):
 
     def spec(self) -> types.DeploymentSpec:
         """As the rest of the system has it."""
+        engine = self.engine.value()
         return types.DeploymentSpec(
             id=self.id,
             node_id=self.node,
@@ -309,15 +321,16 @@ class DeploymentConfig(_Model):
             aliases=self.aliases,
             served_model_name=self.served_model_name,
             residency_class=self.residency_class,
-            slots=self.slots,
+            slots=self.slots or types.default_slots(engine),
             vram_bytes=self.vram_bytes,
             keep_running=self.keep_running,
             idle_timeout_s=self.idle_timeout_s,
             shrinkable=self.shrinkable,
             capabilities=self.capabilities,
             context_tokens=self.context_tokens,
+            swap_slot=self.swap_slot,
             engine=types.EngineSpec(
-                engine=self.engine.value(),
+                engine=engine,
                 runtime=self.runtime.value(),
                 port=self.port,
                 gpus=self.gpus,
@@ -342,7 +355,6 @@ class Config(_Model):
         _unique("deployments", [deployment.id for deployment in self.deployments])
         nodes = {node.id for node in self.nodes}
         models = {deployment.model for deployment in self.deployments}
-        ports: dict[tuple[str, int], str] = {}
         for place, deployment in enumerate(self.deployments):
             if deployment.node not in nodes:
                 known = ", ".join(sorted(nodes)) or "none"
@@ -354,11 +366,7 @@ class Config(_Model):
                     raise FieldError(
                         ("deployments", place, "aliases"), f"{alias} is the model of another deployment"
                     )
-            other = ports.setdefault((deployment.node, deployment.port), deployment.id)
-            if deployment.port and other != deployment.id:
-                raise FieldError(
-                    ("deployments", place, "port"), f"{other} has port {deployment.port} on the same node"
-                )
+        check_ports(self.deployment_specs())
         check_profiles(self.profiles, self._specs(), self.nodes)
         aliases = {alias for deployment in self.deployments for alias in deployment.aliases}
         check_cloud(self.cloud, models | aliases)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from controlplane.config._swap_slots import check_awake_together
 from controlplane.vram import HELD_ASLEEP_ESTIMATE_BYTES, ProfileShare, check_profile
 from rung import types
 from rung.errors import ConfigError
@@ -133,6 +134,8 @@ def check_profiles(
             fault = _fault(entry, spec)
             if fault is not None:
                 raise FieldError((*below, fault[0]), fault[1])
+        awake = [each.deployment for each in profile.deployments if each.residency is ProfileResidency.AWAKE]
+        check_awake_together(specs, awake, ("profiles", place, "deployments"))
         try:
             _check_sums(profile.profile(specs), specs, sized)
         except ConfigError as error:

@@ -101,6 +101,7 @@ class NodeWorld:
                     pool_id=pool_id,
                     awake_bytes=self._awake_bytes(found, pool_id),
                     idle_timeout_s=found.deployment.spec.idle_timeout_s,
+                    swap_slot=found.deployment.spec.swap_slot,
                 )
             )
         return placed

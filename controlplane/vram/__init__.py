@@ -44,6 +44,8 @@ from controlplane.vram._ports import (
     PlacedDeployment,
     Pools,
     SchedulerOptions,
+    Swap,
+    SwapJournal,
     VramAlert,
 )
 from controlplane.vram._queue import Planner, QueueRules
@@ -89,6 +91,8 @@ __all__ = [
     "SchedulerOptions",
     "Step",
     "StepState",
+    "Swap",
+    "SwapJournal",
     "Timings",
     "VramAlert",
     "Waiting",

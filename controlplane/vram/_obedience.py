@@ -62,9 +62,13 @@ class Obedience:
         until_s, reason = self._failed.get(deployment_id, (now_s, ""))
         return (until_s - now_s, reason) if until_s > now_s else None
 
+    def failures(self, now_s: float) -> set[str]:
+        """Deployments that are left alone because something failed."""
+        return {each for each in self._failed if self.failure(each, now_s)}
+
     def left_alone(self, now_s: float) -> tuple[str, ...]:
         """Deployments that must not be touched, by id."""
-        found = {each for each in self._failed if self.failure(each, now_s)}
+        found = self.failures(now_s)
         for (deployment_id, action, _), until_s in self._spent.items():
             if action is ReclaimAction.STOP and until_s > now_s:
                 found.add(deployment_id)

@@ -54,7 +54,7 @@ class Option(NamedTuple):
     Attributes:
         grade: the least grade that permits it.
         level: of a sleep, 1 or 2; otherwise 0.
-        freed_bytes: what the pool gets back; always more than 0.
+        freed_bytes: what the pool gets back; more than 0, except where one has to stop whatever it frees.
         host_bytes: host RAM that it takes; that of a shrink is free again afterwards.
         harm_ms: expected waiting of others, in thousandths of a second.
         duration_ms: how long it takes, the drain included.
@@ -88,6 +88,19 @@ def options_of(entry: LedgerEntry, *, unified: bool) -> list[Option]:
         ways = _of_asleep(entry)
     else:
         return []
+    return [each for each in _priced(entry, ways) if each.freed_bytes > 0]
+
+
+def stop_of(entry: LedgerEntry) -> Option:
+    """The stop of a deployment that is up, whatever it frees, because another takes its turn."""
+    timings = entry.timings
+    up_s = entry.wake_expected_s if entry.residency is Residency.ASLEEP else 0.0
+    restore_s = max(0.0, timings.start_s - up_s)
+    [stop] = _priced(entry, [(_STANDARD, _STOP, 0, entry.resident_bytes, 0, restore_s, timings.stop_s)])
+    return stop
+
+
+def _priced(entry: LedgerEntry, ways: list[_Way]) -> list[Option]:
     pinned_harm_s = PINNED_HARM_S if entry.residency_class is ResidencyClass.PINNED else 0.0
     drain_ms = 0
     likelihood = 1.0
@@ -110,7 +123,6 @@ def options_of(entry: LedgerEntry, *, unified: bool) -> list[Option]:
             drain_ms,
         )
         for grade, action, level, freed_bytes, host_bytes, restore_s, duration_s in ways
-        if freed_bytes > 0
     ]
 
 

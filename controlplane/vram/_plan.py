@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import msgspec
 from msgspec import Struct
 
+from controlplane.vram._displace import displaced, hindrance
 from controlplane.vram._ledger import GIB, Ledger, LedgerEntry
 from controlplane.vram._options import GRADES, Option, options_of
 from controlplane.vram._search import Item, cheapest, most_freed_bytes
@@ -35,6 +36,7 @@ class Demand(Struct, frozen=True, kw_only=True):
         max_grade: the most that others may be disturbed.
         priority: order among demands; it decides who is planned for next, not how.
         exclude: deployments that must not be touched, such as the one that the memory is for.
+        displaces: deployments that may not be up beside the one that the memory is for.
         holder: one line for a person about who asks.
     """
 
@@ -42,6 +44,7 @@ class Demand(Struct, frozen=True, kw_only=True):
     max_grade: ReclaimGrade = ReclaimGrade.FULL
     priority: Priority = Priority.AGENT
     exclude: tuple[str, ...] = ()
+    displaces: tuple[str, ...] = ()
     holder: str = ""
 
 
@@ -56,23 +59,30 @@ def plan(ledger: Ledger, demand: Demand) -> ReclaimPlan | Infeasible:
     harmful ones it is the one with the fewest steps, then the shortest (drains count), then the one that
     leaves alone the deployments that come first by id. Equal ledgers give equal plans.
 
+    Whoever the demand displaces is stopped in any case, as the last steps; among those plans it is exact.
+
     Raises:
         InvalidRequestError: the demand is for less than nothing.
     """
     if demand.vram_bytes < 0:
         raise InvalidRequestError(f"a demand of {demand.vram_bytes} bytes is not one")
-    need_bytes = demand.vram_bytes - ledger.available_bytes
-    if need_bytes <= 0:
+    stops = displaced(ledger, demand.displaces)
+    hindered = hindrance(stops, demand.exclude, demand.max_grade)
+    if hindered is not None:
+        return hindered
+    need_bytes = demand.vram_bytes - ledger.available_bytes - sum(stop.freed_bytes for _, stop in stops)
+    if need_bytes <= 0 and not stops:
         return ReclaimPlan(grade=ReclaimGrade.QUICK, expected_free_bytes=ledger.free_bytes)
+    untouched = {*demand.exclude, *demand.displaces}
     entries = sorted(
-        (entry for entry in ledger.entries if entry.deployment_id not in demand.exclude),
+        (entry for entry in ledger.entries if entry.deployment_id not in untouched),
         key=lambda entry: entry.deployment_id,
     )
     options = [(entry, options_of(entry, unified=ledger.unified)) for entry in entries]
     for grade in GRADES[1 : GRADES.index(demand.max_grade) + 1]:
         chosen = _choose(_permitted(options, grade), need_bytes, ledger.host_budget_bytes)
         if chosen is not None:
-            return _as_plan(ledger, grade, chosen)
+            return _as_plan(ledger, grade, chosen, stops)
     return _infeasible(ledger, demand, options, need_bytes)
 
 
@@ -152,7 +162,12 @@ def _choose(
     ]
 
 
-def _as_plan(ledger: Ledger, grade: ReclaimGrade, chosen: list[tuple[LedgerEntry, Option]]) -> ReclaimPlan:
+def _as_plan(
+    ledger: Ledger,
+    grade: ReclaimGrade,
+    chosen: list[tuple[LedgerEntry, Option]],
+    stops: list[tuple[LedgerEntry, Option]],
+) -> ReclaimPlan:
     chosen.sort(
         key=lambda each: (
             each[0].busy,
@@ -160,6 +175,7 @@ def _as_plan(ledger: Ledger, grade: ReclaimGrade, chosen: list[tuple[LedgerEntry
             each[0].deployment_id,
         )
     )
+    chosen += stops
     steps = tuple(
         ReclaimStep(
             deployment_id=entry.deployment_id,

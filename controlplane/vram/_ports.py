@@ -45,6 +45,7 @@ class PlacedDeployment(Struct, frozen=True, kw_only=True):
         awake_bytes: what it holds of its pool when awake.
         warm: to be raised again by itself once there is room.
         idle_timeout_s: stopped after so long without requests, if it is `on_demand`; None for never.
+        swap_slot: those of a node with the same one take turns; empty for none.
     """
 
     deployment_id: str
@@ -52,6 +53,7 @@ class PlacedDeployment(Struct, frozen=True, kw_only=True):
     awake_bytes: int
     warm: bool = False
     idle_timeout_s: float | None = None
+    swap_slot: str = ""
 
 
 class Pools(Protocol):
@@ -96,6 +98,49 @@ class Executor(Protocol):
             RungError: it did not become awake.
         """
         ...
+
+
+class Swap(Struct, frozen=True, kw_only=True):
+    """A turn on a swap slot that changes hands.
+
+    Attributes:
+        displaced: the deployment that was awake before.
+        taker: the one that is to be.
+    """
+
+    slot: str
+    displaced: str
+    taker: str
+
+
+class SwapJournal(Protocol):
+    """Keeps the swaps that are under way over the death of this process."""
+
+    async def write(self, swap: Swap) -> None:
+        """Keep a swap, in place of another one of its slot.
+
+        Raises:
+            RungError: it was not kept.
+        """
+        ...
+
+    async def erase(self, slot: str) -> None:
+        """Forget the swap of a slot.
+
+        Raises:
+            RungError: it is still kept.
+        """
+        ...
+
+
+class NoJournal:
+    """Keeps nothing: for where nothing outlives this process."""
+
+    async def write(self, swap: Swap) -> None:
+        """Do nothing."""
+
+    async def erase(self, slot: str) -> None:
+        """Do nothing."""
 
 
 class VramAlert(Struct, frozen=True, kw_only=True):

@@ -12,32 +12,38 @@ at the measurement and the grant.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 import msgspec
 
-from controlplane.vram._events import SchedulerEvent, Step, StepState
+from controlplane.vram._events import SchedulerEvent
 from controlplane.vram._gauge import Gauge
 from controlplane.vram._leases import Lease, LeaseBook, check_ttl
-from controlplane.vram._ledger import Ledger, LedgerEntry
+from controlplane.vram._ledger import LedgerEntry
 from controlplane.vram._obedience import Obedience
 from controlplane.vram._passing import Passing
+from controlplane.vram._patrol import Patrol
 from controlplane.vram._pending import Pending
-from controlplane.vram._plan import Demand, apply, plan
+from controlplane.vram._plan import Demand, plan
 from controlplane.vram._ports import (
     Executor,
     Measurement,
+    NoJournal,
     PlacedDeployment,
     Pools,
     SchedulerOptions,
+    Swap,
+    SwapJournal,
     VramAlert,
     placed_deployment,
 )
 from controlplane.vram._queue import Planner
 from controlplane.vram._raises import Raises
 from controlplane.vram._room import WaitingRoom
-from controlplane.vram._upkeep import idle_step, missing_bytes, to_grow, to_restore
+from controlplane.vram._steps import Steps
+from controlplane.vram._swaps import Swaps
+from controlplane.vram._upkeep import missing_bytes
 from controlplane.vram._view import View
 from rung.errors import (
     DrainingError,
@@ -47,9 +53,10 @@ from rung.errors import (
     UnknownDeploymentError,
     VramInfeasibleError,
 )
-from rung.types import Infeasible, Priority, ReclaimPlan, ReclaimStep, Residency
+from rung.types import Infeasible, Priority, ReclaimPlan, Residency
 
 _DEFAULTS = SchedulerOptions()
+_NO_JOURNAL = NoJournal()
 
 
 class NodeScheduler:
@@ -62,6 +69,8 @@ class NodeScheduler:
         alert: told when a pool runs low, and when it has recovered.
         options: how to behave.
         planner: how to make room; another one only for comparison.
+        journal: keeps the swaps that are under way.
+        swaps: what it has kept.
     """
 
     def __init__(
@@ -73,9 +82,10 @@ class NodeScheduler:
         alert: Callable[[VramAlert], None],
         options: SchedulerOptions = _DEFAULTS,
         planner: Planner = plan,
+        journal: SwapJournal = _NO_JOURNAL,
+        swaps: Sequence[Swap] = (),
     ) -> None:
         self._world = pools
-        self._executor = executor
         self._new_lease_id = new_lease_id
         self._options = options
         self._plan = planner
@@ -83,11 +93,31 @@ class NodeScheduler:
         self._obedience = Obedience(options.backoff_s)
         self._gauge = Gauge(pools, alert, options)
         self._room = WaitingRoom(self._book, options.queue)
+        self._swaps = Swaps(pools, journal, swaps, backoff_s=options.backoff_s)
+        self._steps = Steps(
+            executor=executor,
+            gauge=self._gauge,
+            obedience=self._obedience,
+            swaps=self._swaps,
+            options=options,
+        )
         self._raises = Raises(
             book=self._book, gauge=self._gauge, executor=executor, options=options, ended=self._raise_ended
         )
         self._passing = Passing(
             room=self._room, pools=pools, obedience=self._obedience, planner=planner, rules=options.queue
+        )
+        self._patrol = Patrol(
+            pools=pools,
+            gauge=self._gauge,
+            room=self._room,
+            raises=self._raises,
+            obedience=self._obedience,
+            swaps=self._swaps,
+            steps=self._steps,
+            planner=planner,
+            view=self._view,
+            restore=self._restore,
         )
         #: By pool, the deployment that was served last.
         self._last_groups: dict[str, str] = {}
@@ -154,7 +184,8 @@ class NodeScheduler:
         placed = placed_deployment(self._world, deployment_id)
         if placed is None:
             raise UnknownDeploymentError(f"no deployment {deployment_id} here", deployment=deployment_id)
-        pending = self._room.join_raise(placed.pool_id, _raise_demand(placed, priority), deployment_id)
+        demand = self._swaps.demand_of(placed, priority)
+        pending = self._room.join_raise(placed.pool_id, demand, deployment_id)
         if self._is_rising(pending):
             self._wait_for_raise(pending)
         self._wake.set()
@@ -223,6 +254,7 @@ class NodeScheduler:
         elif not pending.over and not self._is_rising(pending):
             pending.withdrawn = True
             self._room.leave(pending)
+            self._give_back_turn(pending)
             self.changed()
 
     # The task.
@@ -330,8 +362,12 @@ class NodeScheduler:
             if self._raises.of(pending.pool_id):
                 self._wait_for_raise(pending)
                 return False
+            if self._book.has_just_ended(pending.pool_id):
+                # Counted as promised until then, it would have others give way for nothing.
+                pending.wait(f"{pending.pool_id} is measured again, since a lease has just ended")
+                return False
             pending.planned(outcome)
-            await self._take(pending, view.ledger, outcome)
+            await self._take(pending, view, outcome)
             return True
         self._passing.passes(pending, demand, blocked, view)
         finish()
@@ -341,49 +377,13 @@ class NodeScheduler:
         pool_id = pending.pool_id
         pending.wait(f"{self._raises.of(pool_id)} is coming up", self._raises.left_s(pool_id))
 
-    async def _take(self, pending: Pending, ledger: Ledger, outcome: ReclaimPlan) -> None:
+    async def _take(self, pending: Pending, view: View, outcome: ReclaimPlan) -> None:
         """Take the first step of a plan."""
-        step = outcome.steps[0]
         try:
-            apply(ledger, step)  # refuses what must never be done, whatever the plan says
+            await self._steps.take(pending, view.ledger, outcome)
         except RungError as error:
             self._fail(pending, error)
-            return
-        began_s = self._now_s()
-        after = " once its requests have ended" if step.drain else ""
-        pending.wait(f"{step.deployment_id} is told to {step.action}{after}", outcome.expected_s)
-        pending.tell(Step(step=step, state=StepState.BEGUN))
-        freed_bytes, failure = await self._carry_out(pending.pool_id, step)
-        pending.tell(
-            Step(
-                step=step,
-                state=StepState.FAILED if failure else StepState.DONE,
-                freed_bytes=freed_bytes,
-                elapsed_s=self._now_s() - began_s,
-                detail=failure,
-            )
-        )
-
-    async def _carry_out(self, pool_id: str, step: ReclaimStep) -> tuple[int, str]:
-        """Take a step: the bytes that it freed, and why it failed if it did."""
-        limit_s = self._options.deadline_s(step.expected_s)
-        freed_bytes, failure = 0, ""
-        try:
-            async with asyncio.timeout(limit_s):
-                measured = await self._executor.carry_out(pool_id, step)
-            freed_bytes = measured.freed_bytes
-        except TimeoutError:
-            failure = f"{step.action} of {step.deployment_id} was not over after {limit_s:.0f} s"
-        except RungError as error:
-            failure = error.message
-        now_s = self._now_s()
-        self._gauge.stepped(pool_id)
         self._next_patrol_s = float("-inf")
-        if failure:
-            self._obedience.refused(step, failure, now_s)
-        else:
-            self._obedience.carried_out(step, freed_bytes, now_s)
-        return freed_bytes, failure
 
     def _grant(self, pending: Pending, view: View) -> None:
         now_s = self._now_s()
@@ -408,7 +408,27 @@ class NodeScheduler:
 
     def _fail(self, pending: Pending, error: RungError) -> None:
         self._room.leave(pending)
+        back = self._give_back_turn(pending)
+        if back:
+            words = f"{error.message}; {back}, which gave way for it, is started again"
+            error = type(error)(words, **error.metadata)
         pending.fail(error)
+
+    def _give_back_turn(self, pending: Pending) -> str:
+        """Whoever gave way for a deployment that nobody waits for any more takes its place in the queue.
+
+        Returns:
+            its id; empty if nobody did.
+        """
+        displaced = self._swaps.gave_way_to(pending.deployment_id) if pending.raises else ""
+        placed = placed_deployment(self._world, displaced)
+        if placed is None:
+            return ""
+        again = self._room.join_raise(
+            placed.pool_id, self._swaps.demand_of(placed, pending.queued.priority), displaced
+        )
+        again.queued = msgspec.structs.replace(pending.queued, group=displaced)
+        return displaced
 
     def _infeasible(self, outcome: Infeasible) -> VramInfeasibleError:
         reasons = (*self._obedience.disappointments(self._now_s()), *outcome.remedies)
@@ -427,6 +447,7 @@ class NodeScheduler:
         self, entry: LedgerEntry, placed: PlacedDeployment, view: View, pending: Pending | None
     ) -> None:
         assert self._tasks is not None
+        self._obedience.forgive(placed.deployment_id)
         self._raises.begin(entry, placed, view.ledger, self._tasks)
         if pending is not None:
             self._last_groups[placed.pool_id] = placed.deployment_id
@@ -438,10 +459,8 @@ class NodeScheduler:
             self._obedience.failed(deployment_id, failure, self._now_s())
             if pending is not None:
                 self._fail(pending, EngineStartFailedError(failure, deployment=deployment_id))
-        else:
-            self._obedience.forgive(deployment_id)
-            if pending is not None:
-                self._finish_raise(pending)
+        elif pending is not None:
+            self._finish_raise(pending)
         self.changed()
 
     def _finish_raise(self, pending: Pending) -> None:
@@ -451,53 +470,20 @@ class NodeScheduler:
     # Upkeep.
 
     async def _upkeep(self, wanted: set[str]) -> bool:
-        """Look after the pools now and then: alerts, idle timeouts, warm deployments."""
+        """Look after the pools now and then: swaps, idle timeouts, warm deployments."""
         if self._now_s() < self._next_patrol_s:
             return False
         self._next_patrol_s = self._now_s() + self._options.patrol_s
-        by_pool: dict[str, list[PlacedDeployment]] = {}
-        for placed in self._world.deployments():
-            by_pool.setdefault(placed.pool_id, []).append(placed)
-        for pool_id, placed_there in by_pool.items():
-            if await self._look_after(pool_id, placed_there, wanted=pool_id in wanted):
-                return True
-        return False
+        found = await self._patrol.look(wanted)
+        if found:
+            self._next_patrol_s = float("-inf")
+        return found
 
-    async def _look_after(self, pool_id: str, placed: list[PlacedDeployment], *, wanted: bool) -> bool:
-        measurement = await self._gauge.newest(pool_id)
-        if measurement is None or self._raises.of(pool_id):
+    def _restore(self, placed: PlacedDeployment, view: View) -> bool:
+        entry = view.ledger.entry(placed.deployment_id)
+        if entry is None or self._book.raise_is_open(placed.deployment_id):
             return False
-        view = self._view(measurement)
-        kept = {*self._obedience.left_alone(self._now_s())}
-        kept |= {each.deployment_id for each in self._room}
-        if self._grow(view.ledger, placed, kept):
-            return True
-        step = idle_step(view.ledger, placed, kept)
-        if step is not None:
-            apply(view.ledger, step)
-            await self._carry_out(pool_id, step)
-            return True
-        restored = None if wanted else to_restore(view.ledger, placed, kept)
-        entry = view.ledger.entry(restored.deployment_id) if restored else None
-        if restored is None or entry is None or self._book.raise_is_open(restored.deployment_id):
-            return False
-        self._begin_raise(entry, restored, view, None)
-        return True
-
-    def _grow(self, ledger: Ledger, placed: list[PlacedDeployment], kept: set[str]) -> bool:
-        """Have a pinned deployment that is shrunk wait for its turn to grow, once others can make room."""
-        found = to_grow(ledger, placed, kept)
-        if found is None:
-            return False
-        demand = _raise_demand(found, Priority.USER)
-        missing = missing_bytes(found, ledger.entry(found.deployment_id))
-        outcome = self._plan(
-            ledger,
-            self._obedience.keep_away(msgspec.structs.replace(demand, vram_bytes=missing), self._now_s()),
-        )
-        if isinstance(outcome, Infeasible):
-            return False
-        self._room.join_raise(found.pool_id, demand, found.deployment_id)
+        self._begin_raise(entry, placed, view, None)
         return True
 
     # What is known.
@@ -517,8 +503,3 @@ class NodeScheduler:
 
     def _now_s(self) -> float:
         return asyncio.get_running_loop().time()
-
-
-def _raise_demand(placed: PlacedDeployment, priority: Priority) -> Demand:
-    name = placed.deployment_id
-    return Demand(vram_bytes=placed.awake_bytes, priority=priority, exclude=(name,), holder=name)

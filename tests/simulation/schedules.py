@@ -28,6 +28,7 @@ from controlplane.vram import (
 from rung.errors import RungError, UnknownLeaseError
 from rung.types import Priority, Residency, ResidencyClass
 from tests.fakes.simulated_pool import GIB, BrokenInvariantError, Fault, SimulatedEngine, SimulatedPool
+from tests.fakes.swapping_pool import SwappingPool
 
 OPTIONS = SchedulerOptions(
     queue=QueueRules(ageing_s=15.0, max_overtakes=3, overtaking_s=15.0),
@@ -147,11 +148,17 @@ class Schedule:
             cached_bytes = rng.randrange(GIB // 2, left_bytes)
             engines[1].cache_bytes = cached_bytes
             engines[1].resident_bytes += cached_bytes
-        return SimulatedPool(
-            engines,
-            latency_s=rng.choice([0.0, 0.05, 0.3]),
-            keep_s=rng.choice([0.0, 0.0, 0.7, 1.7]),
-        )
+        latency_s, keep_s = rng.choice([0.0, 0.05, 0.3]), rng.choice([0.0, 0.0, 0.7, 1.7])
+        return SwappingPool(engines, self._some_slots(engines[2:]), latency_s=latency_s, keep_s=keep_s)
+
+    def _some_slots(self, models: list[SimulatedEngine]) -> dict[str, str]:
+        """Now and then two models take turns; then at most one of them is up at the beginning."""
+        if len(models) < 2 or self._rng.random() < 0.6:
+            return {}
+        first, second = models[:2]
+        if first.residency is not Residency.STOPPED and second.residency is not Residency.STOPPED:
+            second.residency, second.resident_bytes = Residency.STOPPED, 0
+        return {first.name: "slot", second.name: "slot"}
 
     async def _outsider(self) -> None:
         """A desktop, whose use stays within the reserve."""

@@ -39,6 +39,7 @@ from rung.types import (
     Runtime,
     ServiceEngine,
     VllmEngine,
+    default_slots,
 )
 
 RESIDENCIES = EnumCodec(Residency, v1.Residency, prefix="RESIDENCY_", unknown=Residency.UNKNOWN)
@@ -59,7 +60,6 @@ LLAMA_CPP_SERVERS = EnumCodec(
 
 # What 0, "" and unset mean in a spec, as the protos say.
 _DEFAULT_HEALTH_PATH = "/v1/models"
-_DEFAULT_SLOTS = 16
 _DEFAULT_PARALLEL = 1
 _DEFAULT_START_TIMEOUT_S = 600.0
 _DEFAULT_STOP_GRACE_S = 10.0
@@ -278,11 +278,13 @@ def deployment_spec_to_proto(value: DeploymentSpec) -> v1.DeploymentSpec:
         shrinkable=value.shrinkable,
         capabilities=value.capabilities,
         context_tokens=value.context_tokens,
+        swap_slot=value.swap_slot,
     )
 
 
 def deployment_spec_from_proto(message: v1.DeploymentSpec) -> DeploymentSpec:
     """Decode a deployment as configured. Raises as `engine_spec_from_proto`."""
+    engine = engine_spec_from_proto(message.engine)
     return DeploymentSpec(
         id=message.id,
         node_id=message.node_id,
@@ -290,8 +292,8 @@ def deployment_spec_from_proto(message: v1.DeploymentSpec) -> DeploymentSpec:
         aliases=tuple(message.aliases),
         served_model_name=message.served_model_name,
         residency_class=RESIDENCY_CLASSES.from_proto(message.residency_class),
-        engine=engine_spec_from_proto(message.engine),
-        slots=message.slots or _DEFAULT_SLOTS,
+        engine=engine,
+        slots=message.slots or default_slots(engine.engine),
         vram_bytes=message.vram_bytes,
         keep_running=message.keep_running,
         idle_timeout_s=duration_from_proto(message.idle_timeout)
@@ -300,6 +302,7 @@ def deployment_spec_from_proto(message: v1.DeploymentSpec) -> DeploymentSpec:
         shrinkable=message.shrinkable,
         capabilities=tuple(message.capabilities),
         context_tokens=message.context_tokens,
+        swap_slot=message.swap_slot,
     )
 
 

@@ -48,6 +48,7 @@ from rung.types._fleet import (
     Runtime,
     ServiceEngine,
     VllmEngine,
+    default_slots,
 )
 from rung.types._job import (
     TERMINAL_EVENTS,
@@ -182,4 +183,5 @@ __all__ = [
     "Usage",
     "UsageReported",
     "VllmEngine",
+    "default_slots",
 ]

@@ -263,8 +263,21 @@ class EngineSpec(Struct, frozen=True, kw_only=True):
     stop_grace_s: float = 10.0
 
 
+#: Requests that an engine serves at once unless it was said; one that makes images has one GPU for each.
+LLM_SLOTS = 16
+IMAGE_SLOTS = 1
+
+
+def default_slots(engine: Engine) -> int:
+    """How many requests an engine serves at once if nobody says."""
+    return IMAGE_SLOTS if isinstance(engine, ComfyUiEngine) else LLM_SLOTS
+
+
 class DeploymentSpec(Struct, frozen=True, kw_only=True):
-    """A deployment as configured: one model served by one engine on one node."""
+    """A deployment as configured: one model served by one engine on one node.
+
+    Those of a node with the same `swap_slot` take turns: never are two of them up.
+    """
 
     id: str
     node_id: str
@@ -273,13 +286,14 @@ class DeploymentSpec(Struct, frozen=True, kw_only=True):
     aliases: tuple[str, ...] = ()
     served_model_name: str = ""
     residency_class: ResidencyClass = ResidencyClass.ON_DEMAND
-    slots: int = 16
+    slots: int = LLM_SLOTS
     vram_bytes: int = 0
     keep_running: bool = False
     idle_timeout_s: float | None = None
     shrinkable: bool = False
     capabilities: tuple[str, ...] = ("chat",)
     context_tokens: int = 0
+    swap_slot: str = ""
 
     @property
     def engine_model_name(self) -> str:
