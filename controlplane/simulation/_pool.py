@@ -52,6 +52,7 @@ class VirtualEngine:
         timings: how long its actions take.
         expected: how long the scheduler takes them to be; None for the truth.
         drain_expected_s: how long the scheduler takes its requests in flight to need.
+        shrunk_bytes: what it holds shrunk; None if it has not opted in to that.
     """
 
     def __init__(
@@ -69,7 +70,10 @@ class VirtualEngine:
         timings: Timings = _DEFAULT_TIMINGS,
         expected: Timings | None = None,
         drain_expected_s: float = 10.0,
+        shrunk_bytes: int | None = None,
     ) -> None:
+        self.shrunk_bytes = shrunk_bytes
+        self.shrunk = False
         self.name = name
         self.kind = kind
         self.awake_bytes = awake_bytes
@@ -134,6 +138,8 @@ class VirtualEngine:
 
     def raise_s(self) -> float:
         """How long it takes to come up from how it is."""
+        if self.shrunk:
+            return self.timings.grow_s
         if self.residency is Residency.ASLEEP:
             return self.timings.reload_s if self.asleep_level == 2 else self.timings.wake_s
         return self.timings.start_s
@@ -150,6 +156,9 @@ class VirtualEngine:
             host_asleep_bytes=self.host_asleep_bytes,
             sleep_levels=self.sleep_levels,
             asleep_level=self.asleep_level,
+            shrinkable=self.shrunk_bytes is not None,
+            shrunk_bytes=self.shrunk_bytes or 0,
+            shrunk=self.shrunk,
             cache_bytes=self.cache_bytes,
             active_requests=self.active,
             drain_expected_s=self.drain_expected_s if self.active else 0.0,
@@ -322,10 +331,11 @@ class VirtualPool(Generic[EngineT]):
         """Note what an engine is told; which one it is.
 
         Raises:
-            BrokenInvariantError: it is pinned.
+            BrokenInvariantError: it is pinned, and not told to shrink although it opted in to that.
         """
         engine = self.engines[step.deployment_id]
-        if engine.kind is ResidencyClass.PINNED:
+        shrinks = step.action is ReclaimAction.SHRINK and engine.shrunk_bytes is not None
+        if engine.kind is ResidencyClass.PINNED and not shrinks:
             self.break_(f"{engine.name} is pinned and was told to {step.action}")
         self.steps.append(step)
         return engine
@@ -339,10 +349,13 @@ class VirtualPool(Generic[EngineT]):
         elif step.action is ReclaimAction.SLEEP:
             engine.residency, left_bytes = Residency.ASLEEP, engine.held_asleep_bytes
             engine.asleep_level = step.level
+        elif step.action is ReclaimAction.SHRINK:
+            assert engine.shrunk_bytes is not None, "it has not opted in"
+            engine.residency, left_bytes = Residency.ASLEEP, engine.shrunk_bytes
+            engine.shrunk = True
         else:
-            assert step.action is ReclaimAction.STOP, "no simulated engine says that it can shrink"
             engine.residency, left_bytes = Residency.STOPPED, 0
-            engine.asleep_level = 0
+            engine.asleep_level, engine.shrunk = 0, False
         engine.flushed()
         engine.resident_bytes = left_bytes + int((engine.resident_bytes - left_bytes) * kept_share)
         self.changed()
@@ -360,7 +373,7 @@ class VirtualPool(Generic[EngineT]):
         """An engine that is on its way up arrives."""
         await self.load(engine, duration_s, engine.coming_bytes)
         engine.residency = Residency.AWAKE
-        engine.asleep_level = 0
+        engine.asleep_level, engine.shrunk = 0, False
         engine.used_s = asyncio.get_running_loop().time()
         self.changed()
 
@@ -381,4 +394,6 @@ def _action_s(engine: VirtualEngine, step: ReclaimStep) -> float:
         return timings.free_s
     if step.action is ReclaimAction.SLEEP:
         return timings.discard_s if step.level == 2 else timings.sleep_s
+    if step.action is ReclaimAction.SHRINK:
+        return timings.shrink_s
     return timings.stop_s

@@ -79,6 +79,13 @@ class LeaseBook:
         """Whether leases have ended whose memory counts as promised until the pool is measured again."""
         return any(each.ended_s is not None and not each.raises for each in self._promises.values())
 
+    def has_just_ended(self, pool_id: str) -> bool:
+        """Whether that is so for one pool: what is free there, and whose the rest is, is not known now."""
+        return any(
+            each.pool_id == pool_id and each.ended_s is not None and not each.raises
+            for each in self._promises.values()
+        )
+
     def of_operation(self, operation_id: str) -> Lease | None:
         """The lease that an operation got, or None."""
         return next((each for each in self._leases.values() if each.operation_id == operation_id), None)

@@ -366,6 +366,10 @@ class NodeScheduler:
                 # Counted as promised until then, it would have others give way for nothing.
                 pending.wait(f"{pending.pool_id} is measured again, since a lease has just ended")
                 return False
+            if self._book.has_just_ended(pending.pool_id):
+                # Counted as promised until then, it would have others give way for nothing.
+                pending.wait(f"{pending.pool_id} is measured again, since a lease has just ended")
+                return False
             pending.planned(outcome)
             await self._take(pending, view, outcome)
             return True

@@ -48,6 +48,7 @@ class SimulatedEngine(VirtualEngine):
         warm: bool = False,
         idle_timeout_s: float | None = None,
         faults: Sequence[Fault] = (),
+        shrunk_bytes: int | None = None,
     ) -> None:
         super().__init__(
             name,
@@ -57,7 +58,8 @@ class SimulatedEngine(VirtualEngine):
             held_asleep_bytes=held_asleep_bytes,
             warm=warm,
             idle_timeout_s=idle_timeout_s,
-            timings=Timings(wake_s=3.0, start_s=10.0),
+            timings=Timings(wake_s=3.0, start_s=10.0, grow_s=3.0),
+            shrunk_bytes=shrunk_bytes,
             drain_expected_s=2.0,
         )
         self.faults = list(faults)
@@ -146,7 +148,7 @@ class SimulatedPool(VirtualPool[SimulatedEngine]):
 
     def _died(self, engine: SimulatedEngine) -> None:
         engine.residency = Residency.FAILED
-        engine.asleep_level = 0
+        engine.asleep_level, engine.shrunk = 0, False
         engine.flushed()
         engine.resident_bytes = engine.coming_bytes = engine.active = 0
         self.changed()

@@ -30,6 +30,8 @@ from rung.types import Priority, Residency, ResidencyClass
 from tests.fakes.simulated_pool import GIB, BrokenInvariantError, Fault, SimulatedEngine, SimulatedPool
 from tests.fakes.swapping_pool import SwappingPool
 
+#: More faults than that are for good.
+LASTING = 3
 OPTIONS = SchedulerOptions(
     queue=QueueRules(ageing_s=15.0, max_overtakes=3, overtaking_s=15.0),
     heartbeat_s=1.9,
@@ -44,6 +46,8 @@ LONGEST_WAIT_S = 150.0
 LONGEST_SILENCE_S = OPTIONS.heartbeat_s + 0.1
 #: No lease of a schedule lasts longer than this without a renewal.
 LONGEST_TTL_S = 6.0
+#: So long at most a pinned deployment stays shrunk once all leases have ended, whatever failed.
+LONGEST_SHRUNK_S = 150.0
 
 #: Makes the scheduler under test; tests of the tests give a spoilt one.
 Maker = Callable[[SimulatedPool, Callable[[], str]], NodeScheduler]
@@ -73,6 +77,7 @@ class Schedule:
         self.scheduler = make(self.pool, lambda: f"lease-{next(ids)}")
         self.pool.check = self._check
         self._pinned = self.pool.engines["pinned"]
+        self._may_die = bool(self._pinned.faults)
         #: What deployments have taken of leases.
         self._taken_bytes: dict[str, int] = {}
         self.outcomes: Counter[str] = Counter()
@@ -98,6 +103,7 @@ class Schedule:
             await runner
         if self.scheduler.leases:
             self.pool.break_(f"leases that never end: {self.scheduler.leases}")
+        await self._grown()
         told = sum(self.outcomes.values())
         if told != demands:
             self.pool.break_(f"{demands} demands, {told} outcomes")
@@ -110,6 +116,17 @@ class Schedule:
         if self.pool.broken:
             raise BrokenInvariantError(self.pool.broken[0])
 
+    async def _grown(self) -> None:
+        """Wait until the pinned deployment is as it should be, which it must be some time."""
+        if any(len(each.faults) > LASTING for each in self.pool.engines.values()):
+            # Nobody can make room for it where others never give way again.
+            return
+        until_s = asyncio.get_running_loop().time() + LONGEST_SHRUNK_S
+        while self._pinned.shrunk:
+            if asyncio.get_running_loop().time() > until_s:
+                self.pool.break_("the pinned deployment was left shrunk")
+            await asyncio.sleep(1.0)
+
     # The world.
 
     def _some_pool(self) -> SimulatedPool:
@@ -117,7 +134,7 @@ class Schedule:
         kinds = [ResidencyClass.SLEEPABLE] * rng.randint(1, 3) + [ResidencyClass.ON_DEMAND] * rng.randint(
             0, 1
         )
-        engines = [SimulatedEngine("pinned", ResidencyClass.PINNED, rng.randint(4, 8) * GIB)]
+        engines = [self._some_pinned()]
         engines.append(SimulatedEngine("cache", ResidencyClass.CACHE, GIB))
         left_bytes = 28 * GIB - engines[0].awake_bytes - GIB
         for number, kind in enumerate(kinds):
@@ -160,6 +177,17 @@ class Schedule:
             second.residency, second.resident_bytes = Residency.STOPPED, 0
         return {first.name: "slot", second.name: "slot"}
 
+    def _some_pinned(self) -> SimulatedEngine:
+        """It opted in to being shrunk, or did not; the first things that are done to it may go wrong."""
+        rng = self._rng
+        size_bytes = rng.randint(4, 8) * GIB
+        if rng.random() < 0.5:
+            return SimulatedEngine("pinned", ResidencyClass.PINNED, size_bytes)
+        faults = [rng.choice(list(Fault)) for _ in range(rng.randint(1, 3))] if rng.random() < 0.4 else []
+        return SimulatedEngine(
+            "pinned", ResidencyClass.PINNED, size_bytes, shrunk_bytes=size_bytes // 3, faults=faults
+        )
+
     async def _outsider(self) -> None:
         """A desktop, whose use stays within the reserve."""
         base_bytes = self.pool.unattributed_bytes
@@ -186,7 +214,7 @@ class Schedule:
         await asyncio.sleep(rng.uniform(0.0, 15.0))
         priority = rng.choice(list(Priority))
         if rng.random() < 0.35:
-            models = [name for name in self.pool.engines if name.startswith("model")]
+            models = [name for name in self.pool.engines if name != "cache"]
             await self._chat(rng.choice(models), priority)
             return
         deployment_id = "cache" if rng.random() < 0.35 else ""
@@ -294,10 +322,13 @@ class Schedule:
     # The invariants.
 
     def _check(self) -> None:
-        """No byte is promised twice, and the pinned deployment is as it was."""
+        """No byte is promised twice, and the pinned deployment is as it was, or shrunk if it opted in."""
         pool, pinned = self.pool, self._pinned
-        if (pinned.residency, pinned.resident_bytes) != (Residency.AWAKE, pinned.awake_bytes):
-            pool.break_("the pinned deployment was disturbed")
+        as_it_was = (pinned.residency, pinned.resident_bytes) == (Residency.AWAKE, pinned.awake_bytes)
+        # That it dies of being shrunk, or of growing, is its own doing; who needs it then starts it again.
+        fell = self._may_die and pinned.residency in (Residency.FAILED, Residency.STARTING)
+        if not (as_it_was or pinned.shrunk or fell):
+            pool.break_(f"the pinned deployment was disturbed: it is {pinned.residency}")
         promised_bytes = sum(each.coming_bytes for each in pool.engines.values())
         for lease in self.scheduler.leases:
             taken = self._taken_bytes if lease.deployment_id else pool.held_bytes
