@@ -362,6 +362,10 @@ class NodeScheduler:
             if self._raises.of(pending.pool_id):
                 self._wait_for_raise(pending)
                 return False
+            if self._book.has_just_ended(pending.pool_id):
+                # Counted as promised until then, it would have others give way for nothing.
+                pending.wait(f"{pending.pool_id} is measured again, since a lease has just ended")
+                return False
             pending.planned(outcome)
             await self._take(pending, view, outcome)
             return True
