@@ -92,7 +92,7 @@ class Judge:
         self._engager = engager
 
     async def prepare(self, wish: Wish) -> Wish:
-        """The wish with an effort, where it leaves that open, the rule is unsure and the orchestrator says one.
+        """The wish with an effort, if it leaves that open, the rule is unsure, and the orchestrator says one.
 
         Where the request may go, its text goes to the judge, and nowhere else.
         """
