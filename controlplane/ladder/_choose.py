@@ -134,11 +134,12 @@ def explain(chain: Chain, demand: Demand, passing: Passing) -> tuple[ConsideredT
     considered = [
         ConsideredTarget(
             target=candidate.id,
-            taken=place == 0,
+            taken=place == 1,
             reason=_state(candidate, chain, demand, passing),
             expected_wait_s=0.0 if candidate.rank == 0 and candidate.id not in passing.full else None,
+            place=place,
         )
-        for place, candidate in enumerate(chosen.values())
+        for place, candidate in enumerate(chosen.values(), 1)
     ]
     passed_over = {
         candidate.id: ConsideredTarget(

@@ -9,12 +9,11 @@ from collections.abc import Awaitable, Callable
 import structlog
 
 from controlplane.jobs import LiveJob
-from controlplane.ladder import Demand
 from controlplane.pipelines._begun import Begun
 from controlplane.pipelines._engage import Engaged, Engager, OnWait
 from controlplane.pipelines._openai import AnswerReader, engine_body
 from controlplane.pipelines._reason_tool import ReasonCall, ReasonFilter, ReasonTalk, reasoner_body
-from controlplane.pipelines._router import Route, Router
+from controlplane.pipelines._router import Router
 from rung.errors import NoTargetError, RungError
 from rung.types import Phase, Served, TokenDelta, ToolCallDelta, Usage
 
@@ -204,13 +203,8 @@ class Reasoning:
     async def _ask_reasoner(
         self, begun: Begun, call: ReasonCall, side: _SideJob, on_wait: OnWait | None
     ) -> None:
-        demand = begun.route.demand
-        assert begun.route.reason is not None  # else the tool was not offered
-        route = Route(
-            chain=begun.route.reason,
-            demand=Demand(local_only=demand.local_only, priority=demand.priority),
-            rung=begun.route.rung,
-        )
+        route = begun.route.reasoning()
+        assert route is not None  # else the tool was not offered
         body = reasoner_body(call.problem)
 
         def make_body(model: str) -> bytes:

@@ -94,6 +94,13 @@ class Route(Struct, frozen=True, kw_only=True):
     reason: Chain | None = None
     why: str = ""
 
+    def reasoning(self) -> Route | None:
+        """The route of what the `reason` tool is called with; None if the tool is not offered."""
+        if self.reason is None:
+            return None
+        demand = Demand(local_only=self.demand.local_only, priority=self.demand.priority)
+        return Route(chain=self.reason, demand=demand, rung=self.rung)
+
 
 class Router:
     """Finds the route of a wish, and the order of its targets.
@@ -198,7 +205,16 @@ class Router:
         route = self.route(wish)
         considered = explain(route.chain, route.demand, self._passing_of(route))
         taken = next((each.target for each in considered if each.taken), "")
-        return RouteExplanation(considered=considered, target=taken, effort=route.effort, rung=route.rung)
+        reasoning = route.reasoning()
+        reason = explain(reasoning.chain, reasoning.demand, self._passing_of(reasoning)) if reasoning else ()
+        return RouteExplanation(
+            considered=considered,
+            target=taken,
+            effort=route.effort,
+            rung=route.rung,
+            why=route.why,
+            reason=reason,
+        )
 
     def models(self) -> tuple[Model, ...]:
         """What a request may ask for: models of deployments, models of the cloud, and names of ours."""

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from rung import AsyncClient, HeldLease, JobStream, Policy
+from rung._client import Messages
 from rung.errors import RungError
 from rung.types import (
     ChatMessage,
@@ -26,6 +27,7 @@ from rung.types import (
     ProfileList,
     ReclaimGrade,
     ReclaimPlan,
+    RouteExplanation,
     Tool,
 )
 
@@ -63,6 +65,7 @@ class FakeClient(AsyncClient):
         self.snapshots: list[FleetSnapshot] = []
         self.jobs: list[Job] = []
         self.models: tuple[Model, ...] = ()
+        self.route = RouteExplanation(considered=())
         self.stream: FakeStream | None = None
         self.plan: ReclaimPlan | Infeasible | None = None
         self.waits: list[PhaseProgress | ReclaimPlan] = []
@@ -154,6 +157,17 @@ class FakeClient(AsyncClient):
     async def list_models(self) -> tuple[Model, ...]:
         self._ask("list_models")
         return self.models
+
+    async def explain_route(
+        self,
+        messages: Messages = "",
+        *,
+        model: str = "",
+        effort: int | None = None,
+        policy: Policy = Policy(),  # noqa: B008 - frozen
+    ) -> RouteExplanation:
+        self._ask("explain_route", (messages, model, effort, policy))
+        return self.route
 
     async def list_nodes(self) -> tuple[Node, ...]:
         self._ask("list_nodes")

@@ -149,5 +149,14 @@ class FakePipelines:
 
     def explain(self, wish: Wish) -> RouteExplanation:
         self.wishes.append(wish)
-        considered = ConsideredTarget(target="chat-1", taken=True, reason="it is awake", expected_wait_s=0.5)
-        return RouteExplanation(considered=(considered,), target="chat-1", effort=3, rung="quick")
+        considered = ConsideredTarget(
+            target="chat-1", taken=True, reason="it is awake", expected_wait_s=0.5, place=1
+        )
+        return RouteExplanation(
+            considered=(considered,),
+            target="chat-1",
+            effort=8,
+            rung="hard",
+            why="it asks for a proof",
+            reason=(considered,),
+        )

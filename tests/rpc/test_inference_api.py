@@ -283,8 +283,10 @@ async def test_embedding(plane: ApiServer) -> None:
 
 async def test_explaining_starts_nothing(plane: ApiServer) -> None:
     answer = await stub(plane).ExplainRoute(v1.ExplainRouteRequest(generate=hello()))
-    assert (answer.target, answer.effort, answer.rung) == ("chat-1", 3, "quick")
-    assert answer.considered[0].expected_wait.nanos == 500_000_000
+    assert (answer.target, answer.effort, answer.rung) == ("chat-1", 8, "hard")
+    assert answer.why == "it asks for a proof"
+    assert (answer.considered[0].expected_wait.nanos, answer.considered[0].place) == (500_000_000, 1)
+    assert answer.reason[0] == answer.considered[0]
     assert plane.jobs.live == {}
 
 

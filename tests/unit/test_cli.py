@@ -31,6 +31,7 @@ from rung.errors import (
     UnknownModelError,
 )
 from rung.types import (
+    ConsideredTarget,
     FailureReason,
     Infeasible,
     Job,
@@ -56,6 +57,7 @@ from rung.types import (
     ReclaimStep,
     Residency,
     Routed,
+    RouteExplanation,
     Served,
     TokenDelta,
     Usage,
@@ -382,6 +384,74 @@ class TestModels:
     def test_none(self, rung: Terminal) -> None:
         assert rung("models") == ExitCode.OK
         assert "there are no deployments yet" in rung.out
+
+
+ROUTE = RouteExplanation(
+    considered=(
+        ConsideredTarget(target="orchestrator", taken=True, reason="awake", expected_wait_s=0.0, place=1),
+        ConsideredTarget(target="thinker", taken=False, reason="asleep on spark", place=2),
+        ConsideredTarget(target="openai/large", taken=False, reason="the request is local_only"),
+    ),
+    target="orchestrator",
+    effort=8,
+    rung="hard",
+    why="it asks for a proof",
+    reason=(
+        ConsideredTarget(
+            target="spark-qwen", taken=True, reason="awake on spark", expected_wait_s=4.0, place=1
+        ),
+    ),
+)
+
+
+class TestRoute:
+    def test_shows_the_effort_the_rung_and_each_target_with_its_reason(self, rung: Terminal) -> None:
+        rung.client.route = ROUTE
+        assert rung("route", "explain", "Prove it", "--effort", "8", "--local-only", "-m", "rung/auto") == 0
+        policy = Policy(local_only=True, priority=Priority.USER)
+        assert rung.client.asked == [("explain_route", ("Prove it", "rung/auto", 8, policy))]
+        assert [" ".join(line.split()) for line in rung.out.splitlines()] == [
+            "effort 8: it asks for a proof",
+            "rung hard",
+            "TARGET WAIT WHY",
+            "1 orchestrator none awake",
+            "2 thinker - asleep on spark",
+            "- openai/large - the request is local_only",
+            "",
+            "It is offered the `reason` tool, which asks:",
+            "TARGET WAIT WHY",
+            "1 spark-qwen 4.0 s awake on spark",
+        ]
+
+    def test_says_that_the_reason_tool_is_not_offered(self, rung: Terminal) -> None:
+        rung.client.route = msgspec.structs.replace(ROUTE, effort=6, reason=())
+        assert rung("route", "explain", "Hi") == ExitCode.OK
+        assert "The `reason` tool is not offered." in rung.out
+
+    def test_a_named_model_has_no_effort(self, rung: Terminal) -> None:
+        rung.client.route = RouteExplanation(considered=ROUTE.considered[:1], target="orchestrator")
+        assert rung("route", "explain", "--model", "nemotron-8b") == ExitCode.OK
+        assert "effort" not in rung.out
+        assert "reason" not in rung.out
+        assert "orchestrator" in rung.out
+
+    def test_ends_with_1_if_nobody_can_answer(self, rung: Terminal) -> None:
+        rung.client.route = RouteExplanation(considered=ROUTE.considered[2:])
+        assert rung("route", "explain", "Hi") == ExitCode.FAILED
+        assert "nobody can answer now" in rung.out
+        assert "the request is local_only" in rung.out
+
+    def test_json(self, rung: Terminal) -> None:
+        rung.client.route = ROUTE
+        assert rung("route", "explain", "Prove it", "--json") == ExitCode.OK
+        assert msgspec.json.decode(rung.out, type=RouteExplanation) == ROUTE
+
+    def test_texts_of_others_cannot_take_the_terminal_over(self, rung: Terminal) -> None:
+        nasty = msgspec.structs.replace(ROUTE.considered[0], reason="down \x1b[2J[red]now")
+        rung.client.route = msgspec.structs.replace(ROUTE, considered=(nasty,), why="\x1b[2Jbecause")
+        assert rung("route", "explain", "Hi") == ExitCode.OK
+        assert "\x1b" not in rung.out
+        assert "down [2J[red]now" in rung.out
 
 
 class TestJobs:

@@ -209,6 +209,7 @@ class TestExplain:
             ("m", False, 0.0),
             ("down", False, None),
         ]
+        assert [each.place for each in found] == [1, 2, 3, 4, 0]
         said = {each.target: each.reason for each in found}
         assert said["full"] == "awake on box, 4 of 4 slots taken, 2 waiting"
         assert said["m"] == (

@@ -471,6 +471,18 @@ class TestExplain:
         assert said["spark-qwen"] == "it failed (HTTP 503); it is tried again in 2 s"
         assert said["thinker"] == "it cannot do tools"
 
+    def test_how_the_effort_was_found_and_who_is_behind_the_reason_tool(self) -> None:
+        explained = APlace().router.explain(wish(local_only=True, tools=[TOOL]))
+        assert explained.why == "it looked hard"
+        assert [(each.target, each.place) for each in explained.reason] == [
+            ("spark-qwen", 1),
+            ("thinker", 2),
+            ("burst/reasoning", 0),
+            ("rented-qwen", 0),
+            ("deepseek/chat", 0),
+        ]
+        assert APlace().router.explain(wish(effort=6)).reason == ()
+
     def test_it_changes_nothing(self) -> None:
         place = APlace()
         place.breaks("orchestrator")

@@ -176,17 +176,9 @@ def route_explanation_to_proto(value: RouteExplanation) -> v1.ExplainRouteRespon
         effort=value.effort,
         rung=value.rung,
         target=value.target,
-        considered=[
-            v1.ConsideredTarget(
-                target=each.target,
-                taken=each.taken,
-                reason=each.reason,
-                expected_wait=None
-                if each.expected_wait_s is None
-                else duration_to_proto(each.expected_wait_s),
-            )
-            for each in value.considered
-        ],
+        considered=[_considered_to_proto(each) for each in value.considered],
+        why=value.why,
+        reason=[_considered_to_proto(each) for each in value.reason],
     )
 
 
@@ -196,17 +188,31 @@ def route_explanation_from_proto(message: v1.ExplainRouteResponse) -> RouteExpla
         effort=message.effort,
         rung=message.rung,
         target=message.target,
-        considered=tuple(
-            ConsideredTarget(
-                target=each.target,
-                taken=each.taken,
-                reason=each.reason,
-                expected_wait_s=duration_from_proto(each.expected_wait)
-                if each.HasField("expected_wait")
-                else None,
-            )
-            for each in message.considered
-        ),
+        considered=tuple(_considered_from_proto(each) for each in message.considered),
+        why=message.why,
+        reason=tuple(_considered_from_proto(each) for each in message.reason),
+    )
+
+
+def _considered_to_proto(value: ConsideredTarget) -> v1.ConsideredTarget:
+    wait_s = value.expected_wait_s
+    return v1.ConsideredTarget(
+        target=value.target,
+        taken=value.taken,
+        reason=value.reason,
+        expected_wait=None if wait_s is None else duration_to_proto(wait_s),
+        place=value.place,
+    )
+
+
+def _considered_from_proto(message: v1.ConsideredTarget) -> ConsideredTarget:
+    has_wait = message.HasField("expected_wait")
+    return ConsideredTarget(
+        target=message.target,
+        taken=message.taken,
+        reason=message.reason,
+        expected_wait_s=duration_from_proto(message.expected_wait) if has_wait else None,
+        place=message.place,
     )
 
 

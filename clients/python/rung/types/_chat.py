@@ -76,18 +76,38 @@ class Embeddings(Struct, frozen=True, kw_only=True):
 
 
 class ConsideredTarget(Struct, frozen=True, kw_only=True):
-    """A target and what was thought of it. `expected_wait_s` is None where it is not known."""
+    """A target and what was thought of it.
+
+    Attributes:
+        target: which.
+        taken: whether it would answer.
+        reason: why it is where it is, or is passed over.
+        expected_wait_s: time before it could begin; None if that is not known.
+        place: in the order of trying, from 1; 0 if it is passed over.
+    """
 
     target: str
     taken: bool
     reason: str
     expected_wait_s: float | None = None
+    place: int = 0
 
 
 class RouteExplanation(Struct, frozen=True, kw_only=True):
-    """Who would answer a request: `target`, empty if none. `effort` 0 and no `rung` mean a named model."""
+    """Who would answer a request: `target`, empty if none. `effort` 0 and no `rung` mean a named model.
+
+    Attributes:
+        considered: those that would be tried, in that order, then the others.
+        target: who would answer; empty if nobody can.
+        effort: 1 to 10; 0 where a model or a chain was named.
+        rung: rung of the effort; empty where none was looked for.
+        why: how the effort or the chain was found, for a person; empty where a model was named.
+        reason: targets behind the `reason` tool, as `considered`; empty if the tool is not offered.
+    """
 
     considered: tuple[ConsideredTarget, ...]
     target: str = ""
     effort: int = 0
     rung: str = ""
+    why: str = ""
+    reason: tuple[ConsideredTarget, ...] = ()

@@ -1158,15 +1158,25 @@ class ExplainRouteResponse(_message.Message):
     RUNG_FIELD_NUMBER: _builtins.int
     CONSIDERED_FIELD_NUMBER: _builtins.int
     TARGET_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
     effort: _builtins.int
     """Effort that was given or classified; 0 where a model was named."""
     rung: _builtins.str
     """Rung of the ladder; empty where a model was named."""
     target: _builtins.str
     """Target that would be taken; empty if none."""
+    why: _builtins.str
+    """How the effort, or the chain, was found, for a person; empty where a model was named."""
     @_builtins.property
     def considered(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConsideredTarget]:
         """Targets in the order in which they were considered."""
+
+    @_builtins.property
+    def reason(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConsideredTarget]:
+        """Targets behind the `reason` tool, in the order in which they would be tried; empty if the tool is not
+        offered.
+        """
 
     def __init__(
         self,
@@ -1175,10 +1185,12 @@ class ExplainRouteResponse(_message.Message):
         rung: _builtins.str = ...,
         considered: _abc.Iterable[Global___ConsideredTarget] | None = ...,
         target: _builtins.str = ...,
+        why: _builtins.str = ...,
+        reason: _abc.Iterable[Global___ConsideredTarget] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["considered", b"considered", "effort", b"effort", "rung", b"rung", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["considered", b"considered", "effort", b"effort", "reason", b"reason", "rung", b"rung", "target", b"target", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1194,12 +1206,15 @@ class ConsideredTarget(_message.Message):
     TAKEN_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     EXPECTED_WAIT_FIELD_NUMBER: _builtins.int
+    PLACE_FIELD_NUMBER: _builtins.int
     target: _builtins.str
     """Deployment, burst profile or cloud model."""
     taken: _builtins.bool
     """Whether it is the one taken."""
     reason: _builtins.str
     """Why it was taken or passed over."""
+    place: _builtins.int
+    """Place in the order in which targets would be tried, from 1; 0 if it is passed over."""
     @_builtins.property
     def expected_wait(self) -> _duration_pb2.Duration:
         """Expected time before it could begin; unset if not known."""
@@ -1211,10 +1226,11 @@ class ConsideredTarget(_message.Message):
         taken: _builtins.bool = ...,
         reason: _builtins.str = ...,
         expected_wait: _duration_pb2.Duration | None = ...,
+        place: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expected_wait", b"expected_wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_wait", b"expected_wait", "reason", b"reason", "taken", b"taken", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_wait", b"expected_wait", "place", b"place", "reason", b"reason", "taken", b"taken", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,6 +10,7 @@ from rung.cli.views._memory import VramShare, bar_cells, vram_bar, vram_legend, 
 from rung.cli.views._operation import progress_words, show_operation
 from rung.cli.views._profiles import print_profile, print_switch_plan, profiles_view, show_switch
 from rung.cli.views._reclaim import leases_table, print_reclaim, wait_words
+from rung.cli.views._routes import print_route
 from rung.cli.views._words import format_age, format_bytes, format_duration, format_part, printable
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "print_answer",
     "print_profile",
     "print_reclaim",
+    "print_route",
     "print_switch_plan",
     "printable",
     "profiles_view",
