@@ -62,4 +62,4 @@ bench: $(VENV) ## Measure waits under each policy, the choice of a target, and t
 	$(BIN)/python -m tests.benchmarks.relay $(BENCH)
 
 clean: ## Remove what these targets made.
-	rm -rf .venv .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .tools .cache/vllm .mypy_cache .ruff_cache .pytest_cache .hypothesis
