@@ -18,12 +18,12 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 from controlplane.api import build_services
 from controlplane.cloud import CloudSpend, CloudTargets
 from controlplane.config import Config
-from controlplane.fleet import Fleet, NodeSchedulers, log_alert
+from controlplane.fleet import DrainMarks, Fleet, NodeSchedulers, log_alert
 from controlplane.gateway import Gateway
 from controlplane.jobs import Jobs
 from controlplane.pipelines import Pipelines, Slots
 from controlplane.profiles import Profiles
-from controlplane.store import CloudCalls, JobStore, ProfileStates
+from controlplane.store import CloudCalls, FleetMarks, JobStore, ProfileStates
 from rung.errors import RungError
 from rung.service import CallInterceptor, EngineClient, GrpcServer, ServerOptions, configure_logging
 
@@ -62,6 +62,7 @@ async def serve(config: Config) -> None:
         jobs = Jobs(store, retention_s=server.job_retention_s)
         await jobs.start()
         slots = Slots()
+        marks = FleetMarks(store)
         # One replica so far: its start is its epoch, so that a later one always has the higher.
         fleet = Fleet(
             nodes=config.nodes,
@@ -71,6 +72,7 @@ async def serve(config: Config) -> None:
             drained=slots.drained,
             # Without a host of our own, no engine's loopback is ours.
             own_host_id=None if server.direct_relay else "",
+            drain_marks=DrainMarks(marks),
         )
         reserves = {node.id: node.reserve() for node in config.nodes}
         profiles = Profiles(
@@ -82,6 +84,7 @@ async def serve(config: Config) -> None:
             idle_s=slots.idle_s,
             alert=log_alert,
             reserves=reserves,
+            marks=marks,
         )
         fleet.make_awake = schedulers.make_awake
         client = EngineClient()

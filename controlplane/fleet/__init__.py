@@ -3,6 +3,7 @@
 from controlplane.fleet._agent_client import AgentClient, AgentRun
 from controlplane.fleet._division import Division, utilization_of
 from controlplane.fleet._fleet import ConfiguredNode, Fleet
+from controlplane.fleet._marks import DrainMarks, NodeSwaps
 from controlplane.fleet._operations import LifecycleAction
 from controlplane.fleet._pools import find_gpu, ledger_of, pool_of
 from controlplane.fleet._raising import progress_of_event
@@ -15,10 +16,12 @@ __all__ = [
     "ConfiguredNode",
     "DeploymentView",
     "Division",
+    "DrainMarks",
     "Fleet",
     "FleetView",
     "LifecycleAction",
     "NodeSchedulers",
+    "NodeSwaps",
     "build_view",
     "find_gpu",
     "ledger_of",

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from controlplane.fleet._agent_client import AgentRun
 from controlplane.fleet._division import Division, divided
+from controlplane.fleet._marks import DrainMarks, NoMarks
 from controlplane.fleet._node_session import NodeSession
 from controlplane.fleet._operations import KEEP_ALIVE_S, LifecycleAction, Operation, Operations
 from controlplane.fleet._pools import is_scheduled
@@ -91,6 +92,7 @@ class Fleet:
         load: active and queued requests of a deployment, for draining and for what is shown.
         drained: lets no request of a deployment begin, and is entered once those that run have ended.
         own_host_id: which loopback interface is ours; None finds out.
+        drain_marks: remembers which nodes were drained; None remembers nothing.
 
     Raises:
         ConfigError: an id is used twice, or a deployment is on a node that is not there.
@@ -105,12 +107,14 @@ class Fleet:
         load: Callable[[str], tuple[int, int]] = lambda _: (0, 0),
         drained: Callable[[str], AbstractAsyncContextManager[None]] = lambda _: nullcontext(),
         own_host_id: str | None = None,
+        drain_marks: DrainMarks | None = None,
     ) -> None:
         _check(nodes, deployments)
         rng = random.SystemRandom()
         self.load = load
         self.drained = drained
         self.epoch = epoch
+        self._drain_marks = drain_marks or DrainMarks(NoMarks())
         #: How a deployment on a GPU is made awake, with room made for it; None leaves it to its agent.
         self.make_awake: Callable[[str], AsyncGenerator[RaisingProgress, None]] | None = None
         self._nodes = {node.id: node for node in nodes}
@@ -186,7 +190,13 @@ class Fleet:
         return session
 
     async def start(self) -> None:
-        """Begin to dial the nodes. Returns at once; `changes` tells when they answer."""
+        """Begin to dial the nodes, with those drained that were. `changes` tells when they answer.
+
+        Raises:
+            UnavailableError: what was drained cannot be read.
+        """
+        self._draining |= await self._drain_marks.read() & self._sessions.keys()
+        self._rebuild()
         self._tasks = [
             asyncio.create_task(session.run(), name=f"node-{session.node_id}")
             for session in self._sessions.values()
@@ -330,14 +340,21 @@ class Fleet:
         )
 
     async def drain_node(self, node_id: str) -> None:
-        """Send no new work to a node and start nothing there. Raises UnknownNodeError."""
+        """Send no new work to a node and start nothing there, also after a restart of this process.
+
+        Raises:
+            UnknownNodeError: there is no such node.
+            UnavailableError: it could not be stored; nothing has changed.
+        """
         self.session(node_id)
+        await self._drain_marks.write(node_id, drained=True)
         self._draining.add(node_id)
         self._rebuild()
 
     async def resume_node(self, node_id: str) -> None:
-        """Take a drained node back. Raises UnknownNodeError."""
+        """Take a drained node back. Raises as `drain_node`."""
         self.session(node_id)
+        await self._drain_marks.write(node_id, drained=False)
         self._draining.discard(node_id)
         self._rebuild()
 

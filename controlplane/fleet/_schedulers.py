@@ -15,6 +15,7 @@ import structlog
 
 from controlplane.fleet._division import utilization_of
 from controlplane.fleet._fleet import Fleet
+from controlplane.fleet._marks import Marks, NodeSwaps, NoMarks
 from controlplane.fleet._operations import KEEP_ALIVE_S, LifecycleAction
 from controlplane.fleet._pools import is_scheduled, ledger_of, pool_of
 from controlplane.fleet._raising import RaisingProgress, progress_of_event, progress_of_lifecycle
@@ -55,6 +56,7 @@ _SAMPLE_AGE_S = 0.8
 #: How long to wait for a measurement of after a step.
 _FRESH_S = 4.0
 _RESERVE = Reserve()
+_NO_MARKS = NoMarks()
 _NO_RESERVES: Mapping[str, Reserve] = {}
 
 
@@ -195,6 +197,7 @@ class NodeSchedulers:
         idle_s: time since a deployment was last used.
         alert: told when a pool runs low, and when it has recovered.
         reserves: by node, what is never granted, where that is not as usual.
+        marks: remembers the swaps that are under way.
     """
 
     def __init__(
@@ -204,11 +207,14 @@ class NodeSchedulers:
         idle_s: Callable[[str], float],
         alert: Callable[[VramAlert], None],
         reserves: Mapping[str, Reserve] = _NO_RESERVES,
+        marks: Marks = _NO_MARKS,
     ) -> None:
         self._fleet = fleet
         self._schedulers = {
             node_id: _make(
-                NodeWorld(fleet, node_id, idle_s=idle_s, reserve=reserves.get(node_id, _RESERVE)), alert
+                NodeWorld(fleet, node_id, idle_s=idle_s, reserve=reserves.get(node_id, _RESERVE)),
+                alert,
+                NodeSwaps(marks, node_id),
             )
             for node_id in fleet.view.nodes
         }
@@ -299,9 +305,13 @@ class NodeSchedulers:
             await self._fleet.wait_changed(KEEP_ALIVE_S / 3)
 
 
-def _make(world: NodeWorld, alert: Callable[[VramAlert], None]) -> NodeScheduler:
+def _make(world: NodeWorld, alert: Callable[[VramAlert], None], swaps: NodeSwaps) -> NodeScheduler:
     return NodeScheduler(
-        pools=world, executor=world, new_lease_id=lambda: f"lease-{uuid.uuid4().hex[:16]}", alert=alert
+        pools=world,
+        executor=world,
+        new_lease_id=lambda: f"lease-{uuid.uuid4().hex[:16]}",
+        alert=alert,
+        journal=swaps,
     )
 
 

@@ -57,3 +57,13 @@ cloud_calls = Table(
     Column("spent_micro_usd", BigInteger),
     sqlite_with_rowid=False,
 )
+
+#: What of the fleet has to survive a restart: drained nodes, swaps under way.
+fleet_marks = Table(
+    "fleet_marks",
+    metadata,
+    Column("kind", String(32), primary_key=True),
+    Column("key", String(128), primary_key=True),
+    Column("record", LargeBinary, nullable=False),
+    sqlite_with_rowid=False,
+)

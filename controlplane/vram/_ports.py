@@ -116,6 +116,14 @@ class Swap(Struct, frozen=True, kw_only=True):
 class SwapJournal(Protocol):
     """Keeps the swaps that are under way over the death of this process."""
 
+    async def read(self) -> Sequence[Swap]:
+        """What was kept.
+
+        Raises:
+            RungError: it cannot be read now.
+        """
+        ...
+
     async def write(self, swap: Swap) -> None:
         """Keep a swap, in place of another one of its slot.
 
@@ -135,6 +143,10 @@ class SwapJournal(Protocol):
 
 class NoJournal:
     """Keeps nothing: for where nothing outlives this process."""
+
+    async def read(self) -> Sequence[Swap]:
+        """Nothing was kept."""
+        return ()
 
     async def write(self, swap: Swap) -> None:
         """Do nothing."""

@@ -12,7 +12,7 @@ at the measurement and the grant.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 import msgspec
@@ -33,7 +33,6 @@ from controlplane.vram._ports import (
     PlacedDeployment,
     Pools,
     SchedulerOptions,
-    Swap,
     SwapJournal,
     VramAlert,
     placed_deployment,
@@ -70,7 +69,6 @@ class NodeScheduler:
         options: how to behave.
         planner: how to make room; another one only for comparison.
         journal: keeps the swaps that are under way.
-        swaps: what it has kept.
     """
 
     def __init__(
@@ -83,7 +81,6 @@ class NodeScheduler:
         options: SchedulerOptions = _DEFAULTS,
         planner: Planner = plan,
         journal: SwapJournal = _NO_JOURNAL,
-        swaps: Sequence[Swap] = (),
     ) -> None:
         self._world = pools
         self._new_lease_id = new_lease_id
@@ -93,7 +90,7 @@ class NodeScheduler:
         self._obedience = Obedience(options.backoff_s)
         self._gauge = Gauge(pools, alert, options)
         self._room = WaitingRoom(self._book, options.queue)
-        self._swaps = Swaps(pools, journal, swaps, backoff_s=options.backoff_s)
+        self._swaps = Swaps(pools, journal, backoff_s=options.backoff_s)
         self._steps = Steps(
             executor=executor,
             gauge=self._gauge,

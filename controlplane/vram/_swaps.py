@@ -7,7 +7,7 @@ control plane dies), the one that was awake before is raised again.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 
 from controlplane.vram._displace import is_up
@@ -24,16 +24,14 @@ class Swaps:
     Args:
         pools: knows the deployments.
         journal: keeps what has to survive.
-        begun: what it has kept.
         backoff_s: one that could not be raised again is tried again after so long.
     """
 
-    def __init__(
-        self, pools: Pools, journal: SwapJournal, begun: Iterable[Swap], *, backoff_s: float
-    ) -> None:
+    def __init__(self, pools: Pools, journal: SwapJournal, *, backoff_s: float) -> None:
         self._pools = pools
         self._journal = journal
-        self._open = {swap.slot: swap for swap in begun}
+        self._open: dict[str, Swap] = {}
+        self._is_read = False
         self._backoff_s = backoff_s
         #: By slot, when the one that gave way may be tried again.
         self._next_try_s: dict[str, float] = {}
@@ -80,7 +78,14 @@ class Swaps:
         return next((swap.displaced for swap in self._open.values() if swap.taker == taker), "")
 
     async def settle(self, ledger: Ledger, now_s: float) -> None:
-        """Forget the swaps of a pool that are over; one that cannot be forgotten now, the next time."""
+        """Take up what an earlier process left, and forget the swaps of a pool that are over.
+
+        What the journal cannot do now is done the next time.
+        """
+        if not self._is_read:
+            with suppress(RungError):
+                self._open = {swap.slot: swap for swap in await self._journal.read()} | self._open
+                self._is_read = True
         for swap in tuple(self._open.values()):
             members = self._entries(swap, ledger)
             if self._unsure_until_s.get(swap.slot, now_s) > now_s:

@@ -65,6 +65,12 @@ class MemoryJournal:
         self.kept: dict[str, Swap] = {}
         self.full = False
 
+    async def read(self) -> Sequence[Swap]:
+        """What was kept."""
+        if self.full:
+            raise UnavailableError("the disk is full")
+        return tuple(self.kept.values())
+
     async def write(self, swap: Swap) -> None:
         """Keep it."""
         if self.full:

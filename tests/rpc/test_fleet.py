@@ -7,12 +7,14 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from controlplane.fleet import AgentRun, Fleet, FleetView, LifecycleAction
+from controlplane.fleet import AgentRun, DrainMarks, Fleet, FleetView, LifecycleAction
 from controlplane.fleet import _node_session as node_session
 from controlplane.fleet import _operations as operations
+from controlplane.store import FleetMarks, JobStore
 from rung import v1
 from rung.errors import (
     AlreadyExistsError,
@@ -80,6 +82,7 @@ async def a_fleet(
     *,
     load: Callable[[str], tuple[int, int]] = lambda _: (0, 0),
     drained: Callable[[str], AbstractAsyncContextManager[None]] = lambda _: nullcontext(),
+    drain_marks: DrainMarks | None = None,
 ) -> AsyncIterator[Fleet]:
     fleet = Fleet(
         nodes=[ANode(agent.node_id, agent.address) for agent in agents],
@@ -88,6 +91,7 @@ async def a_fleet(
         load=load,
         drained=drained,
         own_host_id="host-1",
+        drain_marks=drain_marks,
     )
     await fleet.start()
     try:
@@ -581,6 +585,22 @@ async def test_draining_starts_nothing_and_ends_when_the_requests_have(agent: Sc
         await until(fleet, residency_is(Residency.AWAKE))
         with pytest.raises(UnknownNodeError):
             await fleet.drain_node("nope")
+
+
+async def test_a_node_stays_drained_over_a_restart_until_it_is_taken_back(
+    agent: ScriptedAgent, tmp_path: Path
+) -> None:
+    store = await JobStore.open(tmp_path / "rung.db")
+    marks = DrainMarks(FleetMarks(store))
+    async with a_fleet([agent], drain_marks=marks) as fleet:
+        await until(fleet, node_is(NodeState.READY))
+        await fleet.drain_node("box")
+    async with a_fleet([agent], drain_marks=marks) as fleet:
+        await until(fleet, node_is(NodeState.DRAINED))
+        await fleet.resume_node("box")
+    async with a_fleet([agent], drain_marks=marks) as fleet:
+        await until(fleet, node_is(NodeState.READY))
+    await store.aclose()
 
 
 # Running through the agent

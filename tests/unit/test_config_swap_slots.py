@@ -65,7 +65,7 @@ def test_otherwise_they_do_not(tmp_path: Path, first: str, second: str) -> None:
 def test_a_slot_is_of_one_node(tmp_path: Path) -> None:
     elsewhere = "node: other\n    runtime: {kind: process, executable: vllm}\n    "
 
-    assert loaded(tmp_path, _SLOT, elsewhere + _SLOT + "\n    residency_class: pinned")
+    assert len(loaded(tmp_path, _SLOT, elsewhere + _SLOT + "\n    residency_class: pinned").deployments) == 2
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_who_cannot_give_way_takes_no_turns(tmp_path: Path, first: str, second: 
 
 
 def test_alone_on_its_slot_a_deployment_may_be_kept_running(tmp_path: Path) -> None:
-    assert loaded(tmp_path, _SLOT + "\n    keep_running: true", _RUN)
+    assert len(loaded(tmp_path, _SLOT + "\n    keep_running: true", _RUN).deployments) == 2
 
 
 def test_no_profile_wants_two_of_a_slot_awake(tmp_path: Path) -> None:

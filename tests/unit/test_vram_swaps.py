@@ -196,7 +196,6 @@ class SwapNode(Node):
             alert=self.alerts.append,
             options=SchedulerOptions(),
             journal=journal,
-            swaps=tuple(journal.kept.values()),
         )
 
     async def until(self, holds: Callable[[], bool], limit_s: float = 200.0) -> None:

@@ -10,7 +10,18 @@ from typing import Annotated
 import typer
 
 from rung._client import DEFAULT_ADDRESS
-from rung.cli import _chat, _deployments, _doctor, _jobs, _leases, _models, _profiles, _routes, _status
+from rung.cli import (
+    _chat,
+    _deployments,
+    _doctor,
+    _jobs,
+    _leases,
+    _models,
+    _nodes,
+    _profiles,
+    _routes,
+    _status,
+)
 from rung.cli._failures import DEBUG_VARIABLE, ExitCode, Failure, failure_of, wants_debug
 from rung.cli._plugins import add_plugins, install_words
 from rung.cli._session import Connection, OpenClient, Session, open_client, session_of
@@ -99,7 +110,18 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(invoke_without_command=True, epilog=_EPILOG)(_root)
-    for commands in (_chat, _status, _models, _routes, _jobs, _deployments, _leases, _profiles, _doctor):
+    for commands in (
+        _chat,
+        _status,
+        _models,
+        _routes,
+        _jobs,
+        _deployments,
+        _nodes,
+        _leases,
+        _profiles,
+        _doctor,
+    ):
         commands.add_to(app)
     add_plugins(app)
     return app
