@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing
 from itertools import chain
 from types import TracebackType
@@ -25,6 +25,7 @@ from rung.errors import (
     EngineStartFailedError,
     EngineTimeoutError,
     HeldByProfileError,
+    NoTargetError,
     NotAwakeError,
     QueueFullError,
     RungError,
@@ -230,13 +231,15 @@ class Engager:
 
         Raises:
             EngineRejectedError: the engine refused the request.
-            RungError: as the last target failed.
+            NoTargetError: several targets failed; it names each of them.
+            RungError: as the only target failed.
         """
-        failure: RungError | None = None
+        failures: dict[str, RungError] = {}
         if wish.policy.bridge_allowed:
             targets = self._bridged(job, targets)
         for target in targets:
-            if failure is not None:
+            if failures:
+                failure = failures[next(reversed(failures))]
                 _log.warning("target_failed", job=job.id, error=failure.message, next=target.id)
                 job.progress(Phase.ROUTE, f"{failure.message}; trying {target.id}")
             self._circuits.begin(target.id, self._now_s())
@@ -247,7 +250,7 @@ class Engager:
                     engaged = await self._try(job, wish, target.id, make_body, on_wait)
             except _MOVES_ON as error:
                 self._failed(target.id, error)
-                failure = error
+                failures[target.id] = error
             except EngineRejectedError:
                 self._circuits.succeeded(target.id)
                 raise
@@ -257,8 +260,7 @@ class Engager:
             else:
                 self._circuits.answers(target.id)
                 return engaged
-        assert failure is not None  # there was a target
-        raise failure
+        raise _failure_of_all(failures)
 
     async def aclose(self) -> None:
         """Stop making things awake that nobody waits for."""
@@ -408,6 +410,17 @@ class Engager:
             )
         run = self._fleet.run_through_agent(spec.id, job.id, wish.kind, body, self._idle_timeout_s)
         return await run.__aenter__()
+
+
+def _failure_of_all(failures: Mapping[str, RungError]) -> RungError:
+    """What is said when each target failed, at least one."""
+    *_, last = failures.values()
+    if len(failures) == 1:
+        return last
+    named = "; ".join(f"{target}: {error.message}" for target, error in failures.items())
+    error = NoTargetError(f"none of {len(failures)} targets could answer: {named}")
+    error.__cause__ = last
+    return error
 
 
 def _seconds(retry_after: str | None) -> float | None:
