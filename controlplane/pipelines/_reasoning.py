@@ -14,7 +14,7 @@ from controlplane.pipelines._engage import Engaged, Engager, OnWait
 from controlplane.pipelines._openai import AnswerReader, engine_body
 from controlplane.pipelines._reason_tool import ReasonCall, ReasonFilter, ReasonTalk, reasoner_body
 from controlplane.pipelines._router import Router
-from rung.errors import NoTargetError, RungError
+from rung.errors import EngineTimeoutError, NoTargetError, RungError, UnavailableError
 from rung.types import Phase, Served, TokenDelta, ToolCallDelta, Usage
 
 _log = structlog.get_logger("rung.pipelines")
@@ -26,6 +26,8 @@ MAX_REASONING_S = 900.0
 #: A result is cut to this length before the orchestrator, whose context is small, reads it.
 _MAX_RESULT_CHARACTERS = 24_000
 _SAY_S = 1.0
+#: After these another target reasons.
+_MOVES_ON = (UnavailableError, EngineTimeoutError)
 
 #: Takes bytes of a stream for the caller.
 OnBytes = Callable[[bytes], Awaitable[None]]
@@ -57,8 +59,10 @@ class _SideJob:
         self._job.progress(phase, f"reason: {detail}", percent=percent, remaining_s=remaining_s)
 
     def begin_generating(self, served: Served) -> None:
-        """Say who reasons."""
+        """Say who reasons; what another one began is forgotten."""
         self.served = served
+        self.content.clear()
+        self._characters = 0
         self._job.progress(Phase.REASONING, f"{served.target} is reasoning")
 
     def text(self, delta: TokenDelta) -> None:
@@ -203,6 +207,10 @@ class Reasoning:
     async def _ask_reasoner(
         self, begun: Begun, call: ReasonCall, side: _SideJob, on_wait: OnWait | None
     ) -> None:
+        """Have a problem reasoned about by the first target that comes to an end with it.
+
+        Nobody has seen what a target began that breaks off: the next one begins anew.
+        """
         route = begun.route.reasoning()
         assert route is not None  # else the tool was not offered
         body = reasoner_body(call.problem)
@@ -210,20 +218,35 @@ class Reasoning:
         def make_body(model: str) -> bytes:
             return engine_body(body, model=model, stream=True)
 
-        targets = self._router.choose(route)
-        async with await self._engager.engage(
-            side, begun.wish, targets, make_body, on_wait, stream=True
-        ) as engaged:
-            engaged.check_stream()
-            reader = AnswerReader(side, engaged.target, keep_usage=False)
-            async for chunk in engaged.reply.chunks():
-                reader.feed(chunk)
-                await side.say()
-                if reader.failed:
-                    break
-            reader.finish()
-        if not "".join(side.content).strip():
-            raise NoTargetError(f"{engaged.target} ended its reasoning without an answer")
+        failed: set[str] = set()
+        while True:
+            chosen = self._router.choose(route)
+            targets = (each for each in chosen if each.id not in failed)
+            engaged = await self._engager.engage(side, begun.wish, targets, make_body, on_wait, stream=True)
+            try:
+                async with engaged:
+                    await _read_reasoning(engaged, side)
+                return
+            except _MOVES_ON as error:
+                failed.add(engaged.target)
+                following = next((each for each in self._router.choose(route) if each.id not in failed), None)
+                if following is None:
+                    raise
+                side.progress(Phase.ROUTE, f"{error.message}; trying {following.id}")
+
+
+async def _read_reasoning(engaged: Engaged, side: _SideJob) -> None:
+    """Read an answer into its side job. Raises RungError: it broke off, or it is none."""
+    engaged.check_stream()
+    reader = AnswerReader(side, engaged.target, keep_usage=False)
+    async for chunk in engaged.reply.chunks():
+        reader.feed(chunk)
+        await side.say()
+        if reader.failed:
+            break
+    reader.finish()
+    if not "".join(side.content).strip():
+        raise NoTargetError(f"{engaged.target} ended its reasoning without an answer")
 
 
 class _Calls:

@@ -149,6 +149,45 @@ async def test_the_reasoners_chain_carries_on_when_one_fails(talk: Talk) -> None
     assert mark_of(stream)["reasoned_by"] == ["thinker-2"]
 
 
+@pytest.mark.parametrize(
+    ("begun", "why"),
+    [
+        pytest.param([delta("It is 24")], "in mid-answer", id="breaks off"),
+        pytest.param([delta("", "stop"), USAGE, DONE], "without an answer", id="says nothing"),
+    ],
+)
+async def test_what_a_reasoner_began_and_did_not_end_is_reasoned_anew_by_the_next(
+    talk: Talk, begun: list[bytes], why: str
+) -> None:
+    async def break_off_once(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        talk.reasoner.answer = talk.reason
+        return await talk.reasoner.pieces(request, *begun)
+
+    talk.reasoner.answer = break_off_once
+
+    stream, headers = await talk.ask(8)
+
+    assert text_of(stream) == "Well. It is 25"
+    assert mark_of(stream)["reasoned_by"] == ["thinker-2"]
+    (told,) = [line for phase, line in await talk.phases(headers["X-Rung-Job"]) if "trying" in line]
+    assert why in told
+    assert told.endswith("; trying thinker-2")
+    assert talk.plane.slots.load("thinker-1") == talk.plane.slots.load("thinker-2") == (0, 0)
+
+
+async def test_when_all_reasoners_break_off_the_orchestrator_is_told(talk: Talk) -> None:
+    async def break_off(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        return await talk.reasoner.pieces(request, delta("It is 24"))
+
+    talk.reasoner.answer = break_off
+
+    stream, _ = await talk.ask(8)
+
+    assert "No reasoner can answer now" in text_of(stream)
+    assert "24" not in text_of(stream)
+    assert len(talk.reasoner.bodies) == 2
+
+
 async def test_local_only_holds_for_the_reasoner(talk: Talk) -> None:
     views = talk.plane.fleet.view.deployments
     talk.plane.fleet.show(views["tiny-1"], views["thinker-2"])
