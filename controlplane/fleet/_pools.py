@@ -126,9 +126,14 @@ def _is_on(found: DeploymentView, gpu: Gpu, gpu_count: int) -> bool:
 
 
 def _measured_bytes(found: DeploymentView, gpu: Gpu, gpu_count: int) -> int | None:
-    """What the processes of a deployment hold of a GPU; None where the platform does not tell."""
-    if gpu_count == 1:
-        return found.deployment.vram_bytes
+    """What the processes of a deployment hold of a GPU; None where the platform does not tell.
+
+    Of the sample that has the GPU's free bytes, where it can be: what the agent says of the deployment may
+    be newer, and then what it has just taken would seem to be free as well.
+    """
+    tells = any(process.memory_bytes is not None for process in gpu.processes)
     held = [process.memory_bytes for process in gpu.processes if process.deployment_id == found.agent_id]
     known = [size_bytes for size_bytes in held if size_bytes is not None]
-    return sum(known) if known else None
+    if tells and len(known) == len(held):
+        return sum(known)
+    return found.deployment.vram_bytes if gpu_count == 1 else None
