@@ -355,7 +355,7 @@ class TestCircuits:
         place.now_s += 2.0
         gate = place.answers.gates["near"] = asyncio.Event()
         probe = asyncio.create_task(place.answered_by())
-        await place.answers.held.wait()
+        await asyncio.wait_for(place.answers.held.wait(), 10.0)
         for _ in range(3):
             assert await place.answered_by() == "far"
         gate.set()
@@ -371,7 +371,7 @@ class TestCircuits:
         place.now_s += 2.0
         place.answers.gates["near"] = asyncio.Event()
         probe = asyncio.create_task(place.answered_by())
-        await place.answers.held.wait()
+        await asyncio.wait_for(place.answers.held.wait(), 10.0)
         probe.cancel()
         with pytest.raises(asyncio.CancelledError):
             await probe
@@ -392,7 +392,7 @@ class TestBridge:
         assert place.job.lines[0] == "far answers while near is made ready"
 
         place.fleet.may_wake.set()
-        await place.fleet.woken.wait()
+        await asyncio.wait_for(place.fleet.woken.wait(), 10.0)
         assert place.fleet.raised == ["near"], "it is made awake once, not by each request"
         assert await place.answered_by(self.BRIDGED) == "near"
 

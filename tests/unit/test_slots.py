@@ -161,3 +161,31 @@ async def _wait(slots: Slots) -> None:
 async def _drain(slots: Slots) -> None:
     async with slots.drained("d"):
         pass
+
+
+async def test_what_a_choice_reads_is_in_step_with_the_lanes() -> None:
+    slots = Slots()
+
+    assert slots.try_acquire("d", 2)
+    assert (slots.pressure, slots.full) == ({"d": 0.5}, set())
+    assert slots.try_acquire("d", 2)
+    assert (slots.pressure, slots.full) == ({"d": 1.0}, {"d"})
+
+    waiting = asyncio.create_task(_hold(slots, asyncio.Event(), []))
+    await _settle()
+    assert (slots.pressure, slots.full) == ({"d": 1.5}, {"d"})
+    waiting.cancel()
+    await _settle()
+    assert (slots.pressure, slots.full) == ({"d": 1.0}, {"d"})
+
+    slots.release("d")
+    assert (slots.pressure, slots.full) == ({"d": 0.5}, set())
+    slots.release("d")
+    assert (slots.pressure, slots.full) == ({}, set())
+
+
+async def test_one_that_is_being_drained_has_no_free_slot() -> None:
+    slots = Slots()
+    async with slots.drained("d"):
+        assert (slots.pressure, slots.full) == ({"d": 1.0}, {"d"})
+    assert (slots.pressure, slots.full) == ({}, set())
