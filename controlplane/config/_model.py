@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from controlplane.cloud import CloudProvider
 from controlplane.config._cloud import CloudProviderConfig, check_cloud
+from controlplane.config._ladder import LadderConfig, check_targets
 from controlplane.config._profiles import ProfileConfig, check_profiles
 from controlplane.config._swap_slots import check_ports
 from controlplane.vram import Reserve
@@ -341,13 +342,14 @@ class DeploymentConfig(_Model):
 
 
 class Config(_Model):
-    """A control plane, its nodes, its deployments, its profiles and its cloud providers."""
+    """A control plane: nodes, deployments, profiles, cloud providers, and the ladder over all of them."""
 
     server: ServerConfig = ServerConfig()
     nodes: tuple[NodeConfig, ...] = ()
     deployments: tuple[DeploymentConfig, ...] = ()
     profiles: tuple[ProfileConfig, ...] = ()
     cloud: tuple[CloudProviderConfig, ...] = ()
+    ladder: LadderConfig | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -367,26 +369,41 @@ class Config(_Model):
                         ("deployments", place, "aliases"), f"{alias} is the model of another deployment"
                     )
         check_ports(self.deployment_specs())
-        check_profiles(self.profiles, self._specs(), self.nodes)
         aliases = {alias for deployment in self.deployments for alias in deployment.aliases}
         check_cloud(self.cloud, models | aliases)
+        check_profiles(self.profiles, self._specs(), self.nodes)
+        if self.ladder is not None:
+            check_targets(self.ladder, self._targets())
         return self
 
     def deployment_specs(self) -> tuple[types.DeploymentSpec, ...]:
         """The deployments as the rest of the system has them."""
         return tuple(deployment.spec() for deployment in self.deployments)
 
+    def cloud_providers(self) -> tuple[CloudProvider, ...]:
+        """The cloud providers as the rest of the system has them."""
+        return tuple(provider.value() for provider in self.cloud)
+
     def profile_values(self) -> tuple[types.Profile, ...]:
         """The profiles as the rest of the system has them."""
         specs = self._specs()
         return tuple(profile.profile(specs) for profile in self.profiles)
 
+    def _targets(self) -> dict[str, list[frozenset[str]]]:
+        """Capabilities of what a chain may name, by each of its names."""
+        found: dict[str, list[frozenset[str]]] = {}
+        for spec in self.deployment_specs():
+            names = {spec.id, spec.model, *spec.aliases, f"{spec.node_id}/{spec.model}"}
+            for name in names:
+                found.setdefault(name, []).append(frozenset(spec.capabilities))
+        for provider in self.cloud_providers():
+            for model in provider.models:
+                for name in (model.id, *model.aliases):
+                    found.setdefault(name, []).append(frozenset(model.capabilities))
+        return found
+
     def _specs(self) -> dict[str, types.DeploymentSpec]:
         return {spec.id: spec for spec in self.deployment_specs()}
-
-    def cloud_providers(self) -> tuple[CloudProvider, ...]:
-        """The cloud providers as the rest of the system has them."""
-        return tuple(provider.value() for provider in self.cloud)
 
 
 def load_config(path: Path) -> Config:
