@@ -107,6 +107,12 @@ class Reply(Protocol):
         ...
 
 
+class PaidReply(Reply, Protocol):
+    """The answer of a cloud model. `cost_usd` is known once it was left."""
+
+    cost_usd: float
+
+
 class CloudPort(Protocol):
     """What opens the answers of cloud models."""
 
@@ -114,7 +120,7 @@ class CloudPort(Protocol):
         """The provider's own name of a model."""
         ...
 
-    async def open(self, target_id: str, body: bytes, *, stream: bool, idle_timeout_s: float) -> Reply:
+    async def open(self, target_id: str, body: bytes, *, stream: bool, idle_timeout_s: float) -> PaidReply:
         """Send a chat request in OpenAI's shape; its answer comes in that shape, whoever gives it.
 
         Raises:
@@ -367,7 +373,12 @@ class Engager:
         reply = await self._cloud.open(
             candidate.id, make_body(model), stream=stream, idle_timeout_s=self._idle_timeout_s
         )
-        return Engaged(candidate.id, reply, None, self._ended)
+
+        def ended(target: str, error: BaseException | None) -> None:
+            job.progress(Phase.GENERATING, f"{target} cost ${reply.cost_usd:.6f}")
+            self._ended(target, error)
+
+        return Engaged(candidate.id, reply, None, ended)
 
     async def _awake(
         self, job: EngagedJob, wish: Wish, target: DeploymentView, on_wait: OnWait | None

@@ -278,6 +278,21 @@ class TestPrintAnswer:
             "thinker on spark (qwen3-32b) · 7 tokens in, 3 out · first after 0.10 s · 10.0 tok/s · job job-1"
         )
 
+    async def test_reasoning_is_told_and_its_tokens_are_no_rate(self) -> None:
+        out, _, err, err_text = consoles()
+        events = log(
+            PhaseProgress(Phase.ROUTE, "effort 8"),
+            PhaseProgress(Phase.REASONING, "thinker is reasoning"),
+            TokenDelta("So "),
+            TokenDelta("it is."),
+            # The call of the tool is among them.
+            UsageReported(Usage(7, 60)),
+            JobDone("stop"),
+        )
+        answer = await print_answer(stream(events), out=out, err=err, clock=Clock())
+        assert err_text.getvalue() == "reasoning: thinker is reasoning\n"
+        assert answer.tokens_per_s is None
+
     async def test_failure_after_a_part_ends_the_line(self) -> None:
         out, out_text, err, _ = consoles()
         events = log(TokenDelta("Hel"), JobFailed(FailureReason.ENGINE_LOST, "the engine is gone", 3))

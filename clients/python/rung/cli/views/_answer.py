@@ -31,7 +31,7 @@ from rung.types import (
 
 Clock = Callable[[], float]
 #: Phases during which tokens come; what they say would be between the words.
-_SPEAKING = frozenset({Phase.GENERATING, Phase.REASONING, Phase.DONE})
+_SPEAKING = frozenset({Phase.GENERATING, Phase.DONE})
 
 
 class Answer(Struct, frozen=True, kw_only=True):
@@ -119,6 +119,7 @@ class _AnswerWriter:
         self._thinking = False
         self._line_open = False
         self._news = ""
+        self._reasoned = False
         self._live: Status | None = None
         self.job_id = ""
         self.served: Served | None = None
@@ -136,6 +137,7 @@ class _AnswerWriter:
             self._write("\n")
 
     def progress(self, progress: PhaseProgress) -> None:
+        self._reasoned = self._reasoned or progress.phase is Phase.REASONING
         if self._first_s is not None or progress.phase in _SPEAKING:
             return
         words = phase_words(progress)
@@ -168,7 +170,8 @@ class _AnswerWriter:
 
     def answer(self, finish_reason: str) -> Answer:
         rate = None
-        if self._first_s is not None and self._last_s > self._first_s:
+        # What is counted after a reasoning is not only what came here since the first token.
+        if not self._reasoned and self._first_s is not None and self._last_s > self._first_s:
             tokens = self.usage.completion_tokens if self.usage else self._deltas
             rate = max(tokens - 1, 0) / (self._last_s - self._first_s)
         return Answer(
