@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 from controlplane.api import build_services
 from controlplane.cloud import CloudSpend, CloudTargets
 from controlplane.config import Config
-from controlplane.fleet import DrainMarks, Fleet, NodeSchedulers, log_alert
+from controlplane.fleet import DrainMarks, Fleet, MemoryAlerts, NodeSchedulers
 from controlplane.gateway import Gateway
 from controlplane.jobs import Jobs
 from controlplane.pipelines import Pipelines, Slots
@@ -79,10 +79,12 @@ async def serve(config: Config) -> None:
             fleet=fleet, store=ProfileStates(store), profiles=config.profile_values(), reserves=reserves
         )
         await profiles.start()
+        alerts = MemoryAlerts(fleet)
+        registry.register(alerts)
         schedulers = NodeSchedulers(
             fleet,
             idle_s=slots.idle_s,
-            alert=log_alert,
+            alert=alerts,
             reserves=reserves,
             marks=marks,
         )

@@ -24,7 +24,7 @@ from controlplane.fleet import Fleet, LifecycleAction
 from controlplane.profiles import Profiles
 from rung import codec, v1
 from rung.errors import UnknownDeploymentError, UnknownNodeError
-from rung.types import Deployment, FleetSnapshot, Node
+from rung.types import Deployment, FleetSnapshot, MemoryAlert, Node
 
 if TYPE_CHECKING:
     Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
@@ -181,6 +181,8 @@ def _response(event: FleetEvent) -> v1.WatchFleetResponse:
             return v1.WatchFleetResponse(removed_deployment_id=event.deployment_id)
         case ProfileChanged():
             return v1.WatchFleetResponse(profile=event.profile)
+        case MemoryAlert():
+            return v1.WatchFleetResponse(memory_alert=codec.memory_alert_to_proto(event))
         case Heartbeat():
             heartbeat = v1.FleetHeartbeat(time=codec.timestamp_to_proto(event.time_s))
             return v1.WatchFleetResponse(heartbeat=heartbeat)

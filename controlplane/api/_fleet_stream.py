@@ -11,7 +11,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from controlplane.fleet import FleetView
-from rung.types import Deployment, FleetSnapshot, Node
+from rung.types import Deployment, FleetSnapshot, MemoryAlert, Node
 
 Load: TypeAlias = Callable[[str], tuple[int, int]]
 
@@ -43,7 +43,14 @@ class Heartbeat(Struct, frozen=True):
 
 
 FleetEvent: TypeAlias = (
-    FleetSnapshot | Node | Deployment | NodeRemoved | DeploymentRemoved | ProfileChanged | Heartbeat
+    FleetSnapshot
+    | Node
+    | Deployment
+    | NodeRemoved
+    | DeploymentRemoved
+    | ProfileChanged
+    | MemoryAlert
+    | Heartbeat
 )
 
 
@@ -60,17 +67,23 @@ class FollowedFleet(Protocol):
         """Active and queued requests of a deployment."""
         ...
 
+    @property
+    def alerts(self) -> Mapping[str, MemoryAlert]:
+        """The newest alert of each GPU that had one."""
+        ...
+
     async def wait_changed(self, timeout_s: float) -> bool:
         """Wait for the next change of the view."""
         ...
 
 
 class Shown(Struct, frozen=True):
-    """What a reader was shown: nodes, deployments with their load, and the current profile."""
+    """What a reader was shown: nodes, deployments with their load, the current profile, and alerts."""
 
     nodes: Mapping[str, Node]
     deployments: Mapping[str, Deployment]
     profile: str
+    alerts: Mapping[str, MemoryAlert]
 
 
 def with_load(deployment: Deployment, load: Load) -> Deployment:
@@ -81,10 +94,11 @@ def with_load(deployment: Deployment, load: Load) -> Deployment:
     return replace(deployment, active_requests=active, queued_requests=queued)
 
 
-def shown_now(view: FleetView, load: Load) -> Shown:
+def shown_now(fleet: FollowedFleet) -> Shown:
     """What there is to show."""
+    view, load = fleet.view, fleet.load
     deployments = {key: with_load(found.deployment, load) for key, found in view.deployments.items()}
-    return Shown(view.nodes, deployments, view.profile)
+    return Shown(view.nodes, deployments, view.profile, fleet.alerts)
 
 
 def snapshot_of(shown: Shown) -> FleetSnapshot:
@@ -93,11 +107,12 @@ def snapshot_of(shown: Shown) -> FleetSnapshot:
         nodes=tuple(shown.nodes[key] for key in sorted(shown.nodes)),
         deployments=tuple(shown.deployments[key] for key in sorted(shown.deployments)),
         profile=shown.profile,
+        alerts=tuple(alert for _, alert in sorted(shown.alerts.items()) if alert.low),
     )
 
 
 def differences(before: Shown, now: Shown) -> Iterator[FleetEvent]:
-    """What changed: nodes first, then deployments, then what is gone, then the profile."""
+    """What changed: nodes first, then deployments, then what is gone, then the profile, then alerts."""
     for key, node in now.nodes.items():
         known = before.nodes.get(key)
         if known is not node and known != node:
@@ -114,13 +129,16 @@ def differences(before: Shown, now: Shown) -> Iterator[FleetEvent]:
             yield NodeRemoved(key)
     if now.profile != before.profile:
         yield ProfileChanged(now.profile)
+    for gpu, alert in now.alerts.items():
+        if before.alerts.get(gpu) != alert:
+            yield alert
 
 
 async def follow(fleet: FollowedFleet, heartbeat_s: float = HEARTBEAT_S) -> AsyncGenerator[FleetEvent, None]:
     """Follow the fleet, for ever. A slow reader skips what has changed again."""
     loop = asyncio.get_running_loop()
     view = fleet.view
-    shown = shown_now(view, fleet.load)
+    shown = shown_now(fleet)
     yield snapshot_of(shown)
     said_s = loop.time()
     while True:
@@ -128,7 +146,7 @@ async def follow(fleet: FollowedFleet, heartbeat_s: float = HEARTBEAT_S) -> Asyn
         if fleet.view is view and left_s > 0:
             await fleet.wait_changed(left_s)
         view = fleet.view
-        before, shown = shown, shown_now(view, fleet.load)
+        before, shown = shown, shown_now(fleet)
         quiet = True
         for event in differences(before, shown):
             quiet = False

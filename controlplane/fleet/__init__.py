@@ -1,13 +1,14 @@
 """Nodes and their agents: dial, watch, reconcile; the fleet as one immutable view."""
 
 from controlplane.fleet._agent_client import AgentClient, AgentRun
+from controlplane.fleet._alerts import MemoryAlerts, log_alert
 from controlplane.fleet._division import Division, utilization_of
 from controlplane.fleet._fleet import ConfiguredNode, Fleet
 from controlplane.fleet._marks import DrainMarks, NodeSwaps
 from controlplane.fleet._operations import LifecycleAction
 from controlplane.fleet._pools import find_gpu, ledger_of, pool_of
 from controlplane.fleet._raising import progress_of_event
-from controlplane.fleet._schedulers import NodeSchedulers, log_alert
+from controlplane.fleet._schedulers import NodeSchedulers
 from controlplane.fleet._view import DeploymentView, FleetView, build_view, models
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Fleet",
     "FleetView",
     "LifecycleAction",
+    "MemoryAlerts",
     "NodeSchedulers",
     "NodeSwaps",
     "build_view",

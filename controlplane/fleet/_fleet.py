@@ -17,6 +17,14 @@ from controlplane.fleet._division import Division, divided
 from controlplane.fleet._marks import DrainMarks, NoMarks
 from controlplane.fleet._node_session import NodeSession
 from controlplane.fleet._operations import KEEP_ALIVE_S, LifecycleAction, Operation, Operations
+from controlplane.fleet._permits import (
+    AWAY,
+    RAISING,
+    is_external,
+    require_permitted,
+    start_error,
+    start_refused,
+)
 from controlplane.fleet._pools import is_scheduled
 from controlplane.fleet._raising import RaisingProgress
 from controlplane.fleet._reconcile import Reconciler
@@ -24,38 +32,27 @@ from controlplane.fleet._view import DeploymentView, FleetView, build_view, repl
 from rung.errors import (
     ConfigError,
     EngineStartFailedError,
-    FailedPreconditionError,
-    HeldByProfileError,
     InvalidRequestError,
-    NodeUnreachableError,
-    NotOursError,
-    PinnedDeploymentError,
     RungError,
-    UnavailableError,
     UnknownDeploymentError,
     UnknownNodeError,
 )
 from rung.service import Signal, host_id
 from rung.types import (
     DeploymentSpec,
-    ExternalRuntime,
-    FailureReason,
     JobKind,
     LifecycleEvent,
     LifecycleFailed,
     LifecycleProgress,
+    MemoryAlert,
     Node,
     NodeOwnership,
     NodeState,
     Residency,
-    ResidencyClass,
 )
 
-_AWAY = frozenset({NodeState.CONNECTING, NodeState.UNREACHABLE})
-_DRAINING = frozenset({NodeState.DRAINING, NodeState.DRAINED})
 #: Residencies on the way out: they are waited for, since what comes after them decides what to do.
 _LEAVING = frozenset({Residency.FALLING_ASLEEP, Residency.STOPPING})
-_RAISING = frozenset({LifecycleAction.START, LifecycleAction.WAKE})
 _RESTING = frozenset({LifecycleAction.STOP, LifecycleAction.SLEEP})
 _SLEEPING = frozenset({Residency.FALLING_ASLEEP, Residency.ASLEEP, Residency.WAKING})
 #: How often `ensure_awake` looks again when others change the deployment at the same time.
@@ -130,6 +127,7 @@ class Fleet:
         }
         # Kept in memory only: a control plane that is restarted takes its nodes back.
         self._draining: set[str] = set()
+        self._alerts: dict[str, MemoryAlert] = {}
         self._held: set[str] = set()
         self._changed = Signal()
         self._operations = Operations(self, epoch=epoch, rng=rng)
@@ -175,6 +173,16 @@ class Fleet:
     def busy(self) -> set[str]:
         """Deployments with an operation under way."""
         return self._operations.busy
+
+    @property
+    def alerts(self) -> dict[str, MemoryAlert]:
+        """The newest alert of each GPU that had one; replaced when another one comes."""
+        return self._alerts
+
+    def note_alert(self, alert: MemoryAlert) -> None:
+        """The memory of a GPU runs low, or has recovered: those who watch are told."""
+        self._alerts = self._alerts | {alert.gpu: alert}
+        self._changed.fire()
 
     def progress_of(self, deployment_id: str) -> LifecycleProgress | None:
         """The newest word of the operation that is under way on a deployment, if there is one."""
@@ -266,10 +274,10 @@ class Fleet:
         operation = self._operations.find(operation_id, action, deployment_id)
         if operation is None:
             target = self._target(deployment_id)
-            _require_permitted(action, target, force=force)
+            require_permitted(action, target, force=force)
             if action is LifecycleAction.STOP:
                 self._held.add(deployment_id)
-            elif action in _RAISING:
+            elif action in RAISING:
                 self._held.discard(deployment_id)
             if action in _RESTING and not makes_room:
                 self._operations.call_off(deployment_id, action)
@@ -284,7 +292,7 @@ class Fleet:
         """Start a deployment that is to be kept running, or tell its agent of one that somebody else runs."""
         operation_id = _new_id("keep", deployment_id)
         target = self._target(deployment_id)
-        if _is_external(target.deployment.spec):
+        if is_external(target.deployment.spec):
             return self._operations.begin(LifecycleAction.START, target, operation_id).events()
         return self.lifecycle(LifecycleAction.START, deployment_id, operation_id)
 
@@ -296,7 +304,7 @@ class Fleet:
         One that is awake needs no room. Waking one that does not sleep is for its agent to refuse.
         """
         residency = target.deployment.residency
-        if self.make_awake is None or action not in _RAISING or not is_scheduled(target):
+        if self.make_awake is None or action not in RAISING or not is_scheduled(target):
             return None
         asleep = residency in _SLEEPING
         if residency is Residency.AWAKE or (action is LifecycleAction.WAKE and not asleep):
@@ -329,10 +337,10 @@ class Fleet:
                     if isinstance(event.payload, LifecycleProgress):
                         yield event.payload
             except RungError as error:
-                if operation.action in _RAISING:
-                    raise _start_refused(deployment_id, error) from None
-            if operation.action in _RAISING and isinstance(operation.outcome, LifecycleFailed):
-                raise _start_error(deployment_id, target.node.id, operation.outcome)
+                if operation.action in RAISING:
+                    raise start_refused(deployment_id, error) from None
+            if operation.action in RAISING and isinstance(operation.outcome, LifecycleFailed):
+                raise start_error(deployment_id, target.node.id, operation.outcome)
         raise EngineStartFailedError(
             f"{deployment_id} was started {_ENSURE_ROUNDS} times and is not awake; "
             f"it is {self._target(deployment_id).deployment.residency}",
@@ -385,7 +393,7 @@ class Fleet:
         deadline_s = loop.time() + _SETTLING_PATIENCE_S
         while loop.time() < deadline_s:
             deployment = self._target(deployment_id).deployment
-            loading_elsewhere = _is_external(deployment.spec) and deployment.residency is Residency.STARTING
+            loading_elsewhere = is_external(deployment.spec) and deployment.residency is Residency.STARTING
             if deployment.residency not in _LEAVING and not loading_elsewhere:
                 return
             yield LifecycleProgress(deployment.residency, deployment.detail)
@@ -399,15 +407,15 @@ class Fleet:
             return None
         asleep = residency in (Residency.ASLEEP, Residency.WAKING)
         action = LifecycleAction.WAKE if asleep else LifecycleAction.START
-        if not asleep and target.node.state not in _AWAY and _is_external(target.deployment.spec):
+        if not asleep and target.node.state not in AWAY and is_external(target.deployment.spec):
             raise EngineStartFailedError(
                 f"{deployment_id} is run by somebody else and does not answer; start it there",
                 deployment=deployment_id,
             )
         try:
-            _require_permitted(action, target, force=False)
+            require_permitted(action, target, force=False)
         except RungError as error:
-            raise _start_refused(deployment_id, error) from None
+            raise start_refused(deployment_id, error) from None
         self._held.discard(deployment_id)
         return self._operations.begin(action, target, _new_id("ensure", deployment_id))
 
@@ -467,51 +475,6 @@ def _check(nodes: Sequence[ConfiguredNode], deployments: Sequence[DeploymentSpec
     for spec in deployments:
         if spec.node_id not in known:
             raise ConfigError(f"deployment {spec.id} is on the node {spec.node_id}, which is not configured")
-
-
-def _is_external(spec: DeploymentSpec) -> bool:
-    return isinstance(spec.engine.runtime, ExternalRuntime)
-
-
-def _require_permitted(action: LifecycleAction, target: DeploymentView, *, force: bool) -> None:
-    """Refuse what the agent would refuse too, and what needs no agent to know."""
-    spec = target.deployment.spec
-    node = target.node
-    pinned = spec.residency_class is ResidencyClass.PINNED
-    permitted = action in _RAISING or (action is LifecycleAction.SHRINK and spec.shrinkable)
-    if pinned and not (permitted or force):
-        raise PinnedDeploymentError(
-            f"{spec.id} is pinned; nothing is done to it without force", deployment=spec.id
-        )
-    if node.state in _AWAY:
-        raise NodeUnreachableError(f"{node.id} does not answer: {node.detail or node.state}", node=node.id)
-    if target.hold and action in _RAISING and target.deployment.residency is not Residency.AWAKE:
-        raise HeldByProfileError(f"{spec.id}: {target.hold}", deployment=spec.id)
-    if _is_external(spec) and action in (
-        LifecycleAction.START,
-        LifecycleAction.STOP,
-    ):
-        raise NotOursError(
-            f"{spec.id} is run by somebody else; {action} it where it was started", deployment=spec.id
-        )
-    if node.state in _DRAINING and action in _RAISING:
-        raise FailedPreconditionError(
-            f"{node.id} is {node.state}; resume it before anything is started there", node=node.id
-        )
-
-
-def _start_error(deployment_id: str, node_id: str, failed: LifecycleFailed) -> UnavailableError:
-    if failed.reason is FailureReason.NODE_LOST:
-        return NodeUnreachableError(failed.detail, node=node_id)
-    return EngineStartFailedError(failed.detail, deployment=deployment_id)
-
-
-def _start_refused(deployment_id: str, error: RungError) -> UnavailableError:
-    if isinstance(error, UnavailableError):
-        return error
-    return EngineStartFailedError(
-        f"{deployment_id} cannot be started: {error.message}", deployment=deployment_id
-    )
 
 
 def _new_id(purpose: str, deployment_id: str) -> str:

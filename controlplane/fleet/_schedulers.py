@@ -313,14 +313,3 @@ def _make(world: NodeWorld, alert: Callable[[VramAlert], None], swaps: NodeSwaps
         alert=alert,
         journal=swaps,
     )
-
-
-def log_alert(alert: VramAlert) -> None:
-    """Write an alert to the log."""
-    level = _log.warning if alert.low else _log.info
-    level(
-        "vram_low" if alert.low else "vram_recovered",
-        pool=alert.pool_id,
-        free_bytes=alert.free_bytes,
-        limit_bytes=alert.limit_bytes,
-    )

@@ -10,7 +10,7 @@ import grpc.aio
 from prometheus_client import CollectorRegistry
 
 from controlplane.api import build_services
-from controlplane.fleet import Fleet, NodeSchedulers, log_alert
+from controlplane.fleet import Fleet, MemoryAlerts, NodeSchedulers
 from controlplane.profiles import Profiles
 from rung.service import CallInterceptor, GrpcServer, ServerOptions
 from rung.transport import ChannelOptions, open_channel
@@ -57,7 +57,7 @@ async def an_api_server(
     )
     jobs = FakeJobs()
     pipelines = FakePipelines(jobs)
-    schedulers = NodeSchedulers(fleet, idle_s=lambda _: 60.0, alert=log_alert)
+    schedulers = NodeSchedulers(fleet, idle_s=lambda _: 60.0, alert=MemoryAlerts(fleet))
     fleet.make_awake = schedulers.make_awake
     all_profiles = Profiles(fleet=fleet, store=profile_store or MemoryProfileStore(), profiles=profiles)
     await all_profiles.start()

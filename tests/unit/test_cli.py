@@ -248,7 +248,7 @@ class TestStatus:
         rung.client.jobs = [JOB]
         assert rung("status", "--json") == ExitCode.OK
         found = json.loads(rung.out)
-        assert set(found) == {"nodes", "deployments", "profile", "jobs"}
+        assert set(found) == {"nodes", "deployments", "profile", "jobs", "alerts"}
         assert found["nodes"][1]["status"]["gpus"][0]["memory_total_bytes"] == 32_607 * 1024**2
         assert found["deployments"][0]["residency"] == "awake"
         assert found["jobs"][0]["id"] == "job-1"

@@ -127,6 +127,7 @@ _PAIRS: dict[str, Any] = {
     "job": Job,
     "lease": rung.types.Lease,
     "job_event": JobEvent,
+    "memory_alert": rung.types.MemoryAlert,
     "lifecycle_event": LifecycleEvent,
     "model": Model,
     "node": Node,

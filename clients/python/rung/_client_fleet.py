@@ -15,6 +15,7 @@ from rung.types import (
     LifecycleDone,
     LifecycleEvent,
     LifecycleFailed,
+    MemoryAlert,
     Node,
 )
 
@@ -33,6 +34,7 @@ class FleetFold:
         self._nodes: dict[str, Node] | None = None
         self._deployments: dict[str, Deployment] = {}
         self._profile = ""
+        self._alerts: dict[str, MemoryAlert] = {}
 
     def add(self, message: v1.WatchFleetResponse) -> FleetSnapshot | None:
         """Take one message in. None before the first snapshot."""
@@ -42,6 +44,7 @@ class FleetFold:
             self._nodes = {node.id: node for node in snapshot.nodes}
             self._deployments = {each.spec.id: each for each in snapshot.deployments}
             self._profile = snapshot.profile
+            self._alerts = {alert.gpu: alert for alert in snapshot.alerts}
         if self._nodes is None:
             return None
         if kind == "node":
@@ -54,10 +57,14 @@ class FleetFold:
             self._deployments.pop(message.removed_deployment_id, None)
         elif kind == "profile":
             self._profile = message.profile
+        elif kind == "memory_alert":
+            alert = codec.memory_alert_from_proto(message.memory_alert)
+            self._alerts[alert.gpu] = alert
         return FleetSnapshot(
             nodes=tuple(node for _, node in sorted(self._nodes.items())),
             deployments=tuple(each for _, each in sorted(self._deployments.items())),
             profile=self._profile,
+            alerts=tuple(alert for _, alert in sorted(self._alerts.items()) if alert.low),
         )
 
 

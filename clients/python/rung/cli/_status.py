@@ -16,7 +16,7 @@ from rung import AsyncClient
 from rung.cli._jobs import newest_jobs
 from rung.cli._session import Session, session_of
 from rung.cli.views import fleet_view, jobs_table
-from rung.types import Deployment, FleetSnapshot, Job, Node
+from rung.types import Deployment, FleetSnapshot, Job, MemoryAlert, Node
 
 _DEFAULT_JOBS = 5
 #: The fleet is told about at least once a second; jobs are asked for no more often than this.
@@ -30,6 +30,7 @@ class FleetStatus(Struct, frozen=True):
     deployments: tuple[Deployment, ...]
     profile: str
     jobs: tuple[Job, ...]
+    alerts: tuple[MemoryAlert, ...] = ()
 
 
 def add_to(app: typer.Typer) -> None:
@@ -89,13 +90,17 @@ async def _watch(session: Session, client: AsyncClient, limit: int, *, as_json: 
 
 def _status_of(snapshot: FleetSnapshot, jobs: tuple[Job, ...]) -> FleetStatus:
     return FleetStatus(
-        nodes=snapshot.nodes, deployments=snapshot.deployments, profile=snapshot.profile, jobs=jobs
+        nodes=snapshot.nodes,
+        deployments=snapshot.deployments,
+        profile=snapshot.profile,
+        jobs=jobs,
+        alerts=snapshot.alerts,
     )
 
 
 def _view(session: Session, found: FleetStatus) -> RenderableType:
     now_s = time.time()
-    snapshot = FleetSnapshot(found.nodes, found.deployments, found.profile)
+    snapshot = FleetSnapshot(found.nodes, found.deployments, found.profile, found.alerts)
     console = session.out
     fleet = fleet_view(snapshot, now_s=now_s, width=console.width, ascii_only=console.options.ascii_only)
     return Group(fleet, Text(), jobs_table(found.jobs, now_s=now_s)) if found.jobs else fleet

@@ -11,6 +11,7 @@ from rung.types import (
     GpuHealth,
     GpuProcess,
     HostStatus,
+    MemoryAlert,
     MemorySource,
     Node,
     NodeOwnership,
@@ -168,12 +169,35 @@ def node_from_proto(message: v1.Node) -> Node:
     )
 
 
+def memory_alert_to_proto(value: MemoryAlert) -> v1.MemoryAlert:
+    """Encode an alert."""
+    return v1.MemoryAlert(
+        gpu=value.gpu,
+        low=value.low,
+        free_bytes=value.free_bytes,
+        limit_bytes=value.limit_bytes,
+        time=timestamp_to_proto(value.time_s),
+    )
+
+
+def memory_alert_from_proto(message: v1.MemoryAlert) -> MemoryAlert:
+    """Decode an alert."""
+    return MemoryAlert(
+        gpu=message.gpu,
+        low=message.low,
+        free_bytes=message.free_bytes,
+        limit_bytes=message.limit_bytes,
+        time_s=timestamp_from_proto(message.time),
+    )
+
+
 def fleet_snapshot_to_proto(value: FleetSnapshot) -> v1.FleetSnapshot:
     """Encode the fleet."""
     return v1.FleetSnapshot(
         nodes=[node_to_proto(node) for node in value.nodes],
         deployments=[deployment_to_proto(deployment) for deployment in value.deployments],
         profile=value.profile,
+        memory_alerts=[memory_alert_to_proto(alert) for alert in value.alerts],
     )
 
 
@@ -183,4 +207,5 @@ def fleet_snapshot_from_proto(message: v1.FleetSnapshot) -> FleetSnapshot:
         nodes=tuple(node_from_proto(node) for node in message.nodes),
         deployments=tuple(deployment_from_proto(deployment) for deployment in message.deployments),
         profile=message.profile,
+        alerts=tuple(memory_alert_from_proto(alert) for alert in message.memory_alerts),
     )

@@ -328,12 +328,23 @@ class Deployment(Struct, frozen=True, kw_only=True):
     kv_cache_bytes: int | None = None
 
 
+class MemoryAlert(Struct, frozen=True, kw_only=True):
+    """The free memory of a GPU (`node/index`) fell below a limit, or rose well above it again."""
+
+    gpu: str
+    low: bool
+    free_bytes: int
+    limit_bytes: int
+    time_s: float
+
+
 class FleetSnapshot(Struct, frozen=True):
-    """Everything at one moment; nodes and deployments by id."""
+    """Everything at one moment; nodes and deployments by id. `alerts` are of GPUs that are low."""
 
     nodes: tuple[Node, ...] = ()
     deployments: tuple[Deployment, ...] = ()
     profile: str = ""
+    alerts: tuple[MemoryAlert, ...] = ()
 
 
 class LifecycleProgress(Struct, frozen=True, tag="progress", tag_field="event", omit_defaults=True):

@@ -783,6 +783,7 @@ class WatchFleetResponse(_message.Message):
     REMOVED_DEPLOYMENT_ID_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
+    MEMORY_ALERT_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Place in this stream, from 1."""
     removed_node_id: _builtins.str
@@ -807,6 +808,10 @@ class WatchFleetResponse(_message.Message):
     def heartbeat(self) -> Global___FleetHeartbeat:
         """Nothing changed; sent at least once a second."""
 
+    @_builtins.property
+    def memory_alert(self) -> Global___MemoryAlert:
+        """The free memory of a GPU runs low, or has recovered."""
+
     def __init__(
         self,
         *,
@@ -818,12 +823,13 @@ class WatchFleetResponse(_message.Message):
         removed_deployment_id: _builtins.str = ...,
         heartbeat: Global___FleetHeartbeat | None = ...,
         profile: _builtins.str = ...,
+        memory_alert: Global___MemoryAlert | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "event", b"event", "heartbeat", b"heartbeat", "node", b"node", "profile", b"profile", "removed_deployment_id", b"removed_deployment_id", "removed_node_id", b"removed_node_id", "snapshot", b"snapshot"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "event", b"event", "heartbeat", b"heartbeat", "memory_alert", b"memory_alert", "node", b"node", "profile", b"profile", "removed_deployment_id", b"removed_deployment_id", "removed_node_id", b"removed_node_id", "snapshot", b"snapshot"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "event", b"event", "heartbeat", b"heartbeat", "node", b"node", "profile", b"profile", "removed_deployment_id", b"removed_deployment_id", "removed_node_id", b"removed_node_id", "sequence", b"sequence", "snapshot", b"snapshot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "event", b"event", "heartbeat", b"heartbeat", "memory_alert", b"memory_alert", "node", b"node", "profile", b"profile", "removed_deployment_id", b"removed_deployment_id", "removed_node_id", b"removed_node_id", "sequence", b"sequence", "snapshot", b"snapshot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["snapshot", "node", "deployment", "removed_node_id", "removed_deployment_id", "heartbeat", "profile"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["snapshot", "node", "deployment", "removed_node_id", "removed_deployment_id", "heartbeat", "profile", "memory_alert"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -838,6 +844,7 @@ class FleetSnapshot(_message.Message):
     NODES_FIELD_NUMBER: _builtins.int
     DEPLOYMENTS_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
+    MEMORY_ALERTS_FIELD_NUMBER: _builtins.int
     profile: _builtins.str
     """Name of the current profile: the one that was applied and verified; empty if none."""
     @_builtins.property
@@ -848,20 +855,65 @@ class FleetSnapshot(_message.Message):
     def deployments(self) -> _containers.RepeatedCompositeFieldContainer[_deployment_pb2.Deployment]:
         """Deployments by id."""
 
+    @_builtins.property
+    def memory_alerts(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemoryAlert]:
+        """GPUs whose free memory is low, by `gpu`."""
+
     def __init__(
         self,
         *,
         nodes: _abc.Iterable[_node_pb2.Node] | None = ...,
         deployments: _abc.Iterable[_deployment_pb2.Deployment] | None = ...,
         profile: _builtins.str = ...,
+        memory_alerts: _abc.Iterable[Global___MemoryAlert] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployments", b"deployments", "nodes", b"nodes", "profile", b"profile"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployments", b"deployments", "memory_alerts", b"memory_alerts", "nodes", b"nodes", "profile", b"profile"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FleetSnapshot: _TypeAlias = FleetSnapshot  # noqa: Y015
+
+@_typing.final
+class MemoryAlert(_message.Message):
+    """MemoryAlert says that the free memory of a GPU fell below a limit, or rose well above it again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GPU_FIELD_NUMBER: _builtins.int
+    LOW_FIELD_NUMBER: _builtins.int
+    FREE_BYTES_FIELD_NUMBER: _builtins.int
+    LIMIT_BYTES_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    gpu: _builtins.str
+    """`node/index`, as in `workstation/0`."""
+    low: _builtins.bool
+    """Whether it is low now."""
+    free_bytes: _builtins.int
+    """Free memory when that was found."""
+    limit_bytes: _builtins.int
+    """Less than this is low."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When it was found, by the server's clock."""
+
+    def __init__(
+        self,
+        *,
+        gpu: _builtins.str = ...,
+        low: _builtins.bool = ...,
+        free_bytes: _builtins.int = ...,
+        limit_bytes: _builtins.int = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["free_bytes", b"free_bytes", "gpu", b"gpu", "limit_bytes", b"limit_bytes", "low", b"low", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemoryAlert: _TypeAlias = MemoryAlert  # noqa: Y015
 
 @_typing.final
 class FleetHeartbeat(_message.Message):

@@ -168,6 +168,9 @@ def fleet_view(
     if simulated:
         are = "is" if len(simulated) == 1 else "are"
         parts += [Text(f"Simulated: the GPUs of {', '.join(simulated)} {are} not real.", "yellow"), Text()]
+    for alert in snapshot.alerts:
+        free, limit = format_bytes(alert.free_bytes), format_bytes(alert.limit_bytes)
+        parts.append(Text(f"! {alert.gpu} is low on memory: {free} free, less than {limit}", "red"))
     if not snapshot.nodes:
         parts.append(Text("No nodes. `rung up` runs one on this box; others are listed in rung.yaml.", "dim"))
     bar_width = _NARROW_BAR_WIDTH if width < _NARROW_CONSOLE else _BAR_WIDTH
