@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from rich.console import Console, RenderableType
 
 from rung.cli.views import (
@@ -22,6 +23,7 @@ from rung.cli.views import (
     jobs_table,
     print_answer,
     printable,
+    residency_text,
     show_operation,
     vram_bar,
     vram_legend,
@@ -198,6 +200,15 @@ class TestFleetView:
         text = shown(fleet_view(FleetSnapshot(deployments=(starting, failed)), now_s=NOW_S), width=160)
         assert "starting 40 %" in text
         assert "failed: out of memory" in text
+
+    def test_one_that_keeps_its_weights_on_the_gpu_is_shrunk_and_not_asleep(self) -> None:
+        asleep = a_deployment(residency=Residency.ASLEEP)
+        growing = a_deployment(residency=Residency.WAKING)
+        shown_as = [
+            residency_text(each).plain
+            for each in (replace(asleep, shrunk=True), replace(growing, shrunk=True), asleep)
+        ]
+        assert shown_as == ["shrunk", "waking", "asleep"]
 
     def test_texts_are_not_markup(self) -> None:
         odd = a_deployment("[red]x[/red]")

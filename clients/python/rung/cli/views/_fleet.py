@@ -56,9 +56,12 @@ def plain_table(*columns: str, right: Sequence[str] = ()) -> Table:
 
 
 def residency_text(deployment: Deployment) -> Text:
-    """`awake`, `starting 40 %`, `failed: out of memory`."""
+    """`awake`, `shrunk`, `starting 40 %`, `failed: out of memory`."""
     residency = deployment.residency
-    text = Text(residency.value.replace("_", " "), style=_RESIDENCY_STYLES.get(residency, "yellow"))
+    # Its weights are where they were: it is not asleep as others are.
+    shrunk = deployment.shrunk and residency is Residency.ASLEEP
+    words = "shrunk" if shrunk else residency.value.replace("_", " ")
+    text = Text(words, style=_RESIDENCY_STYLES.get(residency, "yellow"))
     if deployment.load_percent is not None and residency in (Residency.STARTING, Residency.WAKING):
         text.append(f" {deployment.load_percent:.0f} %")
     if residency is Residency.FAILED and deployment.detail:
