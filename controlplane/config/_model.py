@@ -300,6 +300,10 @@ class DeploymentConfig(_Model):
         pattern=r"^([a-z0-9][a-z0-9._-]{0,62})?$",
         description="Deployments of a node with the same one take turns, on one port if they name the same.",
     )
+    restore: Literal["lazy", "warm"] = Field(
+        default="lazy",
+        description="After it gave way it comes back when somebody needs it; warm: once there is room.",
+    )
     gpus: tuple[str, ...] = ()
     start_timeout_s: DurationS = Field(default=600.0, gt=0, alias="start_timeout")
     stop_grace_s: DurationS = Field(default=10.0, ge=0, alias="stop_grace")
@@ -308,6 +312,10 @@ class DeploymentConfig(_Model):
     def _consistent(self) -> Self:
         if self.residency_class is types.ResidencyClass.PINNED and self.idle_timeout_s is not None:
             raise FieldError(("idle_timeout",), "a pinned deployment is never stopped; remove one of the two")
+        if self.restore == "warm" and self.idle_timeout_s is not None:
+            raise FieldError(
+                ("idle_timeout",), "what is warm comes up again at once; remove one of the two"
+            )
         if self.shrinkable:
             _require_shrinkable(self.engine, self.runtime)
         return self
@@ -330,6 +338,7 @@ class DeploymentConfig(_Model):
             capabilities=self.capabilities,
             context_tokens=self.context_tokens,
             swap_slot=self.swap_slot,
+            warm=self.restore == "warm",
             engine=types.EngineSpec(
                 engine=engine,
                 runtime=self.runtime.value(),

@@ -125,10 +125,10 @@ class Fleet:
             )
             for node in nodes
         }
-        # Kept in memory only: a control plane that is restarted takes its nodes back.
         self._draining: set[str] = set()
         self._alerts: dict[str, MemoryAlert] = {}
         self._held: set[str] = set()
+        self._put_to_rest: set[str] = set()
         self._changed = Signal()
         self._operations = Operations(self, epoch=epoch, rng=rng)
         self._reconciler = Reconciler(self)
@@ -168,6 +168,11 @@ class Fleet:
         found = self._view.deployments.get(deployment_id)
         if found is not None and found.hold and found.deployment.residency is not Residency.AWAKE:
             raise EngineStartFailedError(f"{deployment_id}: {found.hold}", deployment=deployment_id)
+
+    @property
+    def put_to_rest(self) -> set[str]:
+        """Deployments that an operator stopped or put to sleep, and that nobody has needed since."""
+        return self._put_to_rest
 
     @property
     def busy(self) -> set[str]:
@@ -278,8 +283,9 @@ class Fleet:
             if action is LifecycleAction.STOP:
                 self._held.add(deployment_id)
             elif action in RAISING:
-                self._held.discard(deployment_id)
+                self._needed(deployment_id)
             if action in _RESTING and not makes_room:
+                self._put_to_rest.add(deployment_id)
                 self._operations.call_off(deployment_id, action)
             raising = self._raising(action, target)
             operation = self._operations.begin(
@@ -416,7 +422,7 @@ class Fleet:
             require_permitted(action, target, force=False)
         except RungError as error:
             raise start_refused(deployment_id, error) from None
-        self._held.discard(deployment_id)
+        self._needed(deployment_id)
         return self._operations.begin(action, target, _new_id("ensure", deployment_id))
 
     def _on_change(self, session: NodeSession, only_status: bool) -> None:
@@ -430,11 +436,18 @@ class Fleet:
         nodes = {node_id: self._node(session) for node_id, session in self._sessions.items()}
         reported = {node_id: session.report.deployments for node_id, session in self._sessions.items()}
         self._view = build_view(nodes, self._deployments, reported, self._own_host_id, self._division)
-        if self._held:
+        if self._held or self._put_to_rest:
             # A stop that was refused, or a start by somebody else: nothing is held any more.
             busy = self.busy
-            self._held = {key for key in self._held if key in busy or not self._is_awake(key)}
+            awake = {key for key in self._held | self._put_to_rest if key not in busy and self._is_awake(key)}
+            self._held -= awake
+            self._put_to_rest -= awake
         self._changed.fire()
+
+    def _needed(self, deployment_id: str) -> None:
+        """Somebody needs a deployment, whatever an operator wanted before."""
+        self._held.discard(deployment_id)
+        self._put_to_rest.discard(deployment_id)
 
     def _is_awake(self, deployment_id: str) -> bool:
         found = self._view.deployments.get(deployment_id)

@@ -36,6 +36,7 @@ from rung.errors import RungError, UnknownNodeError
 from rung.types import (
     LifecycleDone,
     LifecycleFailed,
+    NodeState,
     Phase,
     Priority,
     Residency,
@@ -103,10 +104,21 @@ class NodeWorld:
                     pool_id=pool_id,
                     awake_bytes=self._awake_bytes(found, pool_id),
                     idle_timeout_s=found.deployment.spec.idle_timeout_s,
+                    warm=self._is_warm(found),
                     swap_slot=found.deployment.spec.swap_slot,
                 )
             )
         return placed
+
+    def _is_warm(self, found: DeploymentView) -> bool:
+        """Whether it is to come up by itself: not where a profile, an operator or a drain says otherwise."""
+        spec = found.deployment.spec
+        return (
+            spec.warm
+            and not found.hold
+            and found.node.state is NodeState.READY
+            and spec.id not in self._fleet.put_to_rest
+        )
 
     def _awake_bytes(self, found: DeploymentView, pool_id: str) -> int:
         """What it holds when awake: as measured the last time, else as declared, else 0 for not known."""

@@ -121,6 +121,13 @@ def test_what_cannot_be_kept_free(tmp_path: Path, node: str, said: str) -> None:
     assert said in refusal(tmp_path, "", _RUN, node)
 
 
+def test_what_is_warm_has_no_idle_timeout(tmp_path: Path) -> None:
+    first, second = loaded(tmp_path, "restore: warm", _RUN).deployment_specs()
+
+    assert (first.warm, second.warm) == (True, False)
+    assert "comes up again at once" in refusal(tmp_path, "restore: warm\n    idle_timeout: 5m", _RUN)
+
+
 def test_a_model_serves_sixteen_at_once_and_an_engine_of_images_one(tmp_path: Path) -> None:
     path = tmp_path / "images.yaml"
     path.write_text("""\

@@ -279,6 +279,7 @@ def deployment_spec_to_proto(value: DeploymentSpec) -> v1.DeploymentSpec:
         capabilities=value.capabilities,
         context_tokens=value.context_tokens,
         swap_slot=value.swap_slot,
+        warm=value.warm,
     )
 
 
@@ -303,6 +304,7 @@ def deployment_spec_from_proto(message: v1.DeploymentSpec) -> DeploymentSpec:
         capabilities=tuple(message.capabilities),
         context_tokens=message.context_tokens,
         swap_slot=message.swap_slot,
+        warm=message.warm,
     )
 
 

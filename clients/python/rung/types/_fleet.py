@@ -276,7 +276,8 @@ def default_slots(engine: Engine) -> int:
 class DeploymentSpec(Struct, frozen=True, kw_only=True):
     """A deployment as configured: one model served by one engine on one node.
 
-    Those of a node with the same `swap_slot` take turns: never are two of them up.
+    Those of a node with the same `swap_slot` take turns: never are two of them up. One that is `warm` comes
+    up again by itself once there is room and nobody waits.
     """
 
     id: str
@@ -294,6 +295,7 @@ class DeploymentSpec(Struct, frozen=True, kw_only=True):
     capabilities: tuple[str, ...] = ("chat",)
     context_tokens: int = 0
     swap_slot: str = ""
+    warm: bool = False
 
     @property
     def engine_model_name(self) -> str:

@@ -666,6 +666,7 @@ class DeploymentSpec(_message.Message):
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     SWAP_SLOT_FIELD_NUMBER: _builtins.int
+    WARM_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Name, unique in the fleet."""
     node_id: _builtins.str
@@ -688,6 +689,8 @@ class DeploymentSpec(_message.Message):
     """Longest context in tokens; 0 if not known."""
     swap_slot: _builtins.str
     """Deployments of a node with the same one take turns: never are two of them up. Empty for none."""
+    warm: _builtins.bool
+    """It comes up again by itself, once there is room and nobody waits; otherwise when somebody needs it."""
     @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Further such names."""
@@ -722,10 +725,11 @@ class DeploymentSpec(_message.Message):
         capabilities: _abc.Iterable[_builtins.str] | None = ...,
         context_tokens: _builtins.int = ...,
         swap_slot: _builtins.str = ...,
+        warm: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "idle_timeout", b"idle_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "capabilities", b"capabilities", "context_tokens", b"context_tokens", "engine", b"engine", "id", b"id", "idle_timeout", b"idle_timeout", "keep_running", b"keep_running", "model", b"model", "node_id", b"node_id", "residency_class", b"residency_class", "served_model_name", b"served_model_name", "shrinkable", b"shrinkable", "slots", b"slots", "swap_slot", b"swap_slot", "vram_bytes", b"vram_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "capabilities", b"capabilities", "context_tokens", b"context_tokens", "engine", b"engine", "id", b"id", "idle_timeout", b"idle_timeout", "keep_running", b"keep_running", "model", b"model", "node_id", b"node_id", "residency_class", b"residency_class", "served_model_name", b"served_model_name", "shrinkable", b"shrinkable", "slots", b"slots", "swap_slot", b"swap_slot", "vram_bytes", b"vram_bytes", "warm", b"warm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
