@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from msgspec import Struct
 
+from controlplane.demo._ladder_layout import CLOUD_KEY, cloud_provider, ladder, profiles
 from controlplane.demo._sweeper import MARK
 from rung.errors import FailedPreconditionError
 from rung.types import LlamaCppServer
@@ -58,6 +59,7 @@ class Layout(Struct, frozen=True, kw_only=True):
 
     folder: Path
     agent_ports: dict[str, int]
+    cloud_port: int
     gguf: Path | None = None
     llama_cpp: LocalLlamaCpp | None = None
 
@@ -98,6 +100,11 @@ class Layout(Struct, frozen=True, kw_only=True):
         """What marks every process of this demo."""
         return {MARK: str(self.folder)}
 
+    @property
+    def cloud_key_path(self) -> Path:
+        """The key of the simulated cloud API."""
+        return self.folder / "cloud.key"
+
     def agent_config_path(self, node_id: str) -> Path:
         """An agent's configuration."""
         return self.folder / f"{node_id}.yaml"
@@ -119,6 +126,9 @@ class Layout(Struct, frozen=True, kw_only=True):
         }
         for path, document in documents.items():
             path.write_text(yaml.safe_dump(document, sort_keys=False))
+        # Readable by its owner only, or it is refused.
+        self.cloud_key_path.touch(mode=0o600)
+        self.cloud_key_path.write_text(CLOUD_KEY)
 
     def _server_config(self) -> dict[str, Any]:
         return {
@@ -127,6 +137,12 @@ class Layout(Struct, frozen=True, kw_only=True):
                 {"id": node_id, "address": f"127.0.0.1:{port}"} for node_id, port in self.agent_ports.items()
             ],
             "deployments": [self._orchestrator(), *map(self._turn, _TURNS), self._thinker()],
+            "profiles": profiles(ORCHESTRATOR),
+            "cloud": [cloud_provider(f"http://127.0.0.1:{self.cloud_port}", self.cloud_key_path)],
+            "ladder": ladder(
+                ORCHESTRATOR,
+                [f"{SPARK}/{self.thinker_model}", f"{WORKSTATION}/{self.turn_models[REASONER]}"],
+            ),
         }
 
     def _orchestrator(self) -> dict[str, Any]:
@@ -141,6 +157,7 @@ class Layout(Struct, frozen=True, kw_only=True):
             "node": WORKSTATION,
             "model": self.orchestrator_model,
             "residency_class": "pinned",
+            "capabilities": ["chat", "tools"],
             "slots": 1 if self.llama_cpp is not None else 4,
             "engine": engine,
             "runtime": self._runtime(self._orchestrator_executable, WORKSTATION),

@@ -11,8 +11,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from msgspec import Struct
-
+from controlplane.demo._ladder_layout import CLOUD_KEY, CLOUD_PROVIDER
 from controlplane.demo._layout import (
     SPARK,
     WORKSTATION,
@@ -38,13 +37,66 @@ _STOP_GRACE_S = 5.0
 PROFILES = {WORKSTATION: "workstation", SPARK: "spark"}
 
 
-class Stage(Struct, frozen=True, kw_only=True):
+class Stage:
     """A running demo fleet. `started_s` is when its first process was started, on the monotonic clock."""
 
-    layout: Layout
-    ports: ServerPorts
-    children: tuple[Child, ...]
-    started_s: float
+    def __init__(self, layout: Layout, ports: ServerPorts, processes: Processes, started_s: float) -> None:
+        self.layout = layout
+        self.ports = ports
+        self.started_s = started_s
+        self._processes = processes
+
+    @property
+    def children(self) -> tuple[Child, ...]:
+        """The processes, the control plane first."""
+        return tuple(self._processes.children.values())
+
+    async def kill_agent(self, node_id: str) -> int:
+        """Kill an agent without a warning; returns the pid that it had."""
+        return await self._processes.kill(_agent_name(node_id))
+
+    async def start_agent(self, node_id: str) -> int:
+        """Start an agent again that was killed; returns its pid. Raises OSError."""
+        return await self._processes.start(_agent_name(node_id))
+
+
+class Processes:
+    """The demo's processes by name, watched while they are meant to run."""
+
+    def __init__(self, layout: Layout, watch: Watch) -> None:
+        self.children: dict[str, Child] = {}
+        self._layout = layout
+        self._commands = _commands(layout)
+        self._watch = watch
+
+    async def start_all(self) -> Child:
+        """Start them; returns the control plane. Raises OSError."""
+        for name in self._commands:
+            await self.start(name)
+        return next(iter(self.children.values()))
+
+    async def start(self, name: str) -> int:
+        """Start one; returns its pid. Raises OSError."""
+        layout = self._layout
+        child = await Child.start(
+            name, self._commands[name], log_path=layout.log_path(name), environment=layout.environment
+        )
+        self.children[name] = child
+        self._watch.add(child)
+        return child.pid
+
+    async def kill(self, name: str) -> int:
+        """Kill one that nobody shall miss; returns the pid that it had."""
+        child = self.children[name]
+        self._watch.remove(child)
+        await child.kill()
+        return child.pid
+
+    async def stop(self) -> None:
+        """The control plane first: it should not see its nodes vanish. Engines are left to the sweeper."""
+        children = list(self.children.values())
+        await asyncio.gather(*(child.stop(_STOP_GRACE_S) for child in children[:1]))
+        await asyncio.gather(*(child.stop(_STOP_GRACE_S) for child in children[1:]))
 
 
 class StageFailedError(Exception):
@@ -71,19 +123,14 @@ async def open_stage(options: DemoOptions, watch: Watch) -> AsyncIterator[Stage]
     llama_cpp = find_llama_cpp() if options.gguf is not None else None
     folder = Path(tempfile.mkdtemp(prefix="rung-demo-"))
     sweeper = await _start_sweeper(folder)
-    children: list[Child] = []
+    processes: Processes | None = None
     try:
         layout = _layout(options, folder, llama_cpp)
         await _make_machines(layout)
         layout.write()
         started_s = time.monotonic()
-        for name, command in _commands(layout):
-            child = await Child.start(
-                name, command, log_path=layout.log_path(name), environment=layout.environment
-            )
-            children.append(child)
-            watch.add(child)
-        plane = children[0]
+        processes = Processes(layout, watch)
+        plane = await processes.start_all()
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
                 ports = await watch.during(wait_for_ports(layout.server_state_dir, plane.pid))
@@ -91,10 +138,14 @@ async def open_stage(options: DemoOptions, watch: Watch) -> AsyncIterator[Stage]
             raise StageFailedError(str(error), last_words([error.child])) from error
         except TimeoutError as error:
             late = f"the control plane is not ready after {_START_TIMEOUT_S:.0f} s"
-            raise StageFailedError(late, last_words(children)) from error
-        yield Stage(layout=layout, ports=ports, children=tuple(children), started_s=started_s)
+            raise StageFailedError(late, last_words(processes.children.values())) from error
+        yield Stage(layout, ports, processes, started_s)
     finally:
-        await _close(children, sweeper)
+        try:
+            if processes is not None:
+                await processes.stop()
+        finally:
+            await sweeper.sweep()
 
 
 async def _start_sweeper(folder: Path) -> Sweeper:
@@ -105,20 +156,12 @@ async def _start_sweeper(folder: Path) -> Sweeper:
         raise
 
 
-async def _close(children: list[Child], sweeper: Sweeper) -> None:
-    """The control plane first: it should not see its nodes vanish. Engines are left to the sweeper."""
-    try:
-        await asyncio.gather(*(child.stop(_STOP_GRACE_S) for child in children[:1]))
-        await asyncio.gather(*(child.stop(_STOP_GRACE_S) for child in children[1:]))
-    finally:
-        await sweeper.sweep()
-
-
 def _layout(options: DemoOptions, folder: Path, llama_cpp: LocalLlamaCpp | None) -> Layout:
-    ports = free_ports(len(PROFILES))
+    *agent_ports, cloud_port = free_ports(len(PROFILES) + 1)
     return Layout(
         folder=folder,
-        agent_ports=dict(zip(PROFILES, ports, strict=True)),
+        agent_ports=dict(zip(PROFILES, agent_ports, strict=True)),
+        cloud_port=cloud_port,
         gguf=options.gguf,
         llama_cpp=llama_cpp,
     )
@@ -142,13 +185,22 @@ async def _make_machines(layout: Layout) -> None:
     await asyncio.gather(*(make(node_id, profile) for node_id, profile in PROFILES.items()))
 
 
-def _commands(layout: Layout) -> list[tuple[str, tuple[str, ...]]]:
-    commands = [("controlplane", rung_command("serve", "--config", str(layout.config_path)))]
+def _agent_name(node_id: str) -> str:
+    return f"agent-{node_id}"
+
+
+def _commands(layout: Layout) -> dict[str, tuple[str, ...]]:
+    commands = {"controlplane": rung_command("serve", "--config", str(layout.config_path))}
     for node_id, port in layout.agent_ports.items():
         # Engines that really run here belong to one machine only.
         discover = "--discover" if node_id == WORKSTATION else "--no-discover"
         arguments = ["--config", str(layout.agent_config_path(node_id)), "--node-id", node_id]
         arguments += ["--port", str(port), "--state-dir", str(layout.folder / node_id), discover]
         arguments += ["--simulated-gpus", str(layout.gpus_dir(node_id))]
-        commands.append((f"agent-{node_id}", rung_command("agent", "run", *arguments)))
+        commands[_agent_name(node_id)] = rung_command("agent", "run", *arguments)
+    commands["cloud-api"] = (
+        sys.executable,
+        *("-m", "controlplane.simulators.cloud", "--provider", CLOUD_PROVIDER, "--api-key", CLOUD_KEY),
+        *("--port", str(layout.cloud_port)),
+    )
     return commands

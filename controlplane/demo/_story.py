@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.text import Text
 
+from controlplane.demo._ladder_act import show_ladder
 from controlplane.demo._layout import (
     CODER,
     ORCHESTRATOR,
@@ -58,7 +59,8 @@ def open_story(screen: Screen, options: DemoOptions) -> None:
         "the control plane, two node agents, gRPC, HTTP and the job log. They are the programs that run a "
         "real fleet, as separate processes on this computer, on free loopback ports.",
         "two machines (a workstation with an RTX 5090 of 32 GB, a DGX Spark with 128 GB of shared memory) "
-        f"and {engine}. Simulated engines talk {SPEED:g} times as fast as real ones, and load in seconds.",
+        f"and {engine}. Simulated engines talk {SPEED:g} times as fast as real ones, and load in seconds. "
+        "And a cloud API, on loopback as well.",
     )
 
 
@@ -86,6 +88,7 @@ async def tell(screen: Screen, stage: Stage, client: AsyncClient) -> None:
         await _take_turns(screen, stage, client)
     with screen.act("The same through the OpenAI API"):
         await _call_http(screen, stage)
+    await show_ladder(screen, stage, client)
     with screen.act("What was written down"):
         await _show_jobs(screen, client, job.job_id)
     with screen.act("The fleet now"):
@@ -99,7 +102,9 @@ async def _meet_the_fleet(screen: Screen, stage: Stage, client: AsyncClient) -> 
             snapshot = await wait_for_nodes(client)
     for child in stage.children:
         screen.show(Text.assemble(("✓ ", "green"), f"{child.name} runs as process {child.pid}"))
-    screen.note("three processes ready after", format_duration(time.monotonic() - stage.started_s))
+    screen.note(
+        f"{len(stage.children)} processes ready after", format_duration(time.monotonic() - stage.started_s)
+    )
     screen.command("rung status")
     _show_snapshot(screen, snapshot)
 

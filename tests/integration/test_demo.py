@@ -87,15 +87,43 @@ async def test_one_that_stays_answers_until_ctrl_c_and_leaves_nothing(tmp_path: 
         ):
             assert response.status == 200
             assert (await response.json())["choices"][0]["message"]["content"]
-        # A control plane, two agents, and an engine at least.
-        assert len(demo.processes()) >= 4
+        # A control plane, two agents, a cloud API, and an engine at least.
+        assert len(demo.processes()) >= 5
 
+        _check_ladder(" ".join(demo.said.split()))
         demo.process.send_signal(signal.SIGINT)
 
         assert await demo.end() == 0
         assert "All of it is gone again" in demo.said
         assert demo.processes() == []
         assert os.listdir(tmp_path) == []
+
+
+def _check_ladder(said: str) -> None:
+    """That each of these was said, in this order."""
+    place = 0
+    for line in (
+        r"rung chat --effort 3 .{,100} effort 3, rung chat: .{,500} orchestrator on workstation",
+        r"rung chat --effort 8 .{,100} effort 8, rung reasoning: .{,100} thinker is reasoning",
+        r"thinker is reasoning: \d+ characters so far",
+        r"The tool answered: .{,300} orchestrator on workstation",
+        r"rung chat --effort 8 .{,200} thinker is reasoning",
+        r"\$ kill -9 \d+ \d+",
+        r"thinker .{,100}; trying reasoner",
+        r"reasoner is reasoning",
+        r"The tool answered: .{,300} orchestrator on workstation",
+        r"gaming is current",
+        r"rung chat --effort 8 --local-only .{,200} no reasoner answered",
+        r"reasoner: profile gaming holds it stopped",
+        r"deepseek/reasoner: the request is local_only, and this is not hardware of ours",
+        r"rung chat --effort 8 '.{,200} deepseek/reasoner is reasoning",
+        r"deepseek/reasoner cost \$0\.0000\d\d",
+        r"spark is ready",
+        r"home is current",
+    ):
+        found = re.compile(line).search(said, place)
+        assert found is not None, f"no {line!r} in {said[place : place + 3000]}"
+        place = found.end()
 
 
 @pytest.mark.slow
@@ -113,6 +141,9 @@ async def test_one_with_a_model_says_which_server_it_starts_and_answers_from_it(
         assert "What starts is llama-cpp-python, with tiny." in demo.said
         assert "starting llama-server" not in demo.said
         assert "rung chat --model tiny" in demo.said
+        # What it makes of a tool is its own affair, and said as it is.
+        assert "This time the orchestrator did not call for it." in demo.said
+        assert "thinker is reasoning" not in demo.said
         assert "This is a simulated llama-server" not in demo.said
         assert "All of it is gone again" in demo.said
         assert demo.processes() == []

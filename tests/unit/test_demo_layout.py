@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from controlplane.cloud._keys import ApiKey, read_key
 from controlplane.config import load_config
+from controlplane.demo._ladder_layout import CLOUD_KEY
 from controlplane.demo._layout import (
     CODER,
     ORCHESTRATOR,
@@ -37,7 +39,7 @@ PORTS = {WORKSTATION: 41, SPARK: 42}
 
 
 def test_simulated(tmp_path: Path) -> None:
-    layout = Layout(folder=tmp_path, agent_ports=PORTS)
+    layout = Layout(folder=tmp_path, agent_ports=PORTS, cloud_port=43)
     layout.write()
     config = load_config(layout.config_path)
     assert config.server.grpc_port == config.server.http_port == 0
@@ -61,10 +63,29 @@ def test_simulated(tmp_path: Path) -> None:
         assert not allowed[runtime.executable].allow_arguments
 
 
+def test_its_ladder_leads_from_the_spark_to_the_workstation_to_a_simulated_cloud_api(tmp_path: Path) -> None:
+    layout = Layout(folder=tmp_path, agent_ports=PORTS, cloud_port=43)
+    layout.write()
+    config = load_config(layout.config_path)
+    assert config.ladder is not None
+    little, much = config.ladder.value().rungs
+    assert (little.name, little.chain, little.reason_chain) == ("chat", (ORCHESTRATOR,), ())
+    assert (much.name, much.chain) == ("reasoning", (ORCHESTRATOR,))
+    assert much.reason_chain == ("spark/qwen3-32b", "workstation/deepseek-r1-14b", "deepseek/reasoner")
+    (provider,) = config.cloud_providers()
+    # Nobody's own key, and nobody's own API.
+    assert (provider.base_url, provider.api_key_env) == ("http://127.0.0.1:43", "")
+    assert provider.api_key_file == tmp_path / "cloud.key"
+    assert provider.api_key_file.stat().st_mode & 0o077 == 0
+    key = read_key(provider, {})
+    assert isinstance(key, ApiKey)
+    assert key.value == CLOUD_KEY
+
+
 def test_a_real_llama_cpp(tmp_path: Path) -> None:
     gguf = tmp_path / "smollm-135m.gguf"
     found = LocalLlamaCpp(server=LlamaCppServer.LLAMA_SERVER, path="/usr/bin/llama-server")
-    layout = Layout(folder=tmp_path, agent_ports=PORTS, gguf=gguf, llama_cpp=found)
+    layout = Layout(folder=tmp_path, agent_ports=PORTS, cloud_port=43, gguf=gguf, llama_cpp=found)
     layout.write()
     spec = load_config(layout.config_path).deployment_specs()[0]
     assert spec.model == "smollm-135m"
@@ -81,7 +102,9 @@ def test_the_server_of_the_python_package_is_called_by_its_own_name(tmp_path: Pa
         path="/usr/bin/python3",
         arguments_prefix=("-m", "llama_cpp.server"),
     )
-    layout = Layout(folder=tmp_path, agent_ports=PORTS, gguf=tmp_path / "tiny.gguf", llama_cpp=found)
+    layout = Layout(
+        folder=tmp_path, agent_ports=PORTS, cloud_port=43, gguf=tmp_path / "tiny.gguf", llama_cpp=found
+    )
     layout.write()
     runtime = load_config(layout.config_path).deployment_specs()[0].engine.runtime
     assert isinstance(runtime, ProcessRuntime)
