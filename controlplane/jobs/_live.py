@@ -6,6 +6,8 @@ import asyncio
 import time
 from collections.abc import Callable
 
+from msgspec.structs import replace
+
 from rung.types import (
     EventPayload,
     FailureReason,
@@ -152,9 +154,17 @@ class LiveJob:
         self.append(Routed(served=served))
 
     def consumed(self, usage: Usage) -> None:
-        """Say what the generation consumed."""
+        """Say what the generation consumed; what it cost before still counts."""
+        if self.usage is not None and self.usage.cost_usd:
+            usage = replace(usage, cost_usd=self.usage.cost_usd)
         self.usage = usage
         self.append(UsageReported(usage=usage))
+
+    def spent(self, cost_usd: float) -> None:
+        """Say what a cloud model took, beside what was spent before."""
+        usage = self.usage or Usage()
+        self.usage = replace(usage, cost_usd=usage.cost_usd + cost_usd)
+        self.append(UsageReported(usage=self.usage))
 
     def done(self, finish_reason: str) -> None:
         """End with a result."""

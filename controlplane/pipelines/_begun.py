@@ -40,4 +40,6 @@ class Begun:
             mark |= {"effort": route.effort, "rung": route.rung}
         if self.reasoned_by:
             mark["reasoned_by"] = self.reasoned_by
+        if job.usage is not None and job.usage.cost_usd:
+            mark["cost_usd"] = job.usage.cost_usd
         return _encode(mark)

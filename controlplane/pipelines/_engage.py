@@ -84,6 +84,10 @@ class EngagedJob(Protocol):
         """Who answers is known."""
         ...
 
+    def spent(self, cost_usd: float) -> None:
+        """A cloud model took so many US dollars."""
+        ...
+
 
 class Reply(Protocol):
     """An engine's answer, straight from the engine or through its agent."""
@@ -376,6 +380,7 @@ class Engager:
 
         def ended(target: str, error: BaseException | None) -> None:
             job.progress(Phase.GENERATING, f"{target} cost ${reply.cost_usd:.6f}")
+            job.spent(reply.cost_usd)
             self._ended(target, error)
 
         return Engaged(candidate.id, reply, None, ended)

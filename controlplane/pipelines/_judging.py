@@ -147,6 +147,9 @@ class _Silent:
     def begin_generating(self, served: Served) -> None:
         """Nothing."""
 
+    def spent(self, cost_usd: float) -> None:
+        """It is in the provider's spending."""
+
 
 def _text(message: _Message) -> str:
     if isinstance(message.content, str):

@@ -77,6 +77,10 @@ class _SideJob:
         """Keep what it took."""
         self.usage = usage
 
+    def spent(self, cost_usd: float) -> None:
+        """Pass on what it cost."""
+        self._job.spent(cost_usd)
+
     async def say(self) -> None:
         """Say how far it is, about once a second."""
         now_s = time.monotonic()

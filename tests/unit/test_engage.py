@@ -46,6 +46,7 @@ class Said:
     model: str = "rung/auto"
     lines: list[str] = field(default_factory=list)
     served: list[str] = field(default_factory=list)
+    spent_usd: float = 0.0
 
     def progress(
         self,
@@ -59,6 +60,9 @@ class Said:
 
     def begin_generating(self, served: Served) -> None:
         self.served.append(served.target)
+
+    def spent(self, cost_usd: float) -> None:
+        self.spent_usd += cost_usd
 
 
 @dataclass
@@ -220,6 +224,18 @@ async def place() -> AsyncIterator[Place]:
     found = Place()
     yield found
     await found.engager.aclose()
+
+
+async def test_what_a_cloud_model_took_is_told_once_its_answer_has_ended(place: Place) -> None:
+    place.answers.of["near"] = place.answers.of["far"] = EngineUnreachableError("away")
+    place.answers.of["c/0"] = AReply(cost_usd=0.25)
+    engaged = await place.ask()
+    assert place.job.spent_usd == 0.0
+
+    async with engaged:
+        pass
+
+    assert place.job.spent_usd == 0.25
 
 
 class TestMovingOn:

@@ -22,6 +22,7 @@ from rung.types import (
     JobState,
     Policy,
     TokenDelta,
+    Usage,
 )
 from tests.fakes.store import MemoryStore
 
@@ -177,3 +178,15 @@ async def test_a_job_is_found_by_its_callers_own_id(jobs: Jobs) -> None:
     again = await jobs.find_by_request_id("mine")
 
     assert (found.id, again and again.id) == (job.id, job.id)
+
+
+async def test_what_was_spent_adds_up_whenever_the_tokens_are_told(jobs: Jobs) -> None:
+    job = _open(jobs)
+
+    job.spent(0.25)
+    job.consumed(Usage(10, 5))
+    job.spent(0.5)
+    job.done("stop")
+
+    assert job.usage == Usage(10, 5, cost_usd=0.75)
+    assert job.record().usage == job.usage

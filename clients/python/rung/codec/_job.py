@@ -92,12 +92,13 @@ def usage_to_proto(value: Usage) -> v1.Usage:
         prompt_tokens=value.prompt_tokens,
         completion_tokens=value.completion_tokens,
         cached_tokens=value.cached_tokens,
+        cost_usd=value.cost_usd,
     )
 
 
 def usage_from_proto(message: v1.Usage) -> Usage:
     """Decode a usage."""
-    return Usage(message.prompt_tokens, message.completion_tokens, message.cached_tokens)
+    return Usage(message.prompt_tokens, message.completion_tokens, message.cached_tokens, message.cost_usd)
 
 
 def served_to_proto(value: Served) -> v1.Served:

@@ -98,11 +98,12 @@ class Policy(Struct, frozen=True):
 
 
 class Usage(Struct, frozen=True):
-    """What a generation consumed, in tokens."""
+    """What a generation consumed, in tokens, and in US dollars what cloud models took for it."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    cost_usd: float = 0.0
 
 
 class Served(Struct, frozen=True):

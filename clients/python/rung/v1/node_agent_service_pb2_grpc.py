@@ -172,7 +172,8 @@ class NodeAgentServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def FreeEngine(self, request, context):
-        """FreeEngine asks a caching engine, also an external one, to give back its memory; it stays awake.
+        """FreeEngine asks a caching engine, also an external one, to give back its memory once it has nothing
+        to do. It stays awake, but for one whose cache is its model (Ollama), which sleeps then.
         `done` tells what that freed, as measured. FAILED_PRECONDITION for a pinned deployment, and if
         the engine keeps no cache.
         """

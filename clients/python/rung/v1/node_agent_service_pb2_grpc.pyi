@@ -78,7 +78,8 @@ class NodeAgentServiceStub:
     `shrinkable`, for an external engine, and if the engine cannot shrink or sleeps.
     """
     FreeEngine: _grpc.UnaryStreamMultiCallable[_node_agent_service_pb2.FreeEngineRequest, _node_agent_service_pb2.FreeEngineResponse]
-    """FreeEngine asks a caching engine, also an external one, to give back its memory; it stays awake.
+    """FreeEngine asks a caching engine, also an external one, to give back its memory once it has nothing
+    to do. It stays awake, but for one whose cache is its model (Ollama), which sleeps then.
     `done` tells what that freed, as measured. FAILED_PRECONDITION for a pinned deployment, and if
     the engine keeps no cache.
     """
@@ -149,7 +150,8 @@ class NodeAgentServiceAsyncStub(NodeAgentServiceStub):
     `shrinkable`, for an external engine, and if the engine cannot shrink or sleeps.
     """
     FreeEngine: _aio.UnaryStreamMultiCallable[_node_agent_service_pb2.FreeEngineRequest, _node_agent_service_pb2.FreeEngineResponse]  # type: ignore[assignment]
-    """FreeEngine asks a caching engine, also an external one, to give back its memory; it stays awake.
+    """FreeEngine asks a caching engine, also an external one, to give back its memory once it has nothing
+    to do. It stays awake, but for one whose cache is its model (Ollama), which sleeps then.
     `done` tells what that freed, as measured. FAILED_PRECONDITION for a pinned deployment, and if
     the engine keeps no cache.
     """
@@ -259,7 +261,8 @@ class NodeAgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_agent_service_pb2.FreeEngineRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_node_agent_service_pb2.FreeEngineResponse], _abc.AsyncIterator[_node_agent_service_pb2.FreeEngineResponse]]:
-        """FreeEngine asks a caching engine, also an external one, to give back its memory; it stays awake.
+        """FreeEngine asks a caching engine, also an external one, to give back its memory once it has nothing
+        to do. It stays awake, but for one whose cache is its model (Ollama), which sleeps then.
         `done` tells what that freed, as measured. FAILED_PRECONDITION for a pinned deployment, and if
         the engine keeps no cache.
         """

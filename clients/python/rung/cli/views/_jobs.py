@@ -98,7 +98,8 @@ def describe_event(payload: EventPayload) -> tuple[str, str]:
             return "artifact", f"{artifact_id} {content_type}, {end} so far"
         case UsageReported(usage):
             cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
-            return "usage", f"{usage.prompt_tokens}{cached} tokens in, {usage.completion_tokens} out"
+            cost = f", ${usage.cost_usd:.4f}" if usage.cost_usd else ""
+            return "usage", f"{usage.prompt_tokens}{cached} tokens in, {usage.completion_tokens} out{cost}"
         case EmbeddingResult(vectors):
             return "embedding", f"{len(vectors)} vectors"
         case JobDone(finish_reason, served):
