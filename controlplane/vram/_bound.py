@@ -1,156 +1,162 @@
-"""The linear relaxation of the planner's search: prices, a bound, and plans that work.
+"""The linear relaxation of the planner's search: how little harm there may be, and what each item adds to it.
 
-With a price on a byte that is still needed and one on a byte of host RAM, every group can be judged by
-itself, by its reduced cost, and for any prices
+With a price on a byte that is needed and one on a byte of host RAM, every group can be judged by itself.
+For any prices, and with the least of each group taken over its items and over leaving it alone,
 
-    reduced = harm + host_price * host - need_price * freed
-    bound = need_price * need - host_price * host_budget + the sum over groups of min(0, least reduced)
+    reduced cost = harm + host_price * host - need_price * freed - the least of these in its group
+    bound        = need_price * need - host_price * host_budget + the sum of those least
 
-is no more than the harm of every plan that works. The nearer the prices are to the relaxation's own, the
-nearer the bound. Floats do: the search allows for their error.
+the harm of a plan that works is at least `bound` and the reduced costs of all that it does. The nearer the
+prices are to the relaxation's own, the higher the bound. Floats do: the bound is lowered by their error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
-#: At most so many prices of host RAM are searched, by bisection: more cost more than they prune.
-_PRICES = 15
+#: An item as the search sees it: freed bytes, host bytes, harm, cost (which begins with the harm).
+Priced = tuple[int, int, int, int]
 
-#: An item: freed bytes, host bytes, harm.
-_Judged = tuple[int, int, int]
-_NOTHING: _Judged = (0, 0, 0)
+#: So many prices of host RAM are tried at most, and fewer if the bound can rise by no more than this share.
+_PRICES = 5
+_ENOUGH = 0.01
+#: Rounding, as a share of the figures that are added up; far more than there is.
+_ERROR = 1e-12
 
 
 class Relaxed(NamedTuple):
-    """Prices in harm a byte, the bound that they give, and the least harm of a plan known to work."""
+    """What the relaxation tells.
 
-    need_price: float
-    host_price: float
-    bound: float
-    known_harm: int | None
-
-
-def relax(groups: Sequence[Sequence[_Judged]], need_bytes: int, host_budget_bytes: int) -> Relaxed | None:
-    """Find prices with a high bound, and a good plan on the way; None if nothing covers the need.
-
-    The price of host RAM is found by bisection over those at which some group changes its mind.
+    Attributes:
+        bound: no plan that works harms less.
+        reduced: by group, the reduced cost of leaving it alone, and then those of its items.
+        host_price: harm a byte of host RAM; 0 if the relaxation is not short of it.
     """
-    best: Relaxed | None = None
-    known: int | None = None
-    prices = _turning_prices(groups)
-    low, high = 0, len(prices)
-    while low < high:
-        middle = (low + high) // 2
-        found = _at_price(groups, need_bytes, host_budget_bytes, prices[middle])
-        if found is None:
-            return None
-        need_price, bound, under, over = found
-        for start in (under, over):
-            harm = _polish(groups, start, need_bytes, host_budget_bytes)
-            if harm is not None and (known is None or harm < known):
-                known = harm
-        if best is None or bound > best.bound:
-            best = Relaxed(need_price, prices[middle], bound, None)
-        if sum(item[1] for item in under) > host_budget_bytes:
-            low = middle + 1
-        else:
-            high = middle
-    return None if best is None else best._replace(known_harm=known)
+
+    bound: float
+    reduced: list[list[float]]
+    host_price: float
 
 
-def _turning_prices(groups: Sequence[Sequence[_Judged]]) -> list[float]:
-    """Prices of host RAM at which two items of a group are worth the same, a hair above, thinned out."""
-    prices = {0.0}
+class _Corner(NamedTuple):
+    """The relaxation at a price of host RAM, and how its value changes with that price."""
+
+    host_price: float
+    need_price: float
+    value: float
+    slope: float
+
+
+def relax(groups: Sequence[Sequence[Priced]], need_bytes: int, host_budget_bytes: int) -> Relaxed | None:
+    """Find prices with a high bound; None if nothing covers the need, host RAM or no.
+
+    Args:
+        groups: by group its items, at least one.
+        need_bytes: to be freed.
+        host_budget_bytes: host RAM that there is.
+    """
+    left = _at_price(groups, need_bytes, host_budget_bytes, 0.0)
+    if left is None:
+        return None
+    best = left if left.slope <= 0 else _climb(groups, need_bytes, host_budget_bytes, left)
+    bound = best.need_price * need_bytes - best.host_price * host_budget_bytes
+    error = _ERROR * (best.need_price * need_bytes + best.host_price * host_budget_bytes)
+    need_price, host_price = best.need_price, best.host_price
+    reduced: list[list[float]] = []
     for group in groups:
-        for _, host, harm in group:
-            if host:
-                for _, other_host, other_harm in group:
-                    if other_host < host and other_harm > harm:
-                        prices.add((other_harm - harm) / (host - other_host) * (1 + 1e-9))
-    ordered = sorted(prices)
-    return ordered[:: len(ordered) // _PRICES + 1]
+        worth = [0.0, *[harm + host_price * h - need_price * f for f, h, harm, _ in group]]
+        least = min(worth)
+        bound += least
+        reduced.append([each - least for each in worth])
+    return Relaxed(bound - error, reduced, host_price)
+
+
+def _climb(
+    groups: Sequence[Sequence[Priced]], need_bytes: int, host_budget_bytes: int, left: _Corner
+) -> _Corner:
+    """Raise the price of host RAM to where the relaxation just keeps within it, or nearly so.
+
+    The value is concave in the price: the optimum is under the roof of the lines from either side.
+    """
+    best = left
+    right: _Corner | None = None
+    host_price = _first_price(groups)
+    for _ in range(_PRICES):
+        found = _at_price(groups, need_bytes, host_budget_bytes, host_price)
+        if found is None:
+            break
+        best = max(best, found, key=lambda corner: corner.value)
+        if found.slope <= 0:
+            right = found
+        else:
+            left = found
+        if right is None:
+            host_price *= 2
+            continue
+        if left.slope <= right.slope:
+            break
+        rise = right.value - left.value + left.slope * left.host_price - right.slope * right.host_price
+        host_price = rise / (left.slope - right.slope)
+        roof = left.value + left.slope * (host_price - left.host_price)
+        if roof - best.value <= _ENOUGH * best.value:
+            break
+    return best
+
+
+def _first_price(groups: Sequence[Sequence[Priced]]) -> float:
+    """A guess: the price at which two in five would take an item that needs less host RAM."""
+    prices = sorted(
+        [
+            (other_harm - harm) / (host - other_host)
+            for group in groups
+            for _, host, harm, _ in group
+            for _, other_host, other_harm, _ in group
+            if other_host < host and other_harm > harm
+        ]
+    )
+    if prices:
+        return prices[len(prices) * 2 // 5]
+    return min([(harm + 1) / host for group in groups for _, host, harm, _ in group if host])
 
 
 def _at_price(
-    groups: Sequence[Sequence[_Judged]], need_bytes: int, host_budget_bytes: int, host_price: float
-) -> tuple[float, float, list[_Judged], list[_Judged]] | None:
-    """At a price of host RAM: the price of need, the bound, and the plans just under the need and over it."""
-    under = [_NOTHING] * len(groups)
-    missing = need_bytes
-    need_price = 0.0
-    for price, freed, place, index in _increments(groups, host_price):
-        missing -= freed
-        need_price = price
-        if missing <= 0:
+    groups: Sequence[Sequence[Priced]], need_bytes: int, host_budget_bytes: int, host_price: float
+) -> _Corner | None:
+    """Cover the need, cheapest bytes first, the last item in part."""
+    missing_bytes, host_bytes, harm = need_bytes, 0, 0
+    for last in _increments(groups, host_price):
+        _, freed_more, host_more, harm_more = last
+        if freed_more >= missing_bytes:
             break
-        under[place] = groups[place][index]
+        missing_bytes -= freed_more
+        host_bytes += host_more
+        harm += harm_more
     else:
         return None
-    over = under.copy()
-    over[place] = groups[place][index]
-    bound = need_price * need_bytes - host_price * host_budget_bytes
+    share = missing_bytes / freed_more
+    slope = host_bytes + share * host_more - host_budget_bytes
+    return _Corner(host_price, last[0], harm + share * harm_more + host_price * slope, slope)
+
+
+def _increments(groups: Sequence[Sequence[Priced]], host_price: float) -> list[tuple[float, int, int, int]]:
+    """What each group offers, cheapest bytes first: (price a byte, bytes more, host RAM more, harm more)."""
+    increments: list[tuple[float, int, int, int]] = []
     for group in groups:
-        bound += min([0.0, *[harm + host_price * h - need_price * f for f, h, harm in group]])
-    return need_price, bound, under, over
-
-
-def _increments(groups: Sequence[Sequence[_Judged]], host_price: float) -> list[tuple[float, int, int, int]]:
-    """What each group offers, byte by byte cheapest first: (harm a byte, bytes more, group, item)."""
-    increments = []
-    for place, group in enumerate(groups):
-        hull = [(0, 0.0, -1)]
-        for freed, price, index in sorted(
-            [(f, harm + host_price * h, index) for index, (f, h, harm) in enumerate(group)]
-        ):
-            while len(hull) > 1 and (
-                hull[-1][1] >= price
-                or (hull[-1][1] - hull[-2][1]) * (freed - hull[-1][0])
-                >= (price - hull[-1][1]) * (hull[-1][0] - hull[-2][0])
-            ):
-                hull.pop()
-            if freed > hull[-1][0]:
-                hull.append((freed, price, index))
-        for (freed0, price0, _), (freed1, price1, index) in pairwise(hull):
-            increments.append(((price1 - price0) / (freed1 - freed0), freed1 - freed0, place, index))
+        prices = [(harm + host_price * host) / freed for freed, host, harm, _ in group]
+        price = min(prices)
+        freed, host, harm, _ = group[prices.index(price)]
+        increments.append((price, freed, host, harm))
+        more = [item for item in group if item[0] > freed]
+        while more:
+            freed0, host0, harm0 = freed, host, harm
+            prices = [
+                (harm - harm0 + host_price * (host - host0)) / (freed - freed0)
+                for freed, host, harm, _ in more
+            ]
+            price = min(prices)
+            freed, host, harm, _ = more[prices.index(price)]
+            increments.append((price, freed - freed0, host - host0, harm - harm0))
+            more = [item for item in more if item[0] > freed]
     increments.sort()
     return increments
-
-
-def _polish(
-    groups: Sequence[Sequence[_Judged]], start: Sequence[_Judged], need_bytes: int, host_budget_bytes: int
-) -> int | None:
-    """Change one group at a time, to the best effect, until that improves nothing.
-
-    From a plan that does not work, the cheapest change that makes it work comes first.
-
-    Returns:
-        the harm of the plan that was reached; None if no single change led to one that works.
-    """
-    choice = list(start)
-    missing = need_bytes - sum([item[0] for item in choice])
-    room = host_budget_bytes - sum([item[1] for item in choice])
-    harm = sum([item[2] for item in choice])
-    works = missing <= 0 and room >= 0
-    while True:
-        least = 0 if works else 1 << 62
-        best: tuple[int, _Judged] | None = None
-        for place, (freed, host, old_harm) in enumerate(choice):
-            missing_without, room_without, limit = missing + freed, room + host, least + old_harm
-            if missing_without <= 0 <= room_without and -old_harm < least:
-                least, limit, best = -old_harm, 0, (place, _NOTHING)
-            for other in groups[place]:
-                if other[2] < limit and other[0] >= missing_without and other[1] <= room_without:
-                    limit = other[2]
-                    least, best = limit - old_harm, (place, other)
-        if best is None:
-            return harm if works else None
-        place, other = best
-        freed, host, _ = choice[place]
-        choice[place] = other
-        missing += freed - other[0]
-        room += host - other[1]
-        harm += least
-        works = True

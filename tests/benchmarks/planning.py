@@ -80,9 +80,9 @@ def timings(rng: random.Random) -> Timings:
     )
 
 
-def mixed(rng: random.Random) -> Case:
+def mixed(rng: random.Random, count: int = COUNT) -> Case:
     """A busy machine."""
-    kinds = rng.choices(list(ResidencyClass), [2, 6, 5, 3], k=COUNT)
+    kinds = rng.choices(list(ResidencyClass), [2, 6, 5, 3], k=count)
     entries = [
         entry(
             index,
@@ -102,34 +102,34 @@ def mixed(rng: random.Random) -> Case:
     return pool(entries, rng.uniform(0.05, 0.6), host=round(host * rng.uniform(0.3, 2)))
 
 
-def equal(rng: random.Random) -> Case:
+def equal(rng: random.Random, count: int = COUNT) -> Case:
     """All alike."""
-    entries = [entry(index, ResidencyClass.SLEEPABLE, 4 * GIB) for index in range(COUNT)]
+    entries = [entry(index, ResidencyClass.SLEEPABLE, 4 * GIB) for index in range(count)]
     return pool(entries, rng.uniform(0.1, 0.9), max_grade=rng.choice(list(ReclaimGrade)[1:]))
 
 
-def equal_sizes(rng: random.Random) -> Case:
+def equal_sizes(rng: random.Random, count: int = COUNT) -> Case:
     """The same size, different harm."""
     return pool(
         [
             entry(index, ResidencyClass.ON_DEMAND, 4 * GIB, timings=timings(rng), idle_s=rng.uniform(0, 3600))
-            for index in range(COUNT)
+            for index in range(count)
         ],
         rng.uniform(0.1, 0.9),
     )
 
 
-def subset_sum(rng: random.Random) -> Case:
+def subset_sum(rng: random.Random, count: int = COUNT) -> Case:
     """Harm in proportion to size."""
     entries = []
-    for index in range(COUNT):
+    for index in range(count):
         size = rng.randrange(GIB, 16 * GIB)
         times = Timings(start_s=size / (200 << 20), stop_s=1.0)
         entries.append(entry(index, ResidencyClass.ON_DEMAND, size, timings=times, reuse_chance=1.0))
     return pool(entries, rng.uniform(0.2, 0.8))
 
 
-def full(rng: random.Random) -> Case:
+def full(rng: random.Random, count: int = COUNT) -> Case:
     """Sleeping alone does not reach: sleeps, stops, flushes and shrinks compete."""
     entries = [
         entry(
@@ -142,14 +142,14 @@ def full(rng: random.Random) -> Case:
             shrinkable=index % 3 == 0,
             shrunk_bytes=GIB // 2,
         )
-        for index in range(COUNT)
+        for index in range(count)
     ]
     case, _ = pool(entries, 1.0)
     asleep = sum(each.resident_bytes - each.held_asleep_bytes for each in entries)
     return case, Demand(vram_bytes=asleep + rng.randrange(1, 6 * GIB))
 
 
-def tight_host(rng: random.Random) -> Case:
+def tight_host(rng: random.Random, count: int = COUNT) -> Case:
     """Host RAM decides who keeps the weights."""
     entries = [
         entry(
@@ -159,17 +159,17 @@ def tight_host(rng: random.Random) -> Case:
             timings=timings(rng),
             idle_s=rng.uniform(0, 3600),
         )
-        for index in range(COUNT)
+        for index in range(count)
     ]
     share = rng.uniform(0.2, 0.7)
     host = sum(each.host_asleep_bytes for each in entries)
     return pool(entries, share, host=round(host * share / 2))
 
 
-def worst(rng: random.Random) -> Case:
+def worst(rng: random.Random, count: int = COUNT) -> Case:
     """Little host RAM, and nothing to tell one set of sleepers from another but its last bytes."""
     entries = []
-    for index in range(COUNT):
+    for index in range(count):
         size = rng.randrange(2 * GIB, 16 * GIB)
         times = Timings(wake_s=size / (2 << 30), reload_s=size / (500 << 20))
         entries.append(entry(index, ResidencyClass.SLEEPABLE, size, timings=times, reuse_chance=1.0))
@@ -178,13 +178,13 @@ def worst(rng: random.Random) -> Case:
     return pool(entries, share, host=round(host * share / 2))
 
 
-def infeasible(rng: random.Random) -> Case:
+def infeasible(rng: random.Random, count: int = COUNT) -> Case:
     """More than there is."""
-    case, _ = mixed(rng)
+    case, _ = mixed(rng, count)
     return case, Demand(vram_bytes=case.total_bytes, max_grade=rng.choice(list(ReclaimGrade)[1:]))
 
 
-FAMILIES: tuple[Callable[[random.Random], Case], ...] = (
+FAMILIES: tuple[Callable[..., Case], ...] = (
     mixed,
     equal,
     equal_sizes,

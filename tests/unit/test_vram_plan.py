@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 
 import msgspec
 import pytest
@@ -31,6 +32,7 @@ from rung.errors import (
     UnknownDeploymentError,
 )
 from rung.types import Residency, ResidencyClass
+from tests.benchmarks import planning as benchmark
 
 GIB = 1 << 30
 
@@ -200,16 +202,14 @@ def test_the_planner_agrees_with_brute_force_on_random_ledgers(seed: int) -> Non
         if isinstance(found, Infeasible):
             assert best is None, (ledger, demand)
         else:
-            done = {(step.deployment_id, step.action.value, step.level) for step in found.steps}
-            taken = (
-                found.grade,
-                round(1000 * found.harm_s),
-                len(found.steps),
-                round(1000 * found.expected_s),
-                done,
-            )
-            assert taken == best, (ledger, demand)
+            assert as_found(found) == best, (ledger, demand)
             check_promises(ledger, demand, found)
+
+
+def as_found(found: ReclaimPlan) -> tuple[ReclaimGrade, int, int, int, set[tuple[str, str, int]]]:
+    """A plan as `best_by_force` tells it."""
+    done = {(step.deployment_id, step.action.value, step.level) for step in found.steps}
+    return found.grade, round(1000 * found.harm_s), len(found.steps), round(1000 * found.expected_s), done
 
 
 def check_promises(ledger: Ledger, demand: Demand, found: ReclaimPlan) -> None:
@@ -331,6 +331,90 @@ def test_the_search_is_exact_with_sixteen_groups_and_little_host_ram(seed: int) 
             solved += 1
             assert tuple(0 if index is None else index + 1 for index in found) == best[3]
     assert solved > 5
+
+
+def sleepers_in_proportion(rng: random.Random, size: int) -> list[Item]:
+    """Harm in exact proportion to size: no set of them is clearly better than another."""
+    return [Item(size, size, 5 * size, 1000), Item(size, 0, 20 * size, 500)]
+
+
+def sleepers_that_are_alike(rng: random.Random, size: int) -> list[Item]:
+    return [Item(4, 4, 2000, 1000), Item(4, 0, 8000, 500)]
+
+
+def sleepers_of_few_sizes(rng: random.Random, size: int) -> list[Item]:
+    size = rng.choice([2, 4, 4, 8])
+    return [Item(size, size, 500 * size, 7), Item(size, 0, 1700 * size, 5), Item(size + 1, 0, 30_000, 5)]
+
+
+def sleepers_with_four_ways(rng: random.Random, size: int) -> list[Item]:
+    return [
+        Item(size, size, rng.randrange(10_000), 4),
+        Item(size, 0, rng.randrange(30_000), 3),
+        Item(size + 1, 0, rng.randrange(90_000), 2),
+        Item(max(1, size // 2), size // 3, rng.randrange(20_000), 1),
+    ]
+
+
+def sleepers_that_need_host_ram(rng: random.Random, size: int) -> list[Item]:
+    return [Item(size, size, rng.randrange(9000), rng.randrange(3))]
+
+
+def a_few_bytes_at_a_high_price(rng: random.Random, size: int) -> list[Item]:
+    return [
+        Item(rng.choice([1, size]), rng.choice([0, 1, size]), rng.randrange(10 ** rng.randrange(1, 16)), 3)
+        for _ in range(3)
+    ]
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        sleepers_in_proportion,
+        sleepers_that_are_alike,
+        sleepers_of_few_sizes,
+        sleepers_with_four_ways,
+        sleepers_that_need_host_ram,
+        a_few_bytes_at_a_high_price,
+    ],
+    ids=lambda family: family.__name__,
+)
+def test_the_search_is_exact_where_the_bound_tells_little(
+    family: Callable[[random.Random, int], list[Item]],
+) -> None:
+    rng = random.Random(11)
+    solved = short = 0
+    for _ in range(150):
+        groups = [family(rng, rng.randrange(1, 25)) for _ in range(rng.randrange(4, 8))]
+        most = sum(max(item.freed_bytes for item in group) for group in groups)
+        most_host = sum(max(item.host_bytes for item in group) for group in groups)
+        need, host_budget = rng.randrange(1, most), round(most_host * rng.uniform(0.0, 0.8))
+        best = cheapest_by_force(groups, need, host_budget)
+        found = cheapest(groups, need, host_budget)
+        assert (found is None) == (best is None), (groups, need, host_budget)
+        if found is not None and best is not None:
+            solved += 1
+            short += cheapest(groups, need, most_host) != found
+            choice = tuple(0 if index is None else index + 1 for index in found)
+            assert choice == best[3], (groups, need, host_budget)
+    assert solved > 30
+    assert short > 5  # host RAM decided
+
+
+@pytest.mark.parametrize("family", benchmark.FAMILIES, ids=lambda family: family.__name__)
+def test_the_planner_agrees_with_brute_force_on_the_ledgers_of_its_benchmark(
+    family: Callable[[random.Random, int], tuple[Ledger, Demand]],
+) -> None:
+    rng = random.Random(5)
+    for _ in range(40):
+        ledger, demand = family(rng, 5)
+        found = plan(ledger, demand)
+        best = best_by_force(ledger, demand)
+        if isinstance(found, Infeasible):
+            assert best is None, (ledger, demand)
+        else:
+            assert as_found(found) == best, (ledger, demand)
+            check_promises(ledger, demand, found)
 
 
 @pytest.mark.parametrize("seed", range(4))
