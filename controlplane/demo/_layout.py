@@ -23,20 +23,24 @@ SPARK = "spark"
 ORCHESTRATOR = "orchestrator"
 THINKER = "thinker"
 REASONER = "reasoner"
-CODER = "coder"
+COMFYUI = "comfyui"
 _ORCHESTRATOR_MODEL = "nemotron-8b"
+_ORCHESTRATOR_WEIGHTS = "nemotron-8b-awq"
+_ORCHESTRATOR_UTILIZATION = 0.36
+_ORCHESTRATOR_LOAD_S = 1.0
 _THINKER_MODEL = "qwen3-32b"
 _THINKER_WEIGHTS = "qwen3-32b-fp8"
-_THINKER_LOAD_S = 4.0
-#: Two that need half of the workstation's card each, beside the orchestrator: one of them fits.
-_TURNS = {
-    REASONER: ("deepseek-r1-14b", "deepseek-r1-14b-awq", "sleepable"),
-    CODER: ("qwen2.5-coder-14b", "qwen2.5-coder-14b-awq", "on_demand"),
-}
-_TURN_UTILIZATION = 0.5
-_TURN_LOAD_S = 1.5
-#: A model that a person brings may know less; llama.cpp then takes what the model has.
-_GGUF_CONTEXT_TOKENS = 4096
+_THINKER_LOAD_S = 2.5
+_REASONER_MODEL = "deepseek-r1-14b"
+_REASONER_WEIGHTS = "deepseek-r1-14b-awq"
+#: Beside the orchestrator it leaves room for the least image. A real engine takes nothing of the simulated
+#: card, so that the reasoner takes more of it then.
+_REASONER_UTILIZATION = 0.33
+_REASONER_UTILIZATION_ALONE = 0.6
+_REASONER_LOAD_S = 1.0
+#: For itself, and for each checkpoint.
+_COMFYUI_LOAD_S = 0.2
+_CONTEXT_TOKENS = 4096
 
 
 class DemoOptions(Struct, frozen=True, kw_only=True):
@@ -84,9 +88,9 @@ class Layout(Struct, frozen=True, kw_only=True):
         return _THINKER_MODEL
 
     @property
-    def turn_models(self) -> dict[str, str]:
-        """What the models are called that take turns, by their deployments."""
-        return {deployment_id: model for deployment_id, (model, _, _) in _TURNS.items()}
+    def reasoner_model(self) -> str:
+        """What the workstation's reasoning model is called."""
+        return _REASONER_MODEL
 
     @property
     def orchestrator_server(self) -> str:
@@ -136,48 +140,71 @@ class Layout(Struct, frozen=True, kw_only=True):
             "nodes": [
                 {"id": node_id, "address": f"127.0.0.1:{port}"} for node_id, port in self.agent_ports.items()
             ],
-            "deployments": [self._orchestrator(), *map(self._turn, _TURNS), self._thinker()],
+            "deployments": [self._orchestrator(), self._reasoner(), self._comfyui(), self._thinker()],
             "profiles": profiles(ORCHESTRATOR),
             "cloud": [cloud_provider(f"http://127.0.0.1:{self.cloud_port}", self.cloud_key_path)],
             "ladder": ladder(
                 ORCHESTRATOR,
-                [f"{SPARK}/{self.thinker_model}", f"{WORKSTATION}/{self.turn_models[REASONER]}"],
+                [f"{SPARK}/{self.thinker_model}", f"{WORKSTATION}/{self.reasoner_model}"],
             ),
         }
 
     def _orchestrator(self) -> dict[str, Any]:
-        weights = self.gguf or self.folder / f"{_ORCHESTRATOR_MODEL}-q8_0.gguf"
-        engine: dict[str, Any] = {"kind": "llamacpp", "model_path": str(weights)}
+        settings: dict[str, str] = {}
         if self.llama_cpp is not None:
-            engine |= {"server": self.llama_cpp.server.value, "context_tokens": _GGUF_CONTEXT_TOKENS}
+            engine: dict[str, Any] = {
+                "kind": "llamacpp",
+                "model_path": str(self.gguf),
+                "server": self.llama_cpp.server.value,
+                "context_tokens": _CONTEXT_TOKENS,
+            }
         else:
-            engine |= {"context_tokens": 16384, "parallel": 4}
+            engine = {
+                "kind": "vllm",
+                "model": _ORCHESTRATOR_WEIGHTS,
+                "gpu_memory_utilization": _ORCHESTRATOR_UTILIZATION,
+                "max_model_len_tokens": _CONTEXT_TOKENS,
+                "sleep_mode": True,
+            }
+            settings = {"RUNG_SIM_LOAD_S": f"{_ORCHESTRATOR_LOAD_S:g}"}
         return {
             "id": ORCHESTRATOR,
             "node": WORKSTATION,
             "model": self.orchestrator_model,
             "residency_class": "pinned",
+            "shrinkable": self.llama_cpp is None,
             "capabilities": ["chat", "tools"],
             "slots": 1 if self.llama_cpp is not None else 4,
             "engine": engine,
-            "runtime": self._runtime(self._orchestrator_executable, WORKSTATION),
+            "runtime": self._runtime(self._orchestrator_executable, WORKSTATION, **settings),
         }
 
-    def _turn(self, deployment_id: str) -> dict[str, Any]:
-        model, weights, residency_class = _TURNS[deployment_id]
+    def _reasoner(self) -> dict[str, Any]:
+        alone = self.llama_cpp is not None
         return {
-            "id": deployment_id,
+            "id": REASONER,
             "node": WORKSTATION,
-            "model": model,
-            "served_model_name": model,
-            "residency_class": residency_class,
+            "model": _REASONER_MODEL,
+            "residency_class": "sleepable",
             "engine": {
                 "kind": "vllm",
-                "model": weights,
-                "gpu_memory_utilization": _TURN_UTILIZATION,
-                "sleep_mode": residency_class == "sleepable",
+                "model": _REASONER_WEIGHTS,
+                "gpu_memory_utilization": _REASONER_UTILIZATION_ALONE if alone else _REASONER_UTILIZATION,
+                "max_model_len_tokens": _CONTEXT_TOKENS,
+                "sleep_mode": True,
             },
-            "runtime": self._runtime("vllm", WORKSTATION, RUNG_SIM_LOAD_S=f"{_TURN_LOAD_S:g}"),
+            "runtime": self._runtime("vllm", WORKSTATION, RUNG_SIM_LOAD_S=f"{_REASONER_LOAD_S:g}"),
+        }
+
+    def _comfyui(self) -> dict[str, Any]:
+        return {
+            "id": COMFYUI,
+            "node": WORKSTATION,
+            "model": COMFYUI,
+            "residency_class": "cache",
+            "capabilities": ["image"],
+            "engine": {"kind": "comfyui"},
+            "runtime": self._runtime("comfyui", WORKSTATION, RUNG_SIM_LOAD_S=f"{_COMFYUI_LOAD_S:g}"),
         }
 
     def _thinker(self) -> dict[str, Any]:
@@ -202,15 +229,14 @@ class Layout(Struct, frozen=True, kw_only=True):
     @property
     def _orchestrator_executable(self) -> str:
         """By which name the agent runs it, and says that it starts it."""
-        server = LlamaCppServer.LLAMA_SERVER if self.llama_cpp is None else self.llama_cpp.server
-        return server.value
+        return "vllm" if self.llama_cpp is None else self.llama_cpp.server.value
 
     def _workstation_executables(self) -> dict[str, Any]:
         found = self.llama_cpp
-        vllm = {"vllm": _simulator("vllm", ())}
+        simulated = {name: _simulator(name, ()) for name in ("vllm", "comfyui")}
         if found is None:
-            return {self._orchestrator_executable: _simulator("llama_server", ())} | vllm
-        return vllm | {
+            return simulated
+        return simulated | {
             self._orchestrator_executable: {
                 "path": found.path,
                 "arguments_prefix": list(found.arguments_prefix),

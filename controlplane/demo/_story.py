@@ -13,16 +13,9 @@ from typing import Any
 
 from rich.text import Text
 
+from controlplane.demo._grades_act import Starting, show_grades
 from controlplane.demo._ladder_act import show_ladder
-from controlplane.demo._layout import (
-    CODER,
-    ORCHESTRATOR,
-    REASONER,
-    SPEED,
-    THINKER,
-    WORKSTATION,
-    DemoOptions,
-)
+from controlplane.demo._layout import ORCHESTRATOR, SPEED, THINKER, DemoOptions
 from controlplane.demo._screen import Screen
 from controlplane.demo._stage import Stage
 from controlplane.local import wait_for_nodes
@@ -33,9 +26,7 @@ from rung.cli.views import (
     fleet_view,
     format_duration,
     jobs_table,
-    node_view,
     print_answer,
-    print_reclaim,
     show_operation,
 )
 from rung.errors import UnavailableError
@@ -49,11 +40,11 @@ _MOST_TOKENS = 96
 
 def open_story(screen: Screen, options: DemoOptions) -> None:
     """Say what is real."""
-    engine = "the engines on them: their words are made up on the spot, nothing is computed"
+    engine = "the engines on them: their words are made up on the spot, and their images are empty"
     if options.gguf is not None:
         engine = (
-            f"one engine of two: the orchestrator is a real llama.cpp with {options.gguf.name}, "
-            "the other one's words are made up on the spot"
+            f"all engines but one: the orchestrator is a real llama.cpp with {options.gguf.name}, "
+            "the others' words are made up on the spot, and their images are empty"
         )
     screen.opening(
         "the control plane, two node agents, gRPC, HTTP and the job log. They are the programs that run a "
@@ -75,17 +66,17 @@ async def tell(screen: Screen, stage: Stage, client: AsyncClient) -> None:
     for found in _answering_engines(await client.list_deployments()):
         with screen.act("An engine was found running on this computer"):
             await _use_found(screen, client, found)
-    with screen.act("A model that is not loaded: it is started on demand"):
-        screen.say(f"{THINKER} on the Spark is stopped. Asking for its model is all it takes.")
-        job = await _chat(
-            screen,
-            client,
-            stage.layout.thinker_model,
-            "Why take the larger model?",
-            "chat that starts a model",
-        )
-    with screen.act("Two models that cannot fit together take turns"):
-        await _take_turns(screen, stage, client)
+    async with Starting(client) as starting:
+        with screen.act("A model that is not loaded: it is started on demand"):
+            screen.say(f"{THINKER} on the Spark is stopped. Asking for its model is all it takes.")
+            job = await _chat(
+                screen,
+                client,
+                stage.layout.thinker_model,
+                "Why take the larger model?",
+                "chat that starts a model",
+            )
+        await show_grades(screen, stage, client, starting)
     with screen.act("The same through the OpenAI API"):
         await _call_http(screen, stage)
     await show_ladder(screen, stage, client)
@@ -148,38 +139,6 @@ async def _use_found(screen: Screen, client: AsyncClient, found: Deployment) -> 
     await _chat(
         screen, client, found.spec.id, "Say hello in one sentence.", "chat with the engine found here"
     )
-
-
-async def _take_turns(screen: Screen, stage: Stage, client: AsyncClient) -> None:
-    models = stage.layout.turn_models
-    screen.say(
-        f"{REASONER} and {CODER} need half of the workstation's card each, and {ORCHESTRATOR}, which is "
-        "pinned, holds a third. Who asks for one of them need not care."
-    )
-    for deployment_id, question, name in (
-        (REASONER, "Count to 2", f"{REASONER}, started"),
-        (CODER, "Count to 3", f"{CODER}, in its place"),
-        (REASONER, "Count to 4", f"{REASONER}, woken"),
-    ):
-        await _chat(screen, client, models[deployment_id], question, name)
-        async with aclosing(client.watch_fleet()) as snapshots:
-            snapshot = await anext(snapshots)
-        deployments = [each for each in snapshot.deployments if each.spec.node_id == WORKSTATION]
-        for node in snapshot.nodes:
-            if node.id == WORKSTATION:
-                screen.show(
-                    node_view(
-                        node,
-                        deployments,
-                        now_s=time.time(),
-                        ascii_only=screen.console.options.ascii_only,
-                    )
-                )
-        screen.show("")
-    gpu, size_bytes = f"{WORKSTATION}/0", 12 << 30
-    screen.command(f"rung lease plan --vram 12GiB --gpu {gpu}")
-    outcome = await client.plan_reclaim(gpu, size_bytes)
-    print_reclaim(screen.console, outcome, vram_bytes=size_bytes, gpu=gpu)
 
 
 async def _call_http(screen: Screen, stage: Stage) -> None:

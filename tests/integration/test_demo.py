@@ -77,7 +77,7 @@ async def running(folder: Path, *options: str) -> AsyncIterator[Demo]:
 async def test_one_that_stays_answers_until_ctrl_c_and_leaves_nothing(tmp_path: Path) -> None:
     async with running(tmp_path, "--serve") as demo:
         await demo.until("Ctrl-C ends it")
-        assert "What starts is a simulated llama-server, with nemotron-8b." in demo.said
+        assert "What starts is a simulated vllm, with nemotron-8b." in demo.said
         found = re.search(r"OpenAI base URL: (http://127\.0\.0\.1:\d+/v1)", demo.said)
         assert found is not None, demo.said
         wish = {"model": "nemotron-8b", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}
@@ -90,7 +90,9 @@ async def test_one_that_stays_answers_until_ctrl_c_and_leaves_nothing(tmp_path: 
         # A control plane, two agents, a cloud API, and an engine at least.
         assert len(demo.processes()) >= 5
 
-        _check_ladder(" ".join(demo.said.split()))
+        said = " ".join(demo.said.split())
+        _check_grades(said)
+        _check_ladder(said)
         demo.process.send_signal(signal.SIGINT)
 
         assert await demo.end() == 0
@@ -99,10 +101,34 @@ async def test_one_that_stays_answers_until_ctrl_c_and_leaves_nothing(tmp_path: 
         assert os.listdir(tmp_path) == []
 
 
+def _check_grades(said: str) -> None:
+    _check(
+        said,
+        r"before [█▒░]+ 23\.\d / 31\.8 GiB",
+        r"lease of 12\.0 GiB for comfyui",
+        r"making room: put to sleep reasoner",
+        r"putting reasoner to sleep: 9\.\d GiB freed in [\d.]+ s",
+        r"granted, grade STANDARD",
+        r"room made [█▒░]+ 14\.\d / 31\.8 GiB .{,100} reasoner 1\.0 GiB",
+        r"painted [█▒░]+ 25\.\d / 31\.8 GiB",
+        r"rung chat --model deepseek-r1-14b .{,600} flushing the cache of comfyui: 11\.\d GiB freed",
+        r"engine wake: .{,400} reasoner on workstation \(deepseek-r1-14b\)",
+        r"woken [█▒░]+ 23\.\d / 31\.8 GiB",
+        r"lease of 6\.0 GiB for comfyui",
+        r"granted, grade QUICK, nobody was disturbed",
+        r"lease of 20\.0 GiB for comfyui",
+        r"granted, grade FULL",
+        r"room made [█▒░]+ 8\.\d / 31\.8 GiB .{,100} orchestrator 5\.5 GiB",
+        r"orchestrator was shrunk and is awake; it is process \d+, as it was all the time",
+        r"after [█▒░]+ .{,100} orchestrator 11\.5 GiB",
+    )
+    for step in ("flushing the cache of comfyui", "putting reasoner to sleep", "shrinking orchestrator"):
+        assert re.search(rf"of 20\.0 GiB .*{step}: [\d.]+ GiB freed in [\d.]+ s .*grade FULL", said), said
+
+
 def _check_ladder(said: str) -> None:
-    """That each of these was said, in this order."""
-    place = 0
-    for line in (
+    _check(
+        said,
         r"rung chat --effort 3 .{,100} effort 3, rung chat: .{,500} orchestrator on workstation",
         r"rung chat --effort 8 .{,100} effort 8, rung reasoning: .{,100} thinker is reasoning",
         r"thinker is reasoning: \d+ characters so far",
@@ -120,7 +146,13 @@ def _check_ladder(said: str) -> None:
         r"deepseek/reasoner cost \$0\.0000\d\d",
         r"spark is ready",
         r"home is current",
-    ):
+    )
+
+
+def _check(said: str, *lines: str) -> None:
+    """That each of these was said, in this order."""
+    place = 0
+    for line in lines:
         found = re.compile(line).search(said, place)
         assert found is not None, f"no {line!r} in {said[place : place + 3000]}"
         place = found.end()

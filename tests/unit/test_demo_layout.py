@@ -10,7 +10,7 @@ from controlplane.cloud._keys import ApiKey, read_key
 from controlplane.config import load_config
 from controlplane.demo._ladder_layout import CLOUD_KEY
 from controlplane.demo._layout import (
-    CODER,
+    COMFYUI,
     ORCHESTRATOR,
     REASONER,
     SPARK,
@@ -48,11 +48,14 @@ def test_simulated(tmp_path: Path) -> None:
         (SPARK, "127.0.0.1:42"),
     ]
     specs = {spec.id: spec for spec in config.deployment_specs()}
-    assert set(specs) == {ORCHESTRATOR, REASONER, CODER, THINKER}
+    assert set(specs) == {ORCHESTRATOR, REASONER, COMFYUI, THINKER}
     assert specs[ORCHESTRATOR].residency_class is ResidencyClass.PINNED
+    assert specs[ORCHESTRATOR].shrinkable
     assert specs[REASONER].residency_class is ResidencyClass.SLEEPABLE
+    assert specs[COMFYUI].residency_class is ResidencyClass.CACHE
     # The requests of the story name what the engines serve.
-    assert {key: specs[key].engine_model_name for key in (REASONER, CODER)} == layout.turn_models
+    assert specs[ORCHESTRATOR].engine_model_name == layout.orchestrator_model
+    assert specs[REASONER].engine_model_name == layout.reasoner_model
     for spec in specs.values():
         runtime = spec.engine.runtime
         assert isinstance(runtime, ProcessRuntime)
@@ -91,6 +94,7 @@ def test_a_real_llama_cpp(tmp_path: Path) -> None:
     assert spec.model == "smollm-135m"
     assert isinstance(spec.engine.engine, LlamaCppEngine)
     assert spec.engine.engine.model_path == str(gguf)
+    assert not spec.shrinkable
     allowed = load_agent_config(layout.agent_config_path(WORKSTATION)).allow_list().executables
     assert allowed["llama-server"].path == "/usr/bin/llama-server"
     assert layout.orchestrator_server == "llama-server"
