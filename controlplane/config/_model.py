@@ -40,6 +40,15 @@ def _loopback(host: str) -> str:
     return host
 
 
+def _on_the_node(model: str) -> str:
+    if types.OllamaEngine(model=model).leaves_node:
+        raise ValueError(
+            f"{model} runs on Ollama's servers, not on this node; what may go to the internet belongs under "
+            "cloud"
+        )
+    return model
+
+
 def _loopback_url(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme != "http" or not parts.hostname:
@@ -182,6 +191,12 @@ class VllmConfig(_Model):
     kv_cache_dtype: str = ""
     sleep_mode: bool = False
     kv_cache_memory_bytes: ByteSize = 0
+    tool_call_parser: str = Field(
+        default="", description="vLLM's parser for the model's tool calls, such as hermes; needed for tools."
+    )
+    reasoning_parser: str = Field(
+        default="", description="vLLM's parser for the model's thoughts, such as deepseek_r1 or qwen3."
+    )
 
     def value(self) -> types.Engine:
         """As the rest of the system has it."""
@@ -192,7 +207,11 @@ class OllamaConfig(_Model):
     """Ollama."""
 
     kind: Literal["ollama"]
-    model: str
+    model: Annotated[str, AfterValidator(_on_the_node)]
+    pull: bool | None = Field(
+        default=None,
+        description="Whether a start pulls a model that is not there; unset: yes, but for an external Ollama.",
+    )
 
     def value(self) -> types.Engine:
         """As the rest of the system has it."""
@@ -313,11 +332,17 @@ class DeploymentConfig(_Model):
         if self.residency_class is types.ResidencyClass.PINNED and self.idle_timeout_s is not None:
             raise FieldError(("idle_timeout",), "a pinned deployment is never stopped; remove one of the two")
         if self.restore == "warm" and self.idle_timeout_s is not None:
-            raise FieldError(
-                ("idle_timeout",), "what is warm comes up again at once; remove one of the two"
-            )
+            raise FieldError(("idle_timeout",), "what is warm comes up again at once; remove one of the two")
         if self.shrinkable:
             _require_shrinkable(self.engine, self.runtime)
+        if isinstance(self.engine, OllamaConfig) and not self.context_tokens and "chat" in self.capabilities:
+            raise FieldError(
+                ("context_tokens",),
+                "is missing: Ollama cuts a prompt that is longer than its context without a word, so it "
+                "must be known how long that is",
+            )
+        if "tools" in self.capabilities and not isinstance(self.runtime, ExternalConfig):
+            _require_tool_parser(self.engine)
         return self
 
     def spec(self) -> types.DeploymentSpec:
@@ -430,6 +455,16 @@ def config_schema() -> dict[str, Any]:
     schema = Config.model_json_schema(by_alias=True)
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     return head | schema | {"title": "Rung configuration"}
+
+
+def _require_tool_parser(engine: EngineConfig) -> None:
+    """Refuse to have a vLLM called with tools that was not told how its model calls them."""
+    if isinstance(engine, VllmConfig) and not engine.tool_call_parser:
+        raise FieldError(
+            ("engine", "tool_call_parser"),
+            "is missing: without one vLLM refuses requests with tools; name the one for this model, such as "
+            "hermes (Qwen, Nemotron), llama3_json or mistral",
+        )
 
 
 def _require_shrinkable(engine: EngineConfig, runtime: RuntimeConfig) -> None:

@@ -78,6 +78,10 @@ class VllmAdapter:
             arguments += ["--max-num-seqs", str(engine.max_num_seqs)]
         if engine.kv_cache_dtype:
             arguments += ["--kv-cache-dtype", engine.kv_cache_dtype]
+        if engine.tool_call_parser:
+            arguments += ["--enable-auto-tool-choice", "--tool-call-parser", engine.tool_call_parser]
+        if engine.reasoning_parser:
+            arguments += ["--reasoning-parser", engine.reasoning_parser]
         # Unasked, it reports its use over the internet.
         environment = {"VLLM_NO_USAGE_STATS": "1"}
         if engine.sleep_mode:

@@ -269,6 +269,8 @@ class Vllm:
             return unknown
         if self._embeds:
             return self._engine.failure(400, "The model does not support Chat Completions API")
+        if request.tools and not self._options.tool_call_parser and request.tool_choice != "none":
+            return self._engine.failure(400, _no_tools(request.tool_choice))
         tokens = request.prompt_tokens
         wanted = request.max_completion_tokens or request.max_tokens or 0
         if tokens + wanted <= self.context_tokens and tokens < self.context_tokens:
@@ -388,6 +390,15 @@ class Vllm:
 def _error(status: int, message: str, *, param: str | None) -> dict[str, Any]:
     kind = _ERROR_TYPES.get(status, "InternalServerError")
     return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
+def _no_tools(choice: str | dict[str, Any] | None) -> str:
+    """Why it takes no tools, in the words of vLLM 0.32 (`renderers/online_renderer.py`)."""
+    if choice in (None, "auto"):
+        return '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'
+    name = choice["function"]["name"] if isinstance(choice, dict) else ""
+    wanted = f'function "{name}"' if name else f'"{choice}"'
+    return f"tool_choice={wanted} requires --tool-call-parser to be set"
 
 
 def _info(source: str, message: str) -> None:

@@ -242,6 +242,39 @@ async def test_a_prompt_that_is_too_long_is_a_bad_request(engine: httpx.AsyncCli
     assert f"maximum context length is {CONTEXT_TOKENS} tokens" in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        (
+            {},
+            '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set',
+        ),
+        ({"tool_choice": "required"}, 'tool_choice="required" requires --tool-call-parser to be set'),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "look"}}},
+            'tool_choice=function "look" requires --tool-call-parser to be set',
+        ),
+    ],
+)
+async def test_one_that_was_not_told_how_its_model_calls_tools_refuses_them(
+    engine: httpx.AsyncClient, choice: dict[str, Any], said: str
+) -> None:
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+
+    answer = await engine.post(_CHAT, json=wish(2, tools=tools, **choice))
+
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == said
+
+
+async def test_tools_that_are_not_to_be_called_are_taken(engine: httpx.AsyncClient) -> None:
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+
+    answer = await engine.post(_CHAT, json=wish(2, tools=tools, tool_choice="none"))
+
+    assert answer.status_code == 200
+
+
 async def test_a_model_that_chats_has_no_route_for_embeddings(engine: httpx.AsyncClient) -> None:
     answer = await engine.post("/v1/embeddings", json={"model": MODEL, "input": "hello"})
 

@@ -282,7 +282,8 @@ async def test_the_same_answer_comes_whole(start: Started, spec: DeploymentSpec)
 async def test_a_tool_is_called_when_asked(start: Started, spec: DeploymentSpec) -> None:
     parameters = {"type": "object", "properties": {"city": {"enum": ["Berlin"]}, "days": {"type": "integer"}}}
     tools = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
-    async with start(spec) as engine:
+    understands = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes") if spec is VLLM else ()
+    async with start(spec, *understands) as engine:
         adapter = await start.ready(engine, spec)
         body = chat_body("please call the tool", tools=tools)
         async with adapter.run(engine.base_url, spec, CHAT, body, idle_timeout_s=10) as stream:

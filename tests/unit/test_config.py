@@ -75,6 +75,11 @@ deployments:
             "rung.yaml:10: deployments[0].idle_timeout: ",
         ),
         (
+            BASE.replace("llamacpp, model_path: /m.gguf", "vllm, model: m")
+            + "    capabilities: [chat, tools]\n",
+            "rung.yaml:7: deployments[0].engine.tool_call_parser: is missing: without one vLLM refuses",
+        ),
+        (
             BASE + "    shrinkable: true\n",
             "rung.yaml:9: deployments[0].shrinkable: llamacpp cannot give up its KV cache alone",
         ),

@@ -109,13 +109,16 @@ async def test_every_parameter_becomes_an_option(adapter: VllmAdapter) -> None:
         max_num_seqs=16,
         kv_cache_dtype="fp8",
         kv_cache_memory_bytes=8 << 30,
+        tool_call_parser="hermes",
+        reasoning_parser="qwen3",
     )
     line = adapter.command_line(with_engine(engine), listen_host="127.0.0.1", listen_port=8100)
 
     options = " ".join(line.arguments[7:])
     assert options == (
         "nemotron --gpu-memory-utilization 0.45 --kv-cache-memory-bytes 8589934592 --max-model-len 32768 "
-        "--max-num-seqs 16 --kv-cache-dtype fp8 --enable-sleep-mode"
+        "--max-num-seqs 16 --kv-cache-dtype fp8 --enable-auto-tool-choice --tool-call-parser hermes "
+        "--reasoning-parser qwen3 --enable-sleep-mode"
     )
     assert line.environment["VLLM_SERVER_DEV_MODE"] == "1"
 

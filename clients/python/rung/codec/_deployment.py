@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from google.protobuf.duration_pb2 import Duration
+
 from rung import v1
 from rung.codec._job import failure_reason_from_proto, failure_reason_to_proto
 from rung.codec._values import (
@@ -38,6 +40,7 @@ from rung.types import (
     ResidencyClass,
     Runtime,
     ServiceEngine,
+    TransitionTimes,
     VllmEngine,
     default_slots,
 )
@@ -63,6 +66,7 @@ _DEFAULT_HEALTH_PATH = "/v1/models"
 _DEFAULT_PARALLEL = 1
 _DEFAULT_START_TIMEOUT_S = 600.0
 _DEFAULT_STOP_GRACE_S = 10.0
+_UNSEEN = TransitionTimes()
 
 
 def endpoint_to_proto(value: Endpoint) -> v1.Endpoint:
@@ -86,7 +90,7 @@ def _write_engine(value: Engine, message: v1.EngineSpec) -> None:
         case VllmEngine():
             message.vllm.CopyFrom(_vllm_to_proto(value))
         case OllamaEngine():
-            message.ollama.CopyFrom(v1.OllamaEngine(model=value.model))
+            message.ollama.CopyFrom(v1.OllamaEngine(model=value.model, pull=value.pull))
         case ComfyUiEngine():
             message.comfyui.CopyFrom(v1.ComfyUiEngine(reserve_vram_bytes=value.reserve_vram_bytes))
         case ServiceEngine():
@@ -105,7 +109,8 @@ def _read_engine(message: v1.EngineSpec) -> Engine:
         case "vllm":
             return _vllm_from_proto(message.vllm)
         case "ollama":
-            return OllamaEngine(model=message.ollama.model)
+            pull = message.ollama.pull if message.ollama.HasField("pull") else None
+            return OllamaEngine(model=message.ollama.model, pull=pull)
         case "comfyui":
             return ComfyUiEngine(reserve_vram_bytes=message.comfyui.reserve_vram_bytes)
         case "service":
@@ -153,6 +158,8 @@ def _vllm_to_proto(value: VllmEngine) -> v1.VllmEngine:
         kv_cache_dtype=value.kv_cache_dtype,
         sleep_mode=value.sleep_mode,
         kv_cache_memory_bytes=value.kv_cache_memory_bytes,
+        tool_call_parser=value.tool_call_parser,
+        reasoning_parser=value.reasoning_parser,
     )
 
 
@@ -165,6 +172,8 @@ def _vllm_from_proto(message: v1.VllmEngine) -> VllmEngine:
         kv_cache_dtype=message.kv_cache_dtype,
         sleep_mode=message.sleep_mode,
         kv_cache_memory_bytes=message.kv_cache_memory_bytes,
+        tool_call_parser=message.tool_call_parser,
+        reasoning_parser=message.reasoning_parser,
     )
 
 
@@ -328,6 +337,8 @@ def deployment_to_proto(value: Deployment) -> v1.Deployment:
         asleep_level=value.asleep_level,
         shrunk=value.shrunk,
         kv_cache_bytes=value.kv_cache_bytes,
+        awake_expected=_duration(value.awake_expected_s),
+        usual_times=_transition_times_to_proto(value.usual_times) if value.usual_times != _UNSEEN else None,
     )
 
 
@@ -352,7 +363,38 @@ def deployment_from_proto(message: v1.Deployment) -> Deployment:
         asleep_level=message.asleep_level,
         shrunk=message.shrunk,
         kv_cache_bytes=message.kv_cache_bytes if has("kv_cache_bytes") else None,
+        awake_expected_s=duration_from_proto(message.awake_expected) if has("awake_expected") else None,
+        usual_times=_transition_times_from_proto(message.usual_times) if has("usual_times") else _UNSEEN,
     )
+
+
+def _transition_times_to_proto(value: TransitionTimes) -> v1.TransitionTimes:
+    return v1.TransitionTimes(
+        start=_duration(value.start_s),
+        sleep=_duration(value.sleep_s),
+        wake=_duration(value.wake_s),
+        discard=_duration(value.discard_s),
+        reload=_duration(value.reload_s),
+        shrink=_duration(value.shrink_s),
+        grow=_duration(value.grow_s),
+    )
+
+
+def _transition_times_from_proto(message: v1.TransitionTimes) -> TransitionTimes:
+    has = message.HasField
+    return TransitionTimes(
+        start_s=duration_from_proto(message.start) if has("start") else None,
+        sleep_s=duration_from_proto(message.sleep) if has("sleep") else None,
+        wake_s=duration_from_proto(message.wake) if has("wake") else None,
+        discard_s=duration_from_proto(message.discard) if has("discard") else None,
+        reload_s=duration_from_proto(message.reload) if has("reload") else None,
+        shrink_s=duration_from_proto(message.shrink) if has("shrink") else None,
+        grow_s=duration_from_proto(message.grow) if has("grow") else None,
+    )
+
+
+def _duration(seconds: float | None) -> Duration | None:
+    return None if seconds is None else duration_to_proto(seconds)
 
 
 def lifecycle_event_to_proto(value: LifecycleEvent) -> v1.LifecycleEvent:

@@ -48,6 +48,7 @@ from rung.types._fleet import (
     ResidencyClass,
     Runtime,
     ServiceEngine,
+    TransitionTimes,
     VllmEngine,
     default_slots,
 )
@@ -182,6 +183,7 @@ __all__ = [
     "Tool",
     "ToolCall",
     "ToolCallDelta",
+    "TransitionTimes",
     "Usage",
     "UsageReported",
     "VllmEngine",

@@ -182,7 +182,11 @@ class OpenAiCompatibleEngine(Struct, frozen=True, kw_only=True, tag="openai_comp
 
 
 class VllmEngine(Struct, frozen=True, kw_only=True, tag="vllm", tag_field="kind"):
-    """Parameters of vLLM; 0 and "" mean the engine's default."""
+    """Parameters of vLLM; 0 and "" mean the engine's default.
+
+    Without `tool_call_parser` it refuses requests with tools; without `reasoning_parser` a model's thoughts
+    are part of its answer.
+    """
 
     model: str
     gpu_memory_utilization: float = 0.0
@@ -191,12 +195,24 @@ class VllmEngine(Struct, frozen=True, kw_only=True, tag="vllm", tag_field="kind"
     kv_cache_dtype: str = ""
     sleep_mode: bool = False
     kv_cache_memory_bytes: int = 0
+    tool_call_parser: str = ""
+    reasoning_parser: str = ""
 
 
-class OllamaEngine(Struct, frozen=True, kw_only=True, tag="ollama", tag_field="kind"):
-    """Parameters of Ollama."""
+class OllamaEngine(Struct, frozen=True, kw_only=True, tag="ollama", tag_field="kind", omit_defaults=True):
+    """Parameters of Ollama.
+
+    A model that it does not have is pulled by a start if `pull` says so; None means that an Ollama of ours
+    does, and one that somebody else runs does not.
+    """
 
     model: str
+    pull: bool | None = None
+
+    @property
+    def leaves_node(self) -> bool:
+        """Whether the model is answered for from the internet, however local its name looks."""
+        return self.model.endswith((":cloud", "-cloud"))
 
 
 class ComfyUiEngine(Struct, frozen=True, kw_only=True, tag="comfyui", tag_field="kind"):
@@ -299,8 +315,26 @@ class DeploymentSpec(Struct, frozen=True, kw_only=True):
 
     @property
     def engine_model_name(self) -> str:
-        """The name by which the engine knows the model."""
-        return self.served_model_name or self.model
+        """The name by which the engine knows the model. Ollama knows it by its tag."""
+        engine = self.engine.engine
+        own = engine.model if isinstance(engine, OllamaEngine) else self.model
+        return self.served_model_name or own
+
+
+class TransitionTimes(Struct, frozen=True, kw_only=True):
+    """How long the transitions of a deployment usually take; None for one that nobody has seen yet.
+
+    `sleep_s` and `wake_s` are of level 1, `discard_s` and `reload_s` of level 2, `shrink_s` and `grow_s` of
+    the KV cache alone. What requests in flight take first is no part of them.
+    """
+
+    start_s: float | None = None
+    sleep_s: float | None = None
+    wake_s: float | None = None
+    discard_s: float | None = None
+    reload_s: float | None = None
+    shrink_s: float | None = None
+    grow_s: float | None = None
 
 
 class Deployment(Struct, frozen=True, kw_only=True):
@@ -308,7 +342,8 @@ class Deployment(Struct, frozen=True, kw_only=True):
 
     `asleep_level` is that at which it sleeps, falls asleep or from which it wakes; else 0. `shrunk` stands
     in its place where only the KV cache is given up, about `kv_cache_bytes`, and the weights stay on the
-    GPU.
+    GPU. `awake_expected_s` is the time until it is awake from where it is now, without that to make room
+    for it; None when it is awake, or nobody knows.
     """
 
     spec: DeploymentSpec
@@ -328,6 +363,8 @@ class Deployment(Struct, frozen=True, kw_only=True):
     asleep_level: int = 0
     shrunk: bool = False
     kv_cache_bytes: int | None = None
+    awake_expected_s: float | None = None
+    usual_times: TransitionTimes = TransitionTimes()
 
 
 class MemoryAlert(Struct, frozen=True, kw_only=True):

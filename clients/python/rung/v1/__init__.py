@@ -75,6 +75,7 @@ from rung.v1.deployment_pb2 import (
     Residency as Residency,
     ResidencyClass as ResidencyClass,
     ServiceEngine as ServiceEngine,
+    TransitionTimes as TransitionTimes,
     VllmEngine as VllmEngine,
 )
 from rung.v1.fleet_service_pb2 import (
@@ -657,6 +658,7 @@ __all__ = [
     "ToolCall",
     "ToolCallDelta",
     "TranscriptionInput",
+    "TransitionTimes",
     "Usage",
     "VllmEngine",
     "VramServiceServicer",

@@ -372,6 +372,8 @@ class VllmEngine(_message.Message):
     KV_CACHE_DTYPE_FIELD_NUMBER: _builtins.int
     SLEEP_MODE_FIELD_NUMBER: _builtins.int
     KV_CACHE_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    TOOL_CALL_PARSER_FIELD_NUMBER: _builtins.int
+    REASONING_PARSER_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model directory or hub id."""
     gpu_memory_utilization: _builtins.float
@@ -386,6 +388,10 @@ class VllmEngine(_message.Message):
     """Offer sleep mode."""
     kv_cache_memory_bytes: _builtins.int
     """Size of the KV cache; 0 to derive it from the utilization."""
+    tool_call_parser: _builtins.str
+    """Name of vLLM's parser for the tool calls of this model; without one it refuses requests with tools."""
+    reasoning_parser: _builtins.str
+    """Name of vLLM's parser for the thoughts of this model; without one they are part of the answer."""
     def __init__(
         self,
         *,
@@ -396,10 +402,12 @@ class VllmEngine(_message.Message):
         kv_cache_dtype: _builtins.str = ...,
         sleep_mode: _builtins.bool = ...,
         kv_cache_memory_bytes: _builtins.int = ...,
+        tool_call_parser: _builtins.str = ...,
+        reasoning_parser: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_memory_utilization", b"gpu_memory_utilization", "kv_cache_dtype", b"kv_cache_dtype", "kv_cache_memory_bytes", b"kv_cache_memory_bytes", "max_model_len_tokens", b"max_model_len_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "sleep_mode", b"sleep_mode"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_memory_utilization", b"gpu_memory_utilization", "kv_cache_dtype", b"kv_cache_dtype", "kv_cache_memory_bytes", b"kv_cache_memory_bytes", "max_model_len_tokens", b"max_model_len_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "reasoning_parser", b"reasoning_parser", "sleep_mode", b"sleep_mode", "tool_call_parser", b"tool_call_parser"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -412,18 +420,26 @@ class OllamaEngine(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
+    PULL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Model tag."""
+    """Model tag. One that ends in `:cloud` or `-cloud` is refused: it is answered for from the internet."""
+    pull: _builtins.bool
+    """Whether a start pulls a model that is not there; unset means an Ollama of ours does, and one that
+    somebody else runs does not.
+    """
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
+        pull: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_pull", b"_pull", "pull", b"pull"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pull", b"_pull", "model", b"model", "pull", b"pull"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__pull: _TypeAlias = _typing.Literal["pull"]  # noqa: Y015
+    _WhichOneofArgType__pull: _TypeAlias = _typing.Literal["_pull", b"_pull"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pull) -> _WhichOneofReturnType__pull | None: ...
 
 Global___OllamaEngine: _TypeAlias = OllamaEngine  # noqa: Y015
 
@@ -758,6 +774,8 @@ class Deployment(_message.Message):
     ASLEEP_LEVEL_FIELD_NUMBER: _builtins.int
     SHRUNK_FIELD_NUMBER: _builtins.int
     KV_CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    AWAKE_EXPECTED_FIELD_NUMBER: _builtins.int
+    USUAL_TIMES_FIELD_NUMBER: _builtins.int
     residency: Global___Residency.ValueType
     """Where its weights are. Output only."""
     detail: _builtins.str
@@ -800,6 +818,16 @@ class Deployment(_message.Message):
     def residency_time(self) -> _timestamp_pb2.Timestamp:
         """When the residency last changed."""
 
+    @_builtins.property
+    def awake_expected(self) -> _duration_pb2.Duration:
+        """Expected time until it is awake from where it is now, without the time to make room for it; unset when
+        it is awake, or nobody knows.
+        """
+
+    @_builtins.property
+    def usual_times(self) -> Global___TransitionTimes:
+        """How long its transitions usually take; unset while there has been none."""
+
     def __init__(
         self,
         *,
@@ -820,10 +848,12 @@ class Deployment(_message.Message):
         asleep_level: _builtins.int = ...,
         shrunk: _builtins.bool = ...,
         kv_cache_bytes: _builtins.int | None = ...,
+        awake_expected: _duration_pb2.Duration | None = ...,
+        usual_times: Global___TransitionTimes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_kv_cache_bytes", b"_kv_cache_bytes", "_load_percent", b"_load_percent", "_vram_bytes", b"_vram_bytes", "endpoint", b"endpoint", "kv_cache_bytes", b"kv_cache_bytes", "load_percent", b"load_percent", "residency_time", b"residency_time", "spec", b"spec", "vram_bytes", b"vram_bytes"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_kv_cache_bytes", b"_kv_cache_bytes", "_load_percent", b"_load_percent", "_vram_bytes", b"_vram_bytes", "awake_expected", b"awake_expected", "endpoint", b"endpoint", "kv_cache_bytes", b"kv_cache_bytes", "load_percent", b"load_percent", "residency_time", b"residency_time", "spec", b"spec", "usual_times", b"usual_times", "vram_bytes", b"vram_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_cache_bytes", b"_kv_cache_bytes", "_load_percent", b"_load_percent", "_vram_bytes", b"_vram_bytes", "active_requests", b"active_requests", "adopted", b"adopted", "asleep_level", b"asleep_level", "container_id", b"container_id", "detail", b"detail", "endpoint", b"endpoint", "failure_reason", b"failure_reason", "generation", b"generation", "kv_cache_bytes", b"kv_cache_bytes", "load_percent", b"load_percent", "pid", b"pid", "queued_requests", b"queued_requests", "residency", b"residency", "residency_time", b"residency_time", "shrunk", b"shrunk", "spec", b"spec", "vram_bytes", b"vram_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_cache_bytes", b"_kv_cache_bytes", "_load_percent", b"_load_percent", "_vram_bytes", b"_vram_bytes", "active_requests", b"active_requests", "adopted", b"adopted", "asleep_level", b"asleep_level", "awake_expected", b"awake_expected", "container_id", b"container_id", "detail", b"detail", "endpoint", b"endpoint", "failure_reason", b"failure_reason", "generation", b"generation", "kv_cache_bytes", b"kv_cache_bytes", "load_percent", b"load_percent", "pid", b"pid", "queued_requests", b"queued_requests", "residency", b"residency", "residency_time", b"residency_time", "shrunk", b"shrunk", "spec", b"spec", "usual_times", b"usual_times", "vram_bytes", b"vram_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__kv_cache_bytes: _TypeAlias = _typing.Literal["kv_cache_bytes"]  # noqa: Y015
     _WhichOneofArgType__kv_cache_bytes: _TypeAlias = _typing.Literal["_kv_cache_bytes", b"_kv_cache_bytes"]  # noqa: Y015
@@ -839,6 +869,68 @@ class Deployment(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__vram_bytes) -> _WhichOneofReturnType__vram_bytes | None: ...
 
 Global___Deployment: _TypeAlias = Deployment  # noqa: Y015
+
+@_typing.final
+class TransitionTimes(_message.Message):
+    """TransitionTimes says how long the transitions of a deployment usually take, learnt from earlier ones by its
+    agent. One that has not been seen yet is unset.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    SLEEP_FIELD_NUMBER: _builtins.int
+    WAKE_FIELD_NUMBER: _builtins.int
+    DISCARD_FIELD_NUMBER: _builtins.int
+    RELOAD_FIELD_NUMBER: _builtins.int
+    SHRINK_FIELD_NUMBER: _builtins.int
+    GROW_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def start(self) -> _duration_pb2.Duration:
+        """Start its engine, until it answers."""
+
+    @_builtins.property
+    def sleep(self) -> _duration_pb2.Duration:
+        """Sleep at level 1, once it is idle: the weights go to host RAM."""
+
+    @_builtins.property
+    def wake(self) -> _duration_pb2.Duration:
+        """Wake from level 1."""
+
+    @_builtins.property
+    def discard(self) -> _duration_pb2.Duration:
+        """Sleep at level 2, once it is idle: the weights are dropped."""
+
+    @_builtins.property
+    def reload(self) -> _duration_pb2.Duration:
+        """Wake from level 2."""
+
+    @_builtins.property
+    def shrink(self) -> _duration_pb2.Duration:
+        """Give up the KV cache, once it is idle."""
+
+    @_builtins.property
+    def grow(self) -> _duration_pb2.Duration:
+        """Take the KV cache back."""
+
+    def __init__(
+        self,
+        *,
+        start: _duration_pb2.Duration | None = ...,
+        sleep: _duration_pb2.Duration | None = ...,
+        wake: _duration_pb2.Duration | None = ...,
+        discard: _duration_pb2.Duration | None = ...,
+        reload: _duration_pb2.Duration | None = ...,
+        shrink: _duration_pb2.Duration | None = ...,
+        grow: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["discard", b"discard", "grow", b"grow", "reload", b"reload", "shrink", b"shrink", "sleep", b"sleep", "start", b"start", "wake", b"wake"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["discard", b"discard", "grow", b"grow", "reload", b"reload", "shrink", b"shrink", "sleep", b"sleep", "start", b"start", "wake", b"wake"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransitionTimes: _TypeAlias = TransitionTimes  # noqa: Y015
 
 @_typing.final
 class LifecycleEvent(_message.Message):
