@@ -24,7 +24,7 @@ $(ENGINES): $(VENV)
 	@sh scripts/make_venv.sh dev engines
 	@touch $@
 
-demo: $(VENV) ## Show it working: no GPU, no download of models, under a minute.
+demo: $(VENV) ## Show it working: no GPU, no download of models, about a minute.
 	@$(BIN)/rung demo
 
 test: $(ENGINES) ## Run all tests, with a real llama.cpp, a real Docker Engine and real processes.

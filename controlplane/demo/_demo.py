@@ -19,7 +19,7 @@ from rung import AsyncClient
 from rung.cli import ExitCode
 from rung.errors import RungError
 
-#: `make demo` promises a minute; this is for a computer that is much slower than any we know.
+#: `make demo` takes about a minute; this is for a computer that is much slower than any we know.
 _STORY_TIMEOUT_S = 180.0
 
 
