@@ -165,6 +165,7 @@ class Layout(Struct, frozen=True, kw_only=True):
                 "gpu_memory_utilization": _ORCHESTRATOR_UTILIZATION,
                 "max_model_len_tokens": _CONTEXT_TOKENS,
                 "sleep_mode": True,
+                "tool_call_parser": "hermes",
             }
             settings = {"RUNG_SIM_LOAD_S": f"{_ORCHESTRATOR_LOAD_S:g}"}
         return {
