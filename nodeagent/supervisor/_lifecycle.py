@@ -208,7 +208,12 @@ class EngineLifecycle:
         """Tell progress to the operation, and to everybody who watches the deployment."""
 
         def tell(progress: LifecycleProgress) -> None:
-            self._state.show(progress.residency, progress.detail, load_percent=progress.percent)
+            self._state.show(
+                progress.residency,
+                progress.detail,
+                load_percent=progress.percent,
+                remaining_s=progress.remaining_s,
+            )
             emit(progress)
 
         return tell

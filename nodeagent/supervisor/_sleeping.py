@@ -178,7 +178,7 @@ class EngineSleep:
         state.show(Residency.WAKING, "waking")
         state.save(Residency.WAKING)
         async with self._watched() as watch:
-            name = self._name_of_wake()
+            name = state.way_back
             with Progress(
                 self._lifecycle.telling(emit), Residency.WAKING, usual_s=state.usual_s(name)
             ) as progress:
@@ -193,10 +193,6 @@ class EngineSleep:
                 await watch.unless_gone(self._require_answer(progress))
                 state.took(name, progress.elapsed_s)
         self._lifecycle.awake()
-
-    def _name_of_wake(self) -> str:
-        record = self._state.record
-        return "grow" if record.shrunk else f"wake {record.sleep_level or DEEPEST_LEVEL}"
 
     async def _require_answer(self, progress: Progress) -> None:
         """Ask an engine that says that it is awake for one token.

@@ -8,12 +8,14 @@ from collections.abc import Callable
 
 from msgspec.structs import replace
 
+from nodeagent.engines import DEEPEST_LEVEL
 from nodeagent.runtimes import RunningEngine
 from nodeagent.supervisor._planning import usual_s
 from nodeagent.supervisor._records import KEPT_TIMES, EngineRecord, Records
 from nodeagent.supervisor._residency import require_edge
-from rung.types import Deployment, Endpoint, EndpointScope, FailureReason, Residency
+from rung.types import Deployment, Endpoint, EndpointScope, FailureReason, Residency, TransitionTimes
 
+_RISING = frozenset({Residency.STARTING, Residency.WAKING})
 _SLEEPS = frozenset({Residency.FALLING_ASLEEP, Residency.ASLEEP, Residency.WAKING})
 
 
@@ -39,6 +41,11 @@ class DeploymentState:
         #: Set while no request runs.
         self.idle = asyncio.Event()
         self.idle.set()
+        self.deployment = replace(
+            self.deployment,
+            usual_times=self._usual_times(),
+            awake_expected_s=self._awake_expected_s(Residency.STOPPED, None),
+        )
         self._records = records
         self._scope = scope
         self._on_change = on_change
@@ -59,9 +66,13 @@ class DeploymentState:
         detail: str,
         *,
         load_percent: float | None = None,
+        remaining_s: float | None = None,
         failure_reason: FailureReason | None = None,
     ) -> None:
-        """Say how the deployment is; nothing is stored. Raises as `require_edge`."""
+        """Say how the deployment is; nothing is stored. Raises as `require_edge`.
+
+        `remaining_s` is the time until this residency is expected to end; None if that is not known.
+        """
         current = self.deployment
         require_edge(current.residency, residency)
         running = self.record.running
@@ -81,6 +92,8 @@ class DeploymentState:
             asleep_level=self.record.sleep_level if residency in _SLEEPS else 0,
             shrunk=self.record.shrunk and residency in _SLEEPS,
             kv_cache_bytes=self.record.kv_cache_bytes,
+            awake_expected_s=self._awake_expected_s(residency, remaining_s),
+            usual_times=self._usual_times(),
             residency_time_s=current.residency_time_s if residency is current.residency else time.time(),
         )
         self._on_change()
@@ -132,6 +145,32 @@ class DeploymentState:
     def usual_s(self, transition: str) -> float | None:
         """How long such a sleep or wake of this deployment usually takes; None before the first."""
         return usual_s(self.record.transition_times_s.get(transition, ()))
+
+    @property
+    def way_back(self) -> str:
+        """What waking it from where it sleeps is called among the times."""
+        return "grow" if self.record.shrunk else f"wake {self.record.sleep_level or DEEPEST_LEVEL}"
+
+    def _awake_expected_s(self, residency: Residency, remaining_s: float | None) -> float | None:
+        """How long until it is awake; None when it is, or nobody knows."""
+        if residency in _RISING:
+            return remaining_s
+        if residency is Residency.ASLEEP:
+            return self.usual_s(self.way_back)
+        if residency in (Residency.STOPPED, Residency.FAILED):
+            return usual_s(self.record.load_times_s)
+        return None
+
+    def _usual_times(self) -> TransitionTimes:
+        return TransitionTimes(
+            start_s=usual_s(self.record.load_times_s),
+            sleep_s=self.usual_s("sleep 1"),
+            wake_s=self.usual_s("wake 1"),
+            discard_s=self.usual_s("sleep 2"),
+            reload_s=self.usual_s("wake 2"),
+            shrink_s=self.usual_s("shrink"),
+            grow_s=self.usual_s("grow"),
+        )
 
     def count(self, change: int) -> None:
         """Add to the running requests.
