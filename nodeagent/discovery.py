@@ -155,7 +155,7 @@ class _Listener:
         local = [
             tag
             for tag in tags.models or []
-            if not tag.remote_host and not tag.name.endswith((":cloud", "-cloud"))
+            if not tag.remote_host and not OllamaEngine(model=tag.name).leaves_node
         ]
         return [
             self._spec(

@@ -210,7 +210,7 @@ class OllamaConfig(_Model):
     model: Annotated[str, AfterValidator(_on_the_node)]
     pull: bool | None = Field(
         default=None,
-        description="Whether a start pulls a model that is not there; unset: yes, but for an external Ollama.",
+        description="Whether a start pulls a model that is not there; unset: unless Ollama is external.",
     )
 
     def value(self) -> types.Engine:

@@ -5,7 +5,7 @@ An adapter knows command lines, health and the shape of requests; it runs no pro
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
@@ -34,6 +34,8 @@ class EngineHealth(StrEnum):
     READY = "ready"
     #: It listens, and some of its memory was put to sleep: a request to it would hang until it is woken.
     ASLEEP = "asleep"
+    #: It listens, and does not have the deployment's model on its disk.
+    NO_MODEL = "no_model"
     #: It listens and is not well.
     UNWELL = "unwell"
 
@@ -52,6 +54,14 @@ class LoadProgress(Struct, frozen=True):
 
     detail: str
     percent: float | None = None
+
+
+class PullProgress(Struct, frozen=True):
+    """How far the pull of a model is. `percent` is 0 to 100; None where something is not known."""
+
+    detail: str
+    percent: float | None = None
+    remaining_s: float | None = None
 
 
 class CommandLine(Struct, frozen=True, kw_only=True):
@@ -203,5 +213,36 @@ class FreeControl(Protocol):
         Raises:
             EngineUnreachableError, EngineTimeoutError, EngineProtocolError: as the engine client does.
             EngineFailedError: it refused.
+        """
+        ...
+
+
+@runtime_checkable
+class PullControl(Protocol):
+    """What an adapter has whose engine fetches its models itself, once it runs."""
+
+    def pulls(self, spec: DeploymentSpec) -> bool:
+        """Whether a start of this spec is to fetch a model that the engine does not have."""
+        ...
+
+    async def pull(
+        self,
+        base_url: str,
+        spec: DeploymentSpec,
+        tell: Callable[[PullProgress], None],
+        *,
+        environment: Mapping[str, str],
+    ) -> None:
+        """Fetch the deployment's model, and return once the engine has it. Cancelled, the engine stops too.
+
+        Args:
+            base_url: where it listens.
+            spec: the deployment.
+            tell: is told how far it is, at once and at least once a second.
+            environment: that of the engine's process; empty if it is not known.
+
+        Raises:
+            InvalidRequestError: the model would be answered for from the internet.
+            EngineFailedError: there is no such model, no room for it, or no way to where it is.
         """
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 
 import msgspec
@@ -14,14 +15,16 @@ from nodeagent.engines._base import (
     EngineStream,
     LoadProgress,
     Probe,
+    PullProgress,
     RunKind,
 )
 from nodeagent.engines._loading import LLAMA_CPP, milestone, recognise
 from nodeagent.engines._openai_relay import Answer, ask, guarded, relay
+from nodeagent.engines._pulling import ModelPull, free_for_models
 from nodeagent.engines._tell import tell
 from rung.errors import EngineFailedError, EngineProtocolError, InvalidRequestError
 from rung.service import EngineClient
-from rung.types import DeploymentSpec, OllamaEngine
+from rung.types import DeploymentSpec, ExternalRuntime, OllamaEngine
 
 #: Residency is ours to decide: a model stays until it is told to go.
 _FOR_EVER = -1
@@ -31,8 +34,7 @@ _UNLOADED = 2
 _UNLOAD_TIMEOUT_S = 15.0
 _UNLOAD_POLL_S = 0.1
 _UNLOAD_CALL_TIMEOUT_S = 10.0
-#: Tags that are answered from the internet, however local they look.
-_CLOUD = (":cloud", "-cloud")
+_PULL_PAUSE_S = 1.0
 
 _MILESTONES = (
     milestone(r"Listening on \S+", "listening"),
@@ -81,14 +83,26 @@ class OllamaAdapter:
     so none may be sent to it while it sleeps. With an Ollama of somebody else every generation sets the
     model's keep-alive back to that server's default, and it may fall asleep by itself.
 
+    OpenAI's routes cannot say how long the context is to be: it is the server's, or the model's own, and a
+    longer prompt is cut without a word. So a model that is loaded with a shorter one than the deployment
+    says is not well, and is not woken.
+
     Args:
         client: connections to engines.
         unload_timeout_s: how long `free` waits for the model to be gone.
+        pull_pause_s: pause after the first attempt of a pull that broke off.
     """
 
-    def __init__(self, client: EngineClient, *, unload_timeout_s: float = _UNLOAD_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        client: EngineClient,
+        *,
+        unload_timeout_s: float = _UNLOAD_TIMEOUT_S,
+        pull_pause_s: float = _PULL_PAUSE_S,
+    ) -> None:
         self._client = client
         self._unload_timeout_s = unload_timeout_s
+        self._pull_pause_s = pull_pause_s
 
     def command_line(self, spec: DeploymentSpec, *, listen_host: str, listen_port: int) -> CommandLine:
         """`ollama serve`, for one model that stays.
@@ -101,7 +115,7 @@ class OllamaAdapter:
                 name it otherwise than Ollama does.
         """
         engine = _engine(spec)
-        _refuse_cloud(spec, engine)
+        _refuse_cloud(spec)
         if _full_name(spec.engine_model_name) != _full_name(engine.model):
             raise InvalidRequestError(
                 f"{spec.id}: Ollama knows its model as {engine.model!r} only, and requests would say "
@@ -135,7 +149,7 @@ class OllamaAdapter:
         Raises:
             InvalidRequestError: the model would be answered for from the internet.
         """
-        _refuse_cloud(spec, _engine(spec))
+        _refuse_cloud(spec)
         return relay(self._client, base_url, kind, body, what=spec.id, idle_timeout_s=idle_timeout_s)
 
     @property
@@ -162,9 +176,10 @@ class OllamaAdapter:
 
         Raises:
             EngineUnreachableError, EngineTimeoutError, EngineProtocolError: as the engine client does.
-            EngineFailedError: it refused, or does not list the model as loaded.
+            EngineFailedError: it refused, does not list the model as loaded, or gave it a shorter context
+                than the deployment says; then it is unloaded again.
         """
-        _refuse_cloud(spec, _engine(spec))
+        _refuse_cloud(spec)
         name = spec.engine_model_name
         if "chat" in spec.capabilities or "embedding" not in spec.capabilities:
             path, question = "/api/generate", {"model": name, "keep_alive": _FOR_EVER, "stream": False}
@@ -175,8 +190,13 @@ class OllamaAdapter:
         timeout_s = spec.engine.start_timeout_s
         answer = await tell(self._client, base_url, path, body, what=spec.id, timeout_s=timeout_s)
         _accepted(spec, path, answer)
-        if await self.loaded(base_url, spec) is None:
+        found = await self.loaded(base_url, spec)
+        if found is None:
             raise EngineFailedError(f"{spec.id}: Ollama says that it loaded {name}, and does not list it")
+        too_short = _too_short(spec, found)
+        if too_short:
+            await self.free(base_url, spec)
+            raise EngineFailedError(f"{spec.id}: {too_short}")
 
     async def free(self, base_url: str, spec: DeploymentSpec) -> None:
         """Unload the deployment's model, and return once Ollama no longer lists it as loaded.
@@ -201,6 +221,37 @@ class OllamaAdapter:
                 )
             await asyncio.sleep(_UNLOAD_POLL_S)
 
+    def pulls(self, spec: DeploymentSpec) -> bool:
+        """See `PullControl.pulls`. Unless it was said, an Ollama of ours does, and one of others does not."""
+        pull = _engine(spec).pull
+        return not isinstance(spec.engine.runtime, ExternalRuntime) if pull is None else pull
+
+    async def pull(
+        self,
+        base_url: str,
+        spec: DeploymentSpec,
+        tell: Callable[[PullProgress], None],
+        *,
+        environment: Mapping[str, str],
+    ) -> None:
+        """See `PullControl.pull`. It goes on where an earlier pull broke off."""
+        _refuse_cloud(spec)
+        pull = ModelPull(
+            self._client,
+            base_url,
+            spec.engine_model_name,
+            what=spec.id,
+            tell=tell,
+            free_bytes=lambda: free_for_models(environment),
+            pause_s=self._pull_pause_s,
+        )
+        await pull.run()
+        probe = await self.probe(base_url, spec)
+        if probe.health is EngineHealth.NO_MODEL:
+            raise EngineFailedError(
+                f"{spec.id}: Ollama says that it pulled {spec.engine_model_name}, and does not list it"
+            )
+
     async def loaded(self, base_url: str, spec: DeploymentSpec) -> OllamaModel | None:
         """The deployment's model if it is loaded.
 
@@ -218,6 +269,9 @@ class OllamaAdapter:
         return next((model for model in models if _full_name(model.name) == wanted), None)
 
     async def _probe(self, base_url: str, spec: DeploymentSpec) -> Probe:
+        elsewhere = _elsewhere(spec)
+        if elsewhere:
+            return Probe(health=EngineHealth.UNWELL, detail=elsewhere)
         answer = await ask(self._client, base_url, "/api/tags", what=spec.id)
         if answer.status != 200:
             return Probe(health=EngineHealth.UNWELL, detail=f"/api/tags answers {answer.status}")
@@ -229,10 +283,18 @@ class OllamaAdapter:
         wanted = spec.engine_model_name
         if _full_name(wanted) not in {_full_name(name) for name in names}:
             detail = f"Ollama has no model {wanted}; `ollama pull {wanted}` gets it"
-            return Probe(health=EngineHealth.UNWELL, detail=detail, models=names)
+            return Probe(health=EngineHealth.NO_MODEL, detail=detail, models=names)
         model = await self.loaded(base_url, spec)
         if model is None:
             return Probe(health=EngineHealth.ASLEEP, detail="its model is not loaded", models=names)
+        too_short = _too_short(spec, model)
+        if too_short:
+            return Probe(
+                health=EngineHealth.UNWELL,
+                detail=too_short,
+                models=names,
+                context_tokens=model.context_tokens,
+            )
         return Probe(
             health=EngineHealth.READY,
             detail=_residency(model),
@@ -248,11 +310,30 @@ def _engine(spec: DeploymentSpec) -> OllamaEngine:
     return engine
 
 
-def _refuse_cloud(spec: DeploymentSpec, engine: OllamaEngine) -> None:
-    if engine.model.endswith(_CLOUD) or spec.engine_model_name.endswith(_CLOUD):
-        raise InvalidRequestError(
-            f"{spec.id}: {engine.model} runs on Ollama's servers, not on this node", deployment=spec.id
-        )
+def _refuse_cloud(spec: DeploymentSpec) -> None:
+    _engine(spec)
+    elsewhere = _elsewhere(spec)
+    if elsewhere:
+        raise InvalidRequestError(f"{spec.id}: {elsewhere}", deployment=spec.id)
+
+
+def _elsewhere(spec: DeploymentSpec) -> str:
+    """Why this node does not answer for the spec's model; empty if it does."""
+    for name in (_engine(spec).model, spec.engine_model_name):
+        if OllamaEngine(model=name).leaves_node:
+            return f"{name} runs on Ollama's servers, not on this node"
+    return ""
+
+
+def _too_short(spec: DeploymentSpec, model: OllamaModel) -> str:
+    """What is wrong with the context of a loaded model; empty if nothing is, or Ollama does not tell it."""
+    if not 0 < model.context_tokens < spec.context_tokens:
+        return ""
+    return (
+        f"Ollama runs {model.name} with a context of {model.context_tokens} tokens where context_tokens says "
+        f"{spec.context_tokens}, and would cut longer prompts without a word; set OLLAMA_CONTEXT_LENGTH for "
+        f"that server, or num_ctx in the model, or context_tokens to {model.context_tokens}"
+    )
 
 
 def _full_name(name: str) -> str:

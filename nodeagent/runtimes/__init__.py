@@ -11,7 +11,7 @@ from nodeagent.runtimes._base import (
 )
 from nodeagent.runtimes._docker import DockerEngineRuntime
 from nodeagent.runtimes._external import ExternalEngineRuntime
-from nodeagent.runtimes._proc import become_subreaper
+from nodeagent.runtimes._proc import become_subreaper, environment_of
 from nodeagent.runtimes._process import ProcessEngineRuntime
 
 __all__ = [
@@ -27,4 +27,5 @@ __all__ = [
     "RunningEngine",
     "RuntimeProgress",
     "become_subreaper",
+    "environment_of",
 ]

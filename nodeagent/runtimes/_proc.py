@@ -60,12 +60,17 @@ def marked(mark: str) -> Iterator[int]:
 
 def mark_of(pid: int) -> str:
     """The mark of a process; empty without one."""
-    with suppress(OSError):
-        for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-            name, _, value = variable.partition(b"=")
-            if name == MARK.encode():
-                return value.decode()
-    return ""
+    return environment_of(pid).get(MARK, "")
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    """The environment that a process was started with; empty if it cannot be read, or there is none."""
+    try:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return {}
+    pairs = (os.fsdecode(variable).partition("=") for variable in variables if variable)
+    return {name: value for name, _, value in pairs}
 
 
 def descendants(pid: int) -> frozenset[int]:

@@ -173,7 +173,12 @@ class EngineSupervisor:
                         # What would be refused is not made to wait for its GPU.
                         runtime.check(launch_plan(spec, adapter, self._state.record.generation + 1))
                         async with self._gpu_turn("start", emit, spec):
-                            await self._start(start, spec, emit, runtime=runtime, adapter=adapter)
+                            up = await self._start(start, spec, emit, runtime=runtime, adapter=adapter)
+                        while not up:
+                            # Others need not wait for a download.
+                            await self._lifecycle.pull(start, emit)
+                            async with self._gpu_turn("start", emit):
+                                up = await self._lifecycle.bring_up(start, emit, None)
                     return LifecycleDone(self.deployment)
             except asyncio.CancelledError:
                 if not start.called_off or self._lifecycle.closing:
@@ -213,7 +218,8 @@ class EngineSupervisor:
         *,
         runtime: EngineRuntime,
         adapter: EngineAdapter,
-    ) -> None:
+    ) -> bool:
+        """Start it anew; False as `EngineLifecycle.bring_up`."""
         state, lifecycle = self._state, self._lifecycle
         plan = launch_plan(spec, adapter, state.record.generation + 1)
         runtime.check(plan)
@@ -232,7 +238,7 @@ class EngineSupervisor:
         state.record = replace(state.record, generation=plan.generation, running=intended(plan))
         # Before anything runs: an agent that dies now knows what to look for.
         state.save(Residency.STARTING)
-        await lifecycle.bring_up(start, emit, plan)
+        return await lifecycle.bring_up(start, emit, plan)
 
     async def stop(self, emit: Emit, *, force: bool) -> LifecycleDone:
         """Stop the engine after its running requests; at once if none runs.

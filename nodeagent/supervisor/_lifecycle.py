@@ -7,11 +7,12 @@ from contextlib import suppress
 
 from msgspec.structs import replace
 
-from nodeagent.engines import EngineAdapter, EngineHealth, Probe, ShrinkControl
+from nodeagent.engines import EngineAdapter, EngineHealth, Probe, PullControl, ShrinkControl
 from nodeagent.runtimes import EngineRuntime, LaunchPlan
 from nodeagent.supervisor._loading import until_ready
 from nodeagent.supervisor._planning import usual_s
 from nodeagent.supervisor._progress import Emit, Progress
+from nodeagent.supervisor._pulling import until_pulled
 from nodeagent.supervisor._records import KEPT_TIMES
 from nodeagent.supervisor._state import DeploymentState, has_process
 from nodeagent.supervisor._tending import note_asleep, tend
@@ -43,10 +44,11 @@ class EngineLifecycle:
         """Whether somebody else runs the engine."""
         return isinstance(self._state.record.spec.engine.runtime, ExternalRuntime)
 
-    async def bring_up(self, start: Start, emit: Emit, plan: LaunchPlan | None) -> None:
+    async def bring_up(self, start: Start, emit: Emit, plan: LaunchPlan | None) -> bool:
         """Start what a plan says, or without one go on with what loads already; return once it is awake.
 
-        What somebody else runs may be asleep.
+        What somebody else runs may be asleep. False if its engine has to fetch its model first (`pull`),
+        and then this is asked again, without a plan.
 
         Raises:
             NotAllowedError, InvalidRequestError, EngineStartFailedError: as `EngineRuntime.start`.
@@ -66,12 +68,11 @@ class EngineLifecycle:
                     state.record = replace(state.record, running=running)
                     state.save(Residency.STARTING)
                 found = await self._until_ready(progress)
+                if found.health is EngineHealth.NO_MODEL:
+                    return False
                 await self._learn_of_cache()
         except BaseException as error:
-            # An agent that ends leaves an engine that loads to the next one.
-            if not self.closing:
-                start.failed()
-                await self._give_up(error, emit)
+            await self._failed(start, error, emit)
             raise
         if plan is not None and not self.external:
             times_s = (*state.record.load_times_s, progress.elapsed_s)[-KEPT_TIMES:]
@@ -81,6 +82,31 @@ class EngineLifecycle:
             self.tend()
         else:
             self.awake()
+        return True
+
+    async def pull(self, start: Start, emit: Emit) -> None:
+        """Have an engine that is up fetch its model, which no GPU has a part in.
+
+        Raises:
+            EngineStartFailedError: it ended, or cannot get the model; nothing is left running.
+        """
+        running, control = self._state.record.running, self.adapter
+        assert running is not None
+        assert isinstance(control, PullControl)
+        try:
+            with Progress(self.telling(emit), Residency.STARTING) as progress:
+                await until_pulled(
+                    running, self._state.record.spec, runtime=self.runtime, control=control, progress=progress
+                )
+        except BaseException as error:
+            await self._failed(start, error, emit)
+            raise
+
+    async def _failed(self, start: Start, error: BaseException, emit: Emit) -> None:
+        """A start has come to nothing. An agent that ends leaves an engine that loads to the next one."""
+        if not self.closing:
+            start.failed()
+            await self._give_up(error, emit)
 
     async def _until_ready(self, progress: Progress) -> Probe:
         record = self._state.record

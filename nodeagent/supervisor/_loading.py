@@ -7,7 +7,15 @@ from collections import deque
 
 import structlog
 
-from nodeagent.engines import DEEPEST_LEVEL, EngineAdapter, EngineHealth, LoadProgress, Probe, SleepControl
+from nodeagent.engines import (
+    DEEPEST_LEVEL,
+    EngineAdapter,
+    EngineHealth,
+    LoadProgress,
+    Probe,
+    PullControl,
+    SleepControl,
+)
 from nodeagent.runtimes import EngineExit, EngineRuntime, RunningEngine
 from nodeagent.supervisor._planning import last_words
 from nodeagent.supervisor._progress import Progress
@@ -36,10 +44,12 @@ async def until_ready(
 ) -> Probe:
     """Return once the engine answers requests; one of somebody else may be found asleep.
 
-    One whose server is up before its model is loaded is told to load it.
+    One whose server is up before its model is loaded is told to load it. One that is to fetch its model
+    first is returned at once.
 
     Raises:
-        EngineStartFailedError: it has ended, it cannot load, or its time is over. It may still run.
+        EngineStartFailedError: it has ended, it cannot load, it has not its model and is not to fetch it, or
+            its time is over. It may still run.
     """
     external = isinstance(spec.engine.runtime, ExternalRuntime)
     patience_s = _ADOPT_PATIENCE_S if external else spec.engine.start_timeout_s
@@ -56,6 +66,10 @@ async def until_ready(
                     return probe
                 if probe.health is EngineHealth.ASLEEP and load_task is None:
                     load_task = _load(running, spec, adapter)
+                if probe.health is EngineHealth.NO_MODEL:
+                    if isinstance(adapter, PullControl) and adapter.pulls(spec):
+                        return probe
+                    raise EngineStartFailedError(f"{spec.id}: {probe.detail}", deployment=spec.id)
             if exit_task.done():
                 ended = exit_task.result()
                 how = f": {ended.detail}" if external else f" {ended.detail} while it was loading"

@@ -15,7 +15,7 @@ from nodeagent.supervisor._loading import RETURN_INTERVAL_S
 from nodeagent.supervisor._progress import Emit, nobody
 from nodeagent.supervisor._sleeping import EngineSleep
 from nodeagent.supervisor._state import DeploymentState
-from nodeagent.supervisor._turns import Turns
+from nodeagent.supervisor._turns import Start, Turns
 from rung.errors import RungError, UnavailableError
 from rung.types import FailureReason, Residency, ResidencyClass
 
@@ -123,11 +123,16 @@ class Resumption:
     async def _resume_loading(self) -> None:
         pinned = self._state.record.residency_class is ResidencyClass.PINNED
         with self._turns.asked_to_start(pinned=pinned) as start:
-            async with self._turns.turn("start", nobody), self._gpu_turn("start", nobody):
+            async with self._turns.turn("start", nobody):
                 try:
-                    await self._lifecycle.bring_up(start, nobody, None)
+                    while not await self._bring_up(start):
+                        await self._lifecycle.pull(start, nobody)
                 except RungError as error:
                     _log.warning("engine_not_resumed", deployment=self._state.id, error=error.message)
+
+    async def _bring_up(self, start: Start) -> bool:
+        async with self._gpu_turn("start", nobody):
+            return await self._lifecycle.bring_up(start, nobody, None)
 
     async def _find_out(self) -> None:
         turn = "search for what it does"

@@ -48,10 +48,11 @@ class AgentNode:
         return await self.done("StartEngine", spec=proto, timeout_s=timeout_s)
 
     async def deployment(self, deployment_id: str) -> Deployment:
-        """As a control plane sees it that connects now."""
+        """As a control plane sees it that connects now, once there is one."""
         async with self._stub() as stub:
             async for response in stub.Watch(v1.WatchRequest(epoch=1)):
-                for each in response.snapshot.deployments:
+                changed = [response.deployment] if response.HasField("deployment") else []
+                for each in (*response.snapshot.deployments, *changed):
                     found = codec.deployment_from_proto(each)
                     if found.spec.id == deployment_id:
                         return found

@@ -144,7 +144,7 @@ async def test_it_listens_at_once_and_sleeps_while_nothing_is_loaded(
         assert held(gpus) == 0
         missing = await adapter.probe(engine.base_url, spec_of("llama3:70b"))
 
-    assert (missing.health, "ollama pull llama3:70b" in missing.detail) == (EngineHealth.UNWELL, True)
+    assert (missing.health, "ollama pull llama3:70b" in missing.detail) == (EngineHealth.NO_MODEL, True)
 
 
 async def test_memory_moves_with_waking_and_freeing(

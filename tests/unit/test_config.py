@@ -80,6 +80,14 @@ deployments:
             "rung.yaml:7: deployments[0].engine.tool_call_parser: is missing: without one vLLM refuses",
         ),
         (
+            BASE.replace("llamacpp, model_path: /m.gguf", "ollama, model: kimi:cloud"),
+            "rung.yaml:7: deployments[0].engine.model: kimi:cloud runs on Ollama's servers, not on this node",
+        ),
+        (
+            BASE.replace("llamacpp, model_path: /m.gguf", "ollama, model: qwen3:8b"),
+            "deployments[0].context_tokens: is missing: Ollama cuts a prompt that is longer than its context",
+        ),
+        (
             BASE + "    shrinkable: true\n",
             "rung.yaml:9: deployments[0].shrinkable: llamacpp cannot give up its KV cache alone",
         ),

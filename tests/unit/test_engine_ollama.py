@@ -49,6 +49,9 @@ def adapter(client: EngineClient) -> OllamaAdapter:
     return OllamaAdapter(client)
 
 
+_NOT_THERE = "Ollama has no model qwen3:8b; `ollama pull qwen3:8b` gets it"
+
+
 class Script:
     """An Ollama that answers as it was told, and keeps what it was asked."""
 
@@ -110,7 +113,6 @@ async def test_a_context_that_is_configured_is_not_cut_short(adapter: OllamaAdap
     [
         ("qwen3:8b", LlamaCppEngine(model_path="/a"), "is not an Ollama deployment"),
         ("kimi:cloud", OllamaEngine(model="kimi:cloud"), "not on this node"),
-        ("reasoner", OllamaEngine(model="qwen3:8b"), "set served_model_name to 'qwen3:8b'"),
     ],
 )
 async def test_a_spec_that_cannot_be_served_is_refused(
@@ -120,6 +122,21 @@ async def test_a_spec_that_cannot_be_served_is_refused(
 
     with pytest.raises(InvalidRequestError, match=complaint):
         adapter.command_line(spec, listen_host="127.0.0.1", listen_port=1)
+
+
+async def test_a_name_that_ollama_does_not_know_is_refused(adapter: OllamaAdapter) -> None:
+    spec = replace(SPEC, served_model_name="reasoner")
+
+    with pytest.raises(InvalidRequestError, match="set served_model_name to 'qwen3:8b'"):
+        adapter.command_line(spec, listen_host="h", listen_port=1)
+
+
+async def test_requests_name_the_tag_whatever_the_deployment_is_called(adapter: OllamaAdapter) -> None:
+    spec = replace(SPEC, model="the-house-model")
+
+    adapter.command_line(spec, listen_host="h", listen_port=1)
+
+    assert spec.engine_model_name == "qwen3:8b"
 
 
 async def test_a_name_without_a_tag_is_the_latest(adapter: OllamaAdapter) -> None:
@@ -190,15 +207,15 @@ async def test_one_whose_model_is_not_loaded_sleeps(adapter: OllamaAdapter, load
 
 
 @pytest.mark.parametrize(
-    ("tags", "detail"),
+    ("tags", "health", "detail"),
     [
-        ({"models": [{"name": "qwen3:4b"}]}, "Ollama has no model qwen3:8b; `ollama pull qwen3:8b` gets it"),
-        ({"models": None}, "Ollama has no model qwen3:8b; `ollama pull qwen3:8b` gets it"),
-        ("no object", "/api/tags answers with no list of models"),
+        ({"models": [{"name": "qwen3:4b"}]}, EngineHealth.NO_MODEL, _NOT_THERE),
+        ({"models": None}, EngineHealth.NO_MODEL, _NOT_THERE),
+        ("no object", EngineHealth.UNWELL, "/api/tags answers with no list of models"),
     ],
 )
 async def test_without_the_model_nothing_can_be_answered(
-    adapter: OllamaAdapter, tags: object, detail: str
+    adapter: OllamaAdapter, tags: object, health: EngineHealth, detail: str
 ) -> None:
     script = Script()
     script.tags = tags
@@ -206,7 +223,48 @@ async def test_without_the_model_nothing_can_be_answered(
     async with script.serve() as url:
         probe = await adapter.probe(url, SPEC)
 
-    assert (probe.health, probe.detail) == (EngineHealth.UNWELL, detail)
+    assert (probe.health, probe.detail) == (health, detail)
+
+
+async def test_a_model_of_ollamas_cloud_is_not_well_though_it_is_listed(adapter: OllamaAdapter) -> None:
+    script = Script()
+    script.tags = {"models": [{"name": "kimi:cloud"}]}
+    spec = replace(SPEC, engine=replace(SPEC.engine, engine=OllamaEngine(model="kimi:cloud")))
+
+    async with script.serve() as url:
+        probe = await adapter.probe(url, spec)
+
+    assert probe.health is EngineHealth.UNWELL
+    assert probe.detail == "kimi:cloud runs on Ollama's servers, not on this node"
+
+
+async def test_a_context_that_is_shorter_than_was_said_is_not_well(adapter: OllamaAdapter) -> None:
+    script = Script()
+    script.loaded = [{"models": [{**LOADED, "context_length": 4096}]}]
+
+    async with script.serve() as url:
+        short = await adapter.probe(url, replace(SPEC, context_tokens=4097))
+        enough = await adapter.probe(url, replace(SPEC, context_tokens=4096))
+
+    assert (short.health, short.context_tokens) == (EngineHealth.UNWELL, 4096)
+    assert "a context of 4096 tokens where context_tokens says 4097" in short.detail
+    assert enough.health is EngineHealth.READY
+
+
+async def test_a_model_that_loads_with_too_short_a_context_is_not_woken_and_goes_again(
+    adapter: OllamaAdapter,
+) -> None:
+    script = Script()
+    short = {"models": [{**LOADED, "context_length": 4096}]}
+    script.loaded = [short, short, {"models": []}]
+    script.answer = (200, {"model": "qwen3:8b", "done": True, "done_reason": "unload"})
+
+    async with script.serve() as url:
+        with pytest.raises(EngineFailedError, match="set OLLAMA_CONTEXT_LENGTH for that server"):
+            await adapter.wake(url, replace(SPEC, context_tokens=16384), 2)
+
+    assert [body["keep_alive"] for _, body in script.asked] == [-1, 0]
+    assert script.loaded == [{"models": []}]
 
 
 async def test_nothing_listening_is_absent(adapter: OllamaAdapter, unused_tcp_port: int) -> None:
