@@ -46,8 +46,6 @@ def wish_from_generate(request: v1.GenerateRequest) -> Wish:
 
 def wish_from_embed(request: v1.EmbedRequest) -> Wish:
     """The wish of an `EmbedRequest`. Raises InvalidRequestError."""
-    if not request.model:
-        raise InvalidRequestError("model is missing; `rung models` lists what there is")
     if not request.inputs:
         raise InvalidRequestError("inputs are missing; give at least one text")
     return Wish(

@@ -9,15 +9,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
-from rung.service import parse_duration
+from rung.service import parse_duration, parse_retry_after, parse_seconds, seconds_until
 
 
 class CloudFailureKind(StrEnum):
@@ -135,16 +134,12 @@ def _text(error: Any, name: str) -> str:
 
 def _retry_after_s(headers: Mapping[str, str], error: Any, now_s: float) -> float | None:
     """The first that is there of: milliseconds, seconds or a date, Gemini's RetryInfo, a spent limit."""
-    milliseconds = _number(headers.get("retry-after-ms", ""))
+    milliseconds = parse_seconds(headers.get("retry-after-ms", ""))
     if milliseconds is not None:
         return milliseconds / 1000.0
-    text = headers.get("retry-after", "").strip()
-    if text:
-        seconds = _number(text)
-        if seconds is None:
-            seconds = _until(_http_date(text), now_s)
-        if seconds is not None:
-            return seconds
+    seconds = parse_retry_after(headers.get("retry-after", ""), now_s)
+    if seconds is not None:
+        return seconds
     delays = [delay for delay in _retry_delays(error) if delay is not None]
     if delays:
         return max(delays)
@@ -166,17 +161,9 @@ def _spent_limits(headers: Mapping[str, str], now_s: float) -> Iterator[float | 
             continue
         openai = match[1]
         remaining = name.replace("-reset-", "-remaining-") if openai else name[: -len("reset")] + "remaining"
-        if _number(headers.get(remaining, "")) != 0.0:
+        if parse_seconds(headers.get(remaining, "")) != 0.0:
             continue
-        yield _duration(value) if openai else _until(_rfc3339(value), now_s)
-
-
-def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return max(0.0, value) if math.isfinite(value) else None
+        yield _duration(value) if openai else seconds_until(_rfc3339(value), now_s)
 
 
 def _duration(text: str) -> float | None:
@@ -184,30 +171,12 @@ def _duration(text: str) -> float | None:
     try:
         value = parse_duration(text.strip())
     except ValueError:
-        return _number(text)
+        return parse_seconds(text)
     return float(value) if isinstance(value, float | int) and math.isfinite(value) else None
-
-
-def _http_date(text: str) -> datetime | None:
-    try:
-        return parsedate_to_datetime(text)
-    except ValueError:
-        return None
 
 
 def _rfc3339(text: str) -> datetime | None:
     try:
         return datetime.fromisoformat(text.strip())
     except ValueError:
-        return None
-
-
-def _until(when: datetime | None, now_s: float) -> float | None:
-    if when is None:
-        return None
-    if when.tzinfo is None:
-        when = when.replace(tzinfo=UTC)
-    try:
-        return max(0.0, when.timestamp() - now_s)
-    except (OverflowError, ValueError):
         return None

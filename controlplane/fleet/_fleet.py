@@ -435,7 +435,8 @@ class Fleet:
     def _rebuild(self) -> None:
         nodes = {node_id: self._node(session) for node_id, session in self._sessions.items()}
         reported = {node_id: session.report.deployments for node_id, session in self._sessions.items()}
-        self._view = build_view(nodes, self._deployments, reported, self._own_host_id, self._division)
+        old = {node_id for node_id, session in self._sessions.items() if session.report.measurements_are_old}
+        self._view = build_view(nodes, self._deployments, reported, self._own_host_id, self._division, old)
         if self._held or self._put_to_rest:
             # A stop that was refused, or a start by somebody else: nothing is held any more.
             busy = self.busy
@@ -460,7 +461,7 @@ class Fleet:
             id=session.node_id,
             address=session.address,
             state=report.state,
-            detail=report.detail,
+            detail=report.detail or ("its measurements are old" if report.measurements_are_old else ""),
             ownership=configured.ownership,
             status=report.status,
             last_seen_time_s=report.last_seen_time_s,

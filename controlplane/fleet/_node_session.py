@@ -26,6 +26,8 @@ _log = structlog.get_logger("rung.fleet")
 
 #: An agent speaks each second. After this long without a word its node is unreachable.
 SILENCE_S = 5.0
+#: It measures each second, too. What it measured longer ago than this says nothing of how the node is now.
+OLD_MEASUREMENTS_S = 5.0
 #: Bounds of the full-jitter backoff between two dials.
 FIRST_BACKOFF_S = 0.2
 LONGEST_BACKOFF_S = 5.0
@@ -38,7 +40,8 @@ _STALL_S = 1.0
 class NodeReport(Struct, frozen=True, kw_only=True):
     """What is known of a node. `deployments` are by the ids that the agent uses.
 
-    While the node is unreachable, `status` and `deployments` are the last ones heard.
+    While the node is unreachable, `status` and `deployments` are the last ones heard. `status` may be old
+    although the agent is heard: it goes on to speak of its engines when its measuring hangs.
     """
 
     state: NodeState = NodeState.CONNECTING
@@ -47,6 +50,7 @@ class NodeReport(Struct, frozen=True, kw_only=True):
     last_seen_time_s: float | None = None
     deployments: dict[str, Deployment] = {}
     agent_instance_id: str = ""
+    measurements_are_old: bool = False
 
 
 def backoff_s(failures: int, rng: random.Random) -> float:
@@ -85,6 +89,7 @@ class NodeSession:
         self._client: AgentClient | None = None
         self._old_clients: list[AgentClient] = []
         self._silence: asyncio.TimerHandle | None = None
+        self._aging: asyncio.TimerHandle | None = None
 
     @property
     def client(self) -> AgentClient:
@@ -108,8 +113,9 @@ class NodeSession:
                 await asyncio.sleep(backoff_s(failures, self._rng))
                 self._redial()
         finally:
-            if self._silence is not None:
-                self._silence.cancel()
+            for timer in (self._silence, self._aging):
+                if timer is not None:
+                    timer.cancel()
             for client in [*self._old_clients, *([self._client] if self._client else [])]:
                 await client.aclose()
 
@@ -159,8 +165,14 @@ class NodeSession:
         only_status = False
         if isinstance(update, NodeStatus | AgentSnapshot):
             self.status_heard_s = asyncio.get_running_loop().time()
+            status = update if isinstance(update, NodeStatus) else update.status
+            # A stream that was dialled again begins with the newest sample, however old that is.
+            if was.status is None or status.sample_time_s != was.status.sample_time_s:
+                self._measured()
+                heard = replace(heard, measurements_are_old=False)
         if isinstance(update, NodeStatus):
-            only_status = was.state is NodeState.READY and _same_host(was.status, update)
+            fresh = was.measurements_are_old is heard.measurements_are_old
+            only_status = fresh and was.state is NodeState.READY and _same_host(was.status, update)
             self.report = replace(heard, status=update)
         elif isinstance(update, Deployment):
             if self._is_stale(update):
@@ -202,6 +214,22 @@ class NodeSession:
         detail = self.report.detail or f"the agent said nothing for {SILENCE_S:g} s"
         _log.warning("node_unreachable", node=self.node_id, detail=detail)
         self.report = replace(self.report, state=NodeState.UNREACHABLE, detail=detail)
+        self._tell(only_status=False)
+
+    def _measured(self) -> None:
+        if self._aging is not None:
+            self._aging.cancel()
+        loop = asyncio.get_running_loop()
+        due_s = loop.time() + OLD_MEASUREMENTS_S
+        self._aging = loop.call_at(due_s, self._grew_old, due_s)
+
+    def _grew_old(self, due_s: float) -> None:
+        if asyncio.get_running_loop().time() - due_s > _STALL_S:
+            # As in `_fell_silent`.
+            self._measured()
+            return
+        _log.warning("measurements_old", node=self.node_id, after_s=OLD_MEASUREMENTS_S)
+        self.report = replace(self.report, measurements_are_old=True)
         self._tell(only_status=False)
 
     def _lost(self, cause: str) -> None:

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
 from msgspec.structs import replace
 
 from controlplane.fleet._view import DeploymentView, FleetView
-from controlplane.vram import Facts, Ledger, Reserve, build_ledger
+from controlplane.vram import Facts, Ledger, Reserve, Timings, build_ledger
 from rung.errors import InvalidRequestError, NotFoundError, UnavailableError, UnknownNodeError
-from rung.types import ComfyUiEngine, ExternalRuntime, Gpu, Node, NodeState, OllamaEngine, Residency
+from rung.types import (
+    ComfyUiEngine,
+    ExternalRuntime,
+    Gpu,
+    Node,
+    NodeState,
+    OllamaEngine,
+    Residency,
+    TransitionTimes,
+)
 
 #: Engines that keep models as a cache, and what one without any holds: CUDA context and the like.
 _CACHING = (ComfyUiEngine, OllamaEngine)
 _HELD_FLUSHED_BYTES = 1 << 29
 #: How long the requests in flight are taken to need, as long as nobody knows better.
 _DRAIN_EXPECTED_S = 10.0
+_DEFAULTS = Timings()
 _HEARD = frozenset({NodeState.READY, NodeState.DRAINING, NodeState.DRAINED})
 
 
@@ -94,6 +105,7 @@ def ledger_of(
                     cache_bytes=_cache_bytes(found),
                     drain_expected_s=_DRAIN_EXPECTED_S if active else 0.0,
                     idle_s=idle_s(deployment_id),
+                    timings=_timings_of(found.deployment.usual_times),
                 ),
             )
         )
@@ -106,6 +118,23 @@ def ledger_of(
         unified=gpu.unified_memory,
         host_free_bytes=node.status.host.memory_available_bytes,
         host_reserve_bytes=reserve.host_bytes,
+    )
+
+
+def _timings_of(usual: TransitionTimes) -> Timings:
+    """How long a deployment's actions take, as learnt.
+
+    What has not been seen yet is to its start as the defaults are to theirs. As they stand, a model that
+    starts within seconds would seem to wake more slowly than it starts: it would never be put to sleep, and
+    so it would never be learnt.
+    """
+    scale = 1.0 if usual.start_s is None else usual.start_s / _DEFAULTS.start_s
+    return replace(
+        _DEFAULTS,
+        **{
+            name: getattr(_DEFAULTS, name) * scale if learnt_s is None else learnt_s
+            for name, learnt_s in msgspec.structs.asdict(usual).items()
+        },
     )
 
 

@@ -35,7 +35,7 @@ def progress_of_lifecycle(step: LifecycleProgress) -> RaisingProgress:
 def progress_of_event(event: SchedulerEvent) -> RaisingProgress | None:
     """A scheduler's event in words; None for a grant and the like, which end the waiting.
 
-    No remaining time: what the scheduler expects is not learnt from this deployment yet.
+    No remaining time: a plan is made of what was learnt, and of defaults where nothing was.
     """
     if isinstance(event, Waiting):
         return RaisingProgress(Phase.VRAM_ACQUIRE, event.detail)

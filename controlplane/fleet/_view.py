@@ -5,7 +5,7 @@ Everything here is pure.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from datetime import UTC, datetime
 
 from msgspec import Struct
@@ -39,7 +39,8 @@ class DeploymentView(Struct, frozen=True):
 
     `direct_url` is the engine's base URL if this process may talk to the engine itself, else None.
     `agent_id` is the id by which the node's agent knows the deployment. `hold` says why it is not to be
-    made awake; empty if it may be.
+    made awake; empty if it may be. `measurements_are_old`: its node is heard, and has measured nothing for
+    a while, so that how it is now is not known for sure.
     """
 
     deployment: Deployment
@@ -47,6 +48,7 @@ class DeploymentView(Struct, frozen=True):
     direct_url: str | None
     agent_id: str
     hold: str = ""
+    measurements_are_old: bool = False
 
 
 class FleetView(Struct, frozen=True):
@@ -68,6 +70,7 @@ def build_view(
     reported: Mapping[str, Mapping[str, Deployment]],
     own_host_id: str,
     division: Division = _UNDIVIDED,
+    old: Container[str] = (),
 ) -> FleetView:
     """Put together what is configured and what the agents report.
 
@@ -82,6 +85,7 @@ def build_view(
         reported: by node, what its agent last said, by the agent's ids.
         own_host_id: host id of this process; empty if no engine is to be reached directly.
         division: what a profile asks.
+        old: nodes that are heard, and whose measurements are too old to tell how they are now.
     """
     views: dict[str, DeploymentView] = {}
     names: dict[str, list[DeploymentView]] = {}
@@ -90,7 +94,8 @@ def build_view(
     def add(deployment: Deployment, node: Node, agent_id: str) -> None:
         shown = deployment if node.state in _HEARD else _unknown(deployment, node)
         hold = division.holds.get(shown.spec.id, "")
-        view = DeploymentView(shown, node, direct_url(deployment, node, own_host_id), agent_id, hold)
+        url = direct_url(deployment, node, own_host_id)
+        view = DeploymentView(shown, node, url, agent_id, hold, node.id in old)
         views[shown.spec.id] = view
         for name in dict.fromkeys((shown.spec.model, *shown.spec.aliases, shown.spec.id, agent_id)):
             if name:

@@ -1,6 +1,6 @@
 """The effort ladder: who answers a request, and in which order the others would be tried. Pure."""
 
-from controlplane.ladder._candidate import Candidate, TargetKind, candidate_of
+from controlplane.ladder._candidate import Candidate, TargetKind, awake_in, candidate_of
 from controlplane.ladder._choose import Chain, Demand, Group, Passing, chain_of, choose, explain, refusals
 from controlplane.ladder._circuit import CircuitOptions, Circuits, CircuitState
 from controlplane.ladder._classifier import Classification, ClassifiedRequest, Feature, classify
@@ -47,6 +47,7 @@ __all__ = [
     "Rung",
     "RungSpec",
     "TargetKind",
+    "awake_in",
     "build_ladder",
     "candidate_of",
     "chain_of",

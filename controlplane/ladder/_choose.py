@@ -48,6 +48,8 @@ class Chain(Struct, frozen=True, kw_only=True):
         ids: of those that are fit.
         tiers: the same ids; together are those of one entry that are equally near to answering.
         tier_of: place among `tiers` by id.
+        ready: ids of those that answer at once if they are free.
+        unknown: ids of those of which nothing is known now.
     """
 
     groups: tuple[Group, ...]
@@ -55,6 +57,8 @@ class Chain(Struct, frozen=True, kw_only=True):
     ids: tuple[str, ...]
     tiers: tuple[tuple[str, ...], ...]
     tier_of: Mapping[str, int]
+    ready: tuple[str, ...]
+    unknown: frozenset[str]
 
 
 class Passing(Struct, frozen=True, kw_only=True):
@@ -93,37 +97,52 @@ def chain_of(groups: Sequence[Group], demand: Demand) -> Chain:
             fit |= alike
             tiers.append(tuple(alike))
     tier_of = {target_id: place for place, tier in enumerate(tiers) for target_id in tier}
-    return Chain(groups=tuple(groups), fit=fit, ids=tuple(fit), tiers=tuple(tiers), tier_of=tier_of)
+    return Chain(
+        groups=tuple(groups),
+        fit=fit,
+        ids=tuple(fit),
+        tiers=tuple(tiers),
+        tier_of=tier_of,
+        ready=tuple(each.id for each in fit.values() if each.rank == 0),
+        unknown=frozenset(each.id for each in fit.values() if not each.known),
+    )
 
 
 def choose(chain: Chain, demand: Demand, passing: Passing) -> Iterator[Candidate]:
     """The targets to try, best first, each of them once.
 
     1. Entries of the chain in their order; within one, who is nearest to answering, then who is idlest.
-    2. A full target gives way to a later free one: to one of ours always, to one that costs money only
-       for a `user`; agents and background work wait for what is theirs.
-    3. Whoever was passed over for being full comes after, then what costs money for those who can wait.
+    2. A busy target, which is full or of which nothing is known now, gives way to a later free one that is
+       ready: to one of ours always, to one that costs money only for a `user`; agents and background work
+       wait for what is theirs. It gives way to none that has to be started or woken: that would only have
+       another model make room, and a queue is usually shorter.
+    3. Whoever was passed over for being busy comes after, and whoever is not ready and comes later in the
+       chain; then what costs money for those who can wait.
 
     Args:
         chain: made ready for a demand of these capabilities and this privacy.
         demand: what is wanted.
         passing: what is read of each target when its turn comes.
     """
+    busy = _Busy(chain, demand, passing)
     done: set[str] = set()
     dearer: list[Candidate] = []
-    # 1. Those with a free slot.
-    for candidate in _in_order(chain, passing.full, passing):
-        if candidate.id not in passing.full and _is_open(candidate, demand, passing):
+    # 1. Those that are free.
+    for candidate in _free_in_order(chain, busy, passing):
+        if candidate.id not in done and candidate.id not in busy and _is_open(candidate, demand, passing):
             done.add(candidate.id)
-            if _waits_for_ours(candidate, chain, demand, passing):
+            if _can_wait(candidate, demand) and busy.is_before(candidate):
                 dearer.append(candidate)
             else:
                 yield candidate
-    # 2. Those without.
-    for candidate in _in_order(chain, done, passing):
+    # 2. Those that are busy, or not ready and after a busy one.
+    for candidate in _in_order(chain, chain.ids, (done,), passing):
         if candidate.id not in done and _is_open(candidate, demand, passing):
             done.add(candidate.id)
-            yield candidate
+            if _can_wait(candidate, demand) and candidate.id not in busy:
+                dearer.append(candidate)
+            else:
+                yield candidate
     # 3. What costs money.
     yield from dearer
 
@@ -131,12 +150,13 @@ def choose(chain: Chain, demand: Demand, passing: Passing) -> Iterator[Candidate
 def explain(chain: Chain, demand: Demand, passing: Passing) -> tuple[ConsideredTarget, ...]:
     """What was thought of each target: those that would be tried, in that order, then the others."""
     chosen = {candidate.id: candidate for candidate in choose(chain, demand, passing)}
+    busy = _Busy(chain, demand, passing)
     considered = [
         ConsideredTarget(
             target=candidate.id,
             taken=place == 1,
-            reason=_state(candidate, chain, demand, passing),
-            expected_wait_s=0.0 if candidate.rank == 0 and candidate.id not in passing.full else None,
+            reason=_state(candidate, busy, demand, passing),
+            expected_wait_s=None if candidate.id in busy else _wait_s(candidate),
             place=place,
         )
         for place, candidate in enumerate(chosen.values(), 1)
@@ -162,13 +182,60 @@ def refusals(chain: Chain, demand: Demand, passing: Passing) -> str:
     return "; ".join(found.values())
 
 
-def _in_order(chain: Chain, skipped: Container[str], passing: Passing) -> Iterator[Candidate]:
-    """The candidates of each tier that is not skipped as a whole, idlest first.
+class _Busy:
+    """Targets that are full, and those of which nothing is known now: they may be."""
+
+    __slots__ = ("_chain", "_demand", "_first_tier", "_passing", "sets")
+
+    def __init__(self, chain: Chain, demand: Demand, passing: Passing) -> None:
+        self._chain = chain
+        self._demand = demand
+        self._passing = passing
+        self._first_tier: int | None = None
+        #: Each of them is in one of these at least.
+        self.sets: tuple[Container[str], ...] = (
+            (passing.full, chain.unknown) if chain.unknown else (passing.full,)
+        )
+
+    def __contains__(self, target_id: object) -> bool:
+        return any(target_id in each for each in self.sets)
+
+    def is_before(self, candidate: Candidate) -> bool:
+        """Whether one of them that could answer comes before a candidate, as it was when first asked."""
+        if self._first_tier is None:
+            self._first_tier = self._find()
+        return self._first_tier < self._chain.tier_of[candidate.id]
+
+    def _find(self) -> int:
+        chain, passing = self._chain, self._passing
+        one_kind = len(self.sets) == 1
+        contained = passing.full.__contains__ if one_kind else self.__contains__
+        for target_id in filter(contained, chain.ids):
+            if _is_open(chain.fit[target_id], self._demand, passing):
+                return chain.tier_of[target_id]
+        return len(chain.tiers)
+
+
+def _free_in_order(chain: Chain, busy: _Busy, passing: Passing) -> Iterator[Candidate]:
+    """Those that may be free, in order; after a busy one those alone that are ready. Some come twice."""
+    for candidate in _in_order(chain, chain.ids, busy.sets, passing):
+        if candidate.rank and busy.is_before(candidate):
+            # Nor is any later one that is not ready: of a thousand that sleep one is looked at.
+            yield from _in_order(chain, chain.ready, busy.sets, passing)
+            return
+        yield candidate
+
+
+def _in_order(
+    chain: Chain, ids: Iterable[str], skipped: Iterable[Container[str]], passing: Passing
+) -> Iterator[Candidate]:
+    """The candidates of each tier that has one of these ids and is not skipped as a whole, idlest first.
 
     Those that are skipped take no step of the interpreter each.
     """
     looked_at: set[int] = set()
-    ids: Iterable[str] = filterfalse(skipped.__contains__, chain.ids)
+    for each_set in skipped:
+        ids = filterfalse(each_set.__contains__, ids)
     if left_alone := passing.left_alone():
         ids = filterfalse(left_alone.__contains__, ids)
     for target_id in ids:
@@ -195,14 +262,13 @@ def _is_open(candidate: Candidate, demand: Demand, passing: Passing) -> bool:
     return not _is_too_short(candidate, demand) and passing.allows(candidate.id)
 
 
-def _waits_for_ours(candidate: Candidate, chain: Chain, demand: Demand, passing: Passing) -> bool:
-    """Whether a free target costs money, and one before it is full for somebody who can wait."""
-    if candidate.owned or demand.priority is Priority.USER:
-        return False
-    before = chain.ids[: chain.ids.index(candidate.id)]
-    return any(
-        _is_open(chain.fit[each], demand, passing) for each in filter(passing.full.__contains__, before)
-    )
+def _can_wait(candidate: Candidate, demand: Demand) -> bool:
+    """Whether a target costs money, and the request is of somebody who waits for what does not."""
+    return not candidate.owned and demand.priority is not Priority.USER
+
+
+def _wait_s(candidate: Candidate) -> float | None:
+    return 0.0 if candidate.rank == 0 else candidate.expected_wait_s
 
 
 def _refusal(candidate: Candidate, demand: Demand, passing: Passing) -> str:
@@ -233,13 +299,17 @@ def _is_too_short(candidate: Candidate, demand: Demand) -> bool:
     return 0 < candidate.context_tokens < demand.context_tokens
 
 
-def _state(candidate: Candidate, chain: Chain, demand: Demand, passing: Passing) -> str:
+def _state(candidate: Candidate, busy: _Busy, demand: Demand, passing: Passing) -> str:
     active, queued = passing.load(candidate.id)
     said = candidate.state
     if candidate.slots:
         said += f", {active} of {candidate.slots} slots taken, {queued} waiting"
     if candidate.usd_per_million_tokens:
         said += f", ${candidate.usd_per_million_tokens:g} per million tokens"
-    if candidate.id not in passing.full and _waits_for_ours(candidate, chain, demand, passing):
-        said += f"; it costs money, and {demand.priority} requests wait for what is full before it"
+    if candidate.id in busy or not busy.is_before(candidate):
+        return said
+    if _can_wait(candidate, demand):
+        said += f"; it costs money, and {demand.priority} requests wait for what is busy before it"
+    elif candidate.rank:
+        said += "; it is not ready, and requests rather wait for what is busy before it"
     return said

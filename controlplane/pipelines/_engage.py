@@ -13,7 +13,7 @@ from typing import Protocol
 import structlog
 
 from controlplane.fleet import DeploymentView, Fleet, NodeSchedulers
-from controlplane.ladder import Candidate, Circuits, TargetKind
+from controlplane.ladder import Candidate, Circuits, TargetKind, awake_in
 from controlplane.pipelines._openai import check_status
 from controlplane.pipelines._router import Router
 from controlplane.pipelines._slots import Slots
@@ -34,7 +34,7 @@ from rung.errors import (
     UnsuitableTargetError,
     VramInfeasibleError,
 )
-from rung.service import EngineClient
+from rung.service import EngineClient, parse_retry_after
 from rung.types import DeploymentSpec, JobKind, Phase, Residency, Served
 
 _log = structlog.get_logger("rung.pipelines")
@@ -190,6 +190,7 @@ class Engager:
         cloud: cloud models; None for none.
         engine_idle_timeout_s: longest silence of an engine.
         now_s: the clock of the circuits.
+        unix_s: Unix time, for engines that say at what time they want to be asked again.
     """
 
     def __init__(
@@ -204,6 +205,7 @@ class Engager:
         cloud: CloudPort | None = None,
         engine_idle_timeout_s: float,
         now_s: Callable[[], float] = time.monotonic,
+        unix_s: Callable[[], float] = time.time,
     ) -> None:
         self._fleet = fleet
         self._schedulers = schedulers
@@ -214,6 +216,7 @@ class Engager:
         self._cloud = cloud
         self._idle_timeout_s = engine_idle_timeout_s
         self._now_s = now_s
+        self._unix_s = unix_s
         self._raising: dict[str, asyncio.Task[None]] = {}
 
     async def engage(
@@ -291,7 +294,7 @@ class Engager:
                 target,
                 self._now_s(),
                 error.message,
-                retry_after_s=_seconds(error.metadata.get("retry_after")),
+                retry_after_s=parse_retry_after(error.metadata.get("retry_after", ""), self._unix_s()),
             )
         else:
             # It is full, or does not fit now: that says nothing of its health.
@@ -391,7 +394,9 @@ class Engager:
         deployment_id = target.deployment.spec.id
         residency = target.deployment.residency
         phase = Phase.ENGINE_START if residency in _STARTING else Phase.ENGINE_WAKE
-        job.progress(phase, f"{deployment_id} is {residency}; making it ready")
+        expected_s = target.deployment.awake_expected_s
+        then = "making it ready" if expected_s is None else awake_in(expected_s)
+        job.progress(phase, f"{deployment_id} is {residency}; {then}", remaining_s=expected_s)
         raising = self._schedulers.make_awake(deployment_id, priority=wish.policy.priority)
         async with aclosing(raising) as steps:
             async for step in steps:
@@ -437,11 +442,3 @@ def _failure_of_all(failures: Mapping[str, RungError]) -> RungError:
     error = NoTargetError(f"none of {len(failures)} targets could answer: {named}")
     error.__cause__ = last
     return error
-
-
-def _seconds(retry_after: str | None) -> float | None:
-    """A Retry-After in seconds; None for none, or for a form that is not understood here."""
-    try:
-        return float(retry_after) if retry_after else None
-    except ValueError:
-        return None

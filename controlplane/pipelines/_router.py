@@ -35,7 +35,7 @@ from controlplane.ladder import (
 from controlplane.pipelines._openai import RequestHead, has_images, picture_bytes, read_head
 from controlplane.pipelines._slots import Slots
 from controlplane.pipelines._wish import Wish
-from rung.errors import NoTargetError, UnknownModelError
+from rung.errors import InvalidRequestError, NoTargetError, UnknownModelError
 from rung.types import JobKind, Model, RouteExplanation
 
 _CAPABILITIES = {JobKind.CHAT: "chat", JobKind.EMBEDDING: "embedding"}
@@ -157,7 +157,8 @@ class Router:
         """The route of a wish.
 
         Raises:
-            InvalidRequestError: an effort out of range, a name of ours that there is not.
+            InvalidRequestError: an effort out of range, a name of ours that there is not, or one that cannot
+                do this kind of job.
             UnknownModelError: there is no model of that name, or none for this kind of job.
         """
         if wish.model in self._look().by_model:
@@ -241,8 +242,28 @@ class Router:
     def _named(self, wish: Wish) -> Route:
         policy = wish.policy
         demand = Demand(local_only=policy.local_only, priority=policy.priority)
-        self._group(wish.model)
-        return Route(chain=self._chain("model", wish.model, (wish.model,), demand), demand=demand)
+        key = (wish.kind, wish.model, _NOTHING, policy.local_only)
+        chain = self._chains.get(key)
+        if chain is None:
+            chain = self._chains[key] = chain_of([self._able(wish)], demand)
+        return Route(chain=chain, demand=demand)
+
+    def _able(self, wish: Wish) -> Group:
+        """The targets of the name in a wish that can do its kind of job, as far as anybody knows.
+
+        Raises:
+            UnknownModelError: there is no such name.
+            InvalidRequestError: none of them can.
+        """
+        group, wanted = self._group(wish.model), _CAPABILITIES[wish.kind]
+        able = [each for each in group if wanted in each.capabilities or not each.capabilities_known]
+        if not able:
+            can = ", ".join(sorted(frozenset[str]().union(*(each.capabilities for each in group))))
+            raise InvalidRequestError(
+                f"{wish.model} cannot do {wanted}; as configured it can do {can or 'nothing'}",
+                model=wish.model,
+            )
+        return able
 
     def _on_ladder(self, wish: Wish, asking: Asking, demand: Demand) -> Route:
         modality = _MODALITIES[wish.kind]

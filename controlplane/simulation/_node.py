@@ -11,7 +11,7 @@ from controlplane.simulation._trace import Trace, TraceCheckpoint, TraceDeployme
 from controlplane.vram import Timings
 from rung.types import Residency
 
-#: What the scheduler takes a deployment's actions to need, whatever the trace says: it learns no timings yet.
+#: What the scheduler takes a deployment's actions to need, whatever the trace says: none was learnt yet.
 _EXPECTED = Timings()
 
 

@@ -37,7 +37,7 @@ class Timings(Struct, frozen=True, kw_only=True):
     """How long each action takes, and how long it takes to undo it.
 
     The defaults are those of a 14B model on the reference workstation: asleep in 2 s, awake again in 5 to
-    10 s, cold in 30 to 60 s. Whoever has measured says so.
+    10 s, cold in 30 to 60 s. What an agent has learnt of a deployment stands in their place.
 
     Attributes:
         sleep_s: sleep at level 1, weights to host RAM. Undone in `wake_s`.

@@ -198,6 +198,34 @@ async def test_a_silent_agent_is_dialled_again(agent: ScriptedAgent) -> None:
         await agent.until(lambda: agent.watches >= 2)
 
 
+async def test_a_node_that_is_heard_and_measures_nothing_any_more_is_not_known(
+    agent: ScriptedAgent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_session, "OLD_MEASUREMENTS_S", 0.2)
+    spec = a_spec()
+    agent.deployments = {spec.id: a_deployment(spec, Residency.AWAKE)}
+
+    def is_old(view: FleetView) -> bool:
+        return view.deployments[spec.id].measurements_are_old
+
+    async with a_fleet([agent], [spec]) as fleet:
+        await until(fleet, residency_is(Residency.AWAKE))
+        view = await until(fleet, is_old)
+        assert view.nodes["box"].state is NodeState.READY
+        assert view.nodes["box"].detail == "its measurements are old"
+
+        monkeypatch.undo()
+        # Dialled again, it begins with the same sample.
+        agent.break_watches()
+        await agent.until(lambda: agent.watches >= 2)
+        view = await until(fleet, lambda view: "old" in view.nodes["box"].detail or not is_old(view))
+        assert is_old(view)
+
+        agent.tick(a_status(sample_time_s=7.0))
+        view = await until(fleet, lambda view: not is_old(view))
+        assert view.nodes["box"].detail == ""
+
+
 async def test_an_agent_that_restarts_at_once_disturbs_nobody(agent: ScriptedAgent) -> None:
     seen: list[NodeState] = []
     async with a_fleet([agent]) as fleet:

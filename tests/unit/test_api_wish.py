@@ -162,6 +162,9 @@ def test_texts_to_embed() -> None:
         "input": ["a", "b"],
         "encoding_format": "float",
     }
-    for bad in (v1.EmbedRequest(model="embed"), v1.EmbedRequest(inputs=["a"])):
-        with pytest.raises(InvalidRequestError):
-            wish_from_embed(bad)
+    with pytest.raises(InvalidRequestError, match="inputs are missing"):
+        wish_from_embed(v1.EmbedRequest(model="embed"))
+
+
+def test_texts_are_embedded_by_whoever_can_where_no_model_is_named() -> None:
+    assert wish_from_embed(v1.EmbedRequest(inputs=["a"])).model == ""

@@ -200,6 +200,8 @@ class Place:
             cloud=cloud,
             engine_idle_timeout_s=1.0,
             now_s=lambda: self.now_s,
+            # 18:49:37 on 21 November 2026.
+            unix_s=lambda: 1_795_286_977.0,
         )
         self.job = Said()
 
@@ -335,6 +337,15 @@ class TestCircuits:
         place.answers.of.clear()
         assert await place.answered_by() == "far"
         place.now_s += 30.0
+        assert await place.answered_by() == "near"
+
+    async def test_so_it_is_when_it_is_a_date(self, place: Place) -> None:
+        place.answers.of["near"] = AReply(429, retry_after="Sat, 21 Nov 2026 18:50:07 GMT")
+        assert await place.answered_by() == "far"
+        place.answers.of.clear()
+        place.now_s += 29.0
+        assert await place.answered_by() == "far"
+        place.now_s += 1.0
         assert await place.answered_by() == "near"
 
     @pytest.mark.parametrize("said", ["soon", "Wed, 21 Oct 2026 07:28:00 GMT", ""])

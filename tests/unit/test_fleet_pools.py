@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from controlplane.fleet import build_view, ledger_of
-from controlplane.vram import Ledger, Reserve
+from controlplane.vram import Ledger, Reserve, Timings
 from rung.types import (
     ComfyUiEngine,
     Deployment,
@@ -18,6 +18,7 @@ from rung.types import (
     Node,
     NodeState,
     Residency,
+    TransitionTimes,
     VllmEngine,
 )
 from tests.fakes.agent_server import a_deployment, a_spec, a_status
@@ -73,6 +74,19 @@ def test_what_a_deployment_holds_is_of_the_sample_that_has_the_free_bytes(
 
     assert entry.resident_bytes == resident_gib * GIB
     assert entry.measured
+
+
+def test_what_was_learnt_of_a_deployment_stands_in_the_place_of_defaults() -> None:
+    usual, found = Timings(), awake(VllmEngine(model="m"), None)
+    (unseen,) = ledger(found).entries
+    assert unseen.timings == usual
+
+    learnt = TransitionTimes(start_s=usual.start_s / 10, sleep_s=3.5)
+    (entry,) = ledger(replace(found, usual_times=learnt)).entries
+    assert (entry.timings.start_s, entry.timings.sleep_s) == (usual.start_s / 10, 3.5)
+    # A small model that has never slept is not taken to wake more slowly than it starts.
+    assert entry.timings.wake_s == pytest.approx(usual.wake_s / 10)
+    assert (entry.timings.stop_s, entry.timings.free_s) == (usual.stop_s, usual.free_s)
 
 
 def test_an_engine_that_keeps_models_can_be_flushed_down_to_its_context() -> None:

@@ -64,6 +64,19 @@ def test_configured_but_not_reported(
     assert said in shown.detail
 
 
+def test_deployments_of_a_node_that_measures_nothing_any_more_say_so() -> None:
+    nodes = {name: a_node(name) for name in ("box", "other")}
+    specs = [a_spec("chat-1"), a_spec("chat-2", node_id="other")]
+    view = build_view(nodes, specs, {}, "host-1", old={"other"})
+    assert {key: each.measurements_are_old for key, each in view.deployments.items()} == {
+        "chat-1": False,
+        "chat-2": True,
+    }
+    # A sample that tells nothing new leaves it so.
+    view = replace_node(view, nodes["other"])
+    assert view.deployments["chat-2"].measurements_are_old
+
+
 def test_what_ran_on_a_node_that_is_not_heard_is_unknown_and_not_to_be_dialled() -> None:
     awake = a_deployment(a_spec(), Residency.AWAKE)
     view = a_view([a_node(state=NodeState.UNREACHABLE)], [a_spec()], {"box": [awake]}).deployments["chat-1"]

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from controlplane.ladder import (
     Candidate,
@@ -28,7 +29,14 @@ Loads = dict[str, tuple[int, int]]
 
 
 def ours(
-    name: str, *, rank: int = 0, slots: int = 4, refusal: str = "", context_tokens: int = 0
+    name: str,
+    *,
+    rank: int = 0,
+    slots: int = 4,
+    refusal: str = "",
+    context_tokens: int = 0,
+    known: bool = True,
+    wait_s: float | None = None,
 ) -> Candidate:
     return Candidate(
         id=name,
@@ -37,6 +45,8 @@ def ours(
         rank=rank,
         slots=slots,
         refusal=refusal,
+        known=known,
+        expected_wait_s=wait_s,
         state="awake on box",
         capabilities=frozenset({"chat"}),
         context_tokens=context_tokens,
@@ -143,6 +153,38 @@ class TestGivingWay:
         short = [[ours("a", context_tokens=10)], [cloud("m")]]
         assert order(short, Demand(context_tokens=99), Moment({"a": FULL})) == ["m"]
 
+    @pytest.mark.parametrize("priority", list(Priority))
+    def test_a_full_one_gives_way_to_none_that_would_have_to_be_woken(self, priority: Priority) -> None:
+        demand, moment = Demand(priority=priority), Moment({"a": FULL})
+        assert order([[ours("a")], [ours("b", rank=3)]], demand, moment) == ["a", "b"]
+        assert order([[ours("a"), ours("b", rank=1)]], demand, moment) == ["a", "b"]
+        later = [[ours("a")], [ours("b", rank=3)], [ours("c")], [ours("d", rank=5)]]
+        assert order(later, demand, moment) == ["c", "a", "b", "d"]
+
+    def test_of_two_alike_nobody_waits_for_the_full_one(self) -> None:
+        rented = [replace(ours(name), kind=TargetKind.BURST, owned=False) for name in ("a", "b")]
+        assert order([rented], moment=Moment({"a": FULL})) == ["b", "a"]
+
+    def test_one_that_sleeps_keeps_its_place_before_the_full_one(self) -> None:
+        groups = [[ours("asleep", rank=3)], [ours("a")], [ours("b")]]
+        assert order(groups, moment=Moment({"a": FULL})) == ["asleep", "b", "a"]
+
+    def test_one_that_sleeps_is_as_good_as_any_where_the_full_one_cannot_answer_at_all(self) -> None:
+        groups = [[ours("a")], [ours("b", rank=3)], [ours("c")]]
+        assert order(groups, moment=Moment({"a": FULL}, {"a": "it failed"})) == ["b", "c"]
+
+    def test_a_user_moves_on_to_what_is_ready_even_if_it_costs_money(self) -> None:
+        groups = [[ours("a")], [ours("asleep", rank=3)], [cloud("m")]]
+        assert order(groups, USER, Moment({"a": FULL})) == ["m", "a", "asleep"]
+        assert order(groups, Demand(), Moment({"a": FULL})) == ["a", "asleep", "m"]
+
+    def test_one_of_which_nothing_is_known_counts_as_busy(self) -> None:
+        groups = [[ours("old", known=False, rank=9)], [ours("asleep", rank=3)], [ours("b")]]
+        assert order(groups) == ["b", "old", "asleep"]
+        assert order([[ours("old", known=False, rank=9)], [cloud("m")]]) == ["old", "m"]
+        assert order([[ours("old", known=False, rank=9)], [cloud("m")]], USER) == ["m", "old"]
+        assert order([[ours("old", known=False, rank=9), ours("b", rank=3)]]) == ["b", "old"]
+
     def test_what_takes_as_many_as_come_is_never_full(self) -> None:
         assert order([[cloud("m")], [cloud("n")]], moment=Moment({"m": (900, 0)})) == ["m", "n"]
 
@@ -199,22 +241,29 @@ class TestExplain:
             [ours("down", refusal="its node box is unreachable")],
             [ours("full")],
             [cloud("m")],
-            [ours("asleep", rank=3), ours("free")],
+            [ours("asleep", rank=3, wait_s=6.0), ours("free")],
+            [ours("stopped", rank=5), ours("old", rank=9, known=False, wait_s=3.0)],
         ]
         found = explain(chain_of(groups, Demand()), Demand(), Moment({"full": (4, 2)}).passing(groups))
         assert [(each.target, each.taken, each.expected_wait_s) for each in found] == [
             ("free", True, 0.0),
-            ("asleep", False, None),
             ("full", False, None),
+            ("asleep", False, 6.0),
+            ("stopped", False, None),
+            ("old", False, None),
             ("m", False, 0.0),
             ("down", False, None),
         ]
-        assert [each.place for each in found] == [1, 2, 3, 4, 0]
+        assert [each.place for each in found] == [1, 2, 3, 4, 5, 6, 0]
         said = {each.target: each.reason for each in found}
         assert said["full"] == "awake on box, 4 of 4 slots taken, 2 waiting"
         assert said["m"] == (
             "a cloud model, $2.5 per million tokens; it costs money, and agent requests wait for what is "
-            "full before it"
+            "busy before it"
+        )
+        assert said["asleep"] == (
+            "awake on box, 0 of 4 slots taken, 0 waiting; it is not ready, and requests rather wait for what "
+            "is busy before it"
         )
         assert said["down"] == "its node box is unreachable"
 
@@ -232,6 +281,13 @@ class TestLaziness:
         first = next(choose(chain, Demand(), moment.passing(groups)))
         assert first.id == "t1"
         assert moment.asked == ["t1"]
+
+    def test_of_a_thousand_that_sleep_after_a_full_one_none_is_looked_at(self) -> None:
+        groups = [[ours("t0")], *([ours(f"t{place}", rank=3)] for place in range(1, 1000)), [ours("ready")]]
+        moment = Moment({"t0": FULL})
+        chain = chain_of(groups, Demand())
+        assert next(choose(chain, Demand(), moment.passing(groups))).id == "ready"
+        assert moment.asked == ["t0", "ready"]
 
     def test_of_a_thousand_alike_one_is_looked_at(self) -> None:
         groups = [[ours(f"t{place}") for place in range(1000)]]
@@ -262,6 +318,7 @@ def candidates(draw: st.DrawFn, name: str) -> Candidate:
         owned=draw(st.booleans()),
         refusal=draw(st.sampled_from(["", "", "", "gone"])),
         rank=draw(st.integers(0, 3)),
+        known=draw(st.sampled_from([True, True, True, False])),
         slots=draw(st.sampled_from([0, 1, 4])),
         capabilities=frozenset(draw(st.sets(st.sampled_from(["chat", "tools"])))),
         context_tokens=draw(st.sampled_from([0, 100, 1000])),
@@ -324,21 +381,21 @@ def test_the_first_is_as_rules_say_when_they_are_read_one_by_one(
     """The plain reading of the rules, with a look at every target."""
     chain, passing = chain_of(groups, demand), moment.passing(groups)
     tried = list(choose(chain, demand, passing))
-    place_of = {each.id: place for place, each in reversed([*enumerate(chain.fit.values())])}
-    free = [each for each in tried if each.id not in passing.full]
-    full = [each for each in tried if each.id in passing.full]
+    busy = [each for each in tried if each.id in passing.full or not each.known]
 
-    def gives_way(candidate: Candidate) -> bool:
-        before = any(place_of[each.id] < place_of[candidate.id] for each in full)
-        return before and not candidate.owned and demand.priority is not Priority.USER
+    def turn(candidate: Candidate) -> int:
+        """1 for those that are free, 2 for those that are busy or would be woken, 3 for what costs money."""
+        if candidate in busy:
+            return 2
+        if not any(_tier(groups, each) < _tier(groups, candidate) for each in busy):
+            return 1
+        if not candidate.owned and demand.priority is not Priority.USER:
+            return 3
+        return 2 if candidate.rank else 1
 
-    assert tried == [
-        *(each for each in free if not gives_way(each)),
-        *full,
-        *(each for each in free if gives_way(each)),
-    ]
-    for one, other in zip(free, islice(free, 1, None), strict=False):
-        if gives_way(one) is gives_way(other):
+    assert [turn(each) for each in tried] == sorted(turn(each) for each in tried)
+    for one, other in zip(tried, islice(tried, 1, None), strict=False):
+        if turn(one) == turn(other) and (turn(one) < 3 or (one.rank == 0) is (other.rank == 0)):
             assert _key(chain, groups, one, passing) <= _key(chain, groups, other, passing)
 
 
@@ -360,6 +417,10 @@ def test_local_only_never_leaves_hardware_of_ours(
 def _key(
     chain: Chain, groups: Sequence[Group], candidate: Candidate, passing: Passing
 ) -> tuple[int, int, float, int]:
-    entry = next(place for place, group in enumerate(groups) if candidate in group)
-    pressure = passing.pressure.get(candidate.id, 0.0)
-    return entry, candidate.rank, pressure, chain.ids.index(candidate.id)
+    entry, rank = _tier(groups, candidate)
+    return entry, rank, passing.pressure.get(candidate.id, 0.0), chain.ids.index(candidate.id)
+
+
+def _tier(groups: Sequence[Group], candidate: Candidate) -> tuple[int, int]:
+    """Its entry, which is the first that stands for it, and how near it is to answering."""
+    return next(place for place, group in enumerate(groups) if candidate in group), candidate.rank

@@ -92,14 +92,22 @@ class AFleet:
             name.replace("_", "-"): residency for name, residency in residencies.items()
         }
         self.nodes = dict(NODES)
+        self.old: set[str] = set()
+        self.reported: dict[str, Deployment] = {}
         self.view = FleetView()
+        self.renew()
+
+    def shows(self, name: str, deployment: Deployment) -> None:
+        """Report a deployment so from now on."""
+        self.reported[name] = deployment
         self.renew()
 
     def renew(self) -> None:
         reported: dict[str, dict[str, Deployment]] = {name: {} for name in self.nodes}
         for each in SPECS:
-            reported[each.node_id][each.id] = a_deployment(each, self.residencies[each.id])
-        self.view = build_view(self.nodes, SPECS, reported, "")
+            found = self.reported.get(each.id) or a_deployment(each, self.residencies[each.id])
+            reported[each.node_id][each.id] = found
+        self.view = build_view(self.nodes, SPECS, reported, "", old=self.old)
 
 
 class ACloud:
@@ -241,6 +249,67 @@ class TestNames:
         place.cloud.refused["deepseek/chat"] = "today's $5 are spent"
         with pytest.raises(NoTargetError, match=r"deepseek/chat: today's \$5 are spent"):
             place.targets(wish("deepseek/chat"))
+
+
+class TestKinds:
+    @pytest.mark.parametrize(
+        ("model", "kind", "can"),
+        [
+            ("nemotron", JobKind.EMBEDDING, "cannot do embedding; as configured it can do chat, tools"),
+            ("spark/qwen", JobKind.EMBEDDING, "cannot do embedding; as configured it can do chat, tools"),
+            ("deepseek/chat", JobKind.EMBEDDING, "cannot do embedding; as configured it can do chat, tools"),
+            ("bge", JobKind.CHAT, "cannot do chat; as configured it can do embedding"),
+        ],
+    )
+    def test_what_a_model_cannot_do_is_refused_with_what_it_can(
+        self, model: str, kind: JobKind, can: str
+    ) -> None:
+        router = APlace().router
+        other = JobKind.CHAT if kind is JobKind.EMBEDDING else JobKind.EMBEDDING
+        assert router.route(wish(model, kind=other)).chain.ids
+        for _ in range(2):
+            with pytest.raises(InvalidRequestError) as refused:
+                router.route(wish(model, kind=kind))
+            assert refused.value.message == f"{model} {can}"
+
+    @pytest.mark.parametrize("capabilities", [("chat",), ()])
+    def test_what_was_found_running_is_asked_since_nobody_said_what_it_can(
+        self, capabilities: tuple[str, ...]
+    ) -> None:
+        place = APlace()
+        adopted = a_deployment(spec("found", "spark", "mystery"), Residency.AWAKE)
+        adopted = replace(adopted, spec=replace(adopted.spec, capabilities=capabilities))
+        place.fleet.view = build_view(NODES, [], {"spark": {"found": adopted}}, "")
+        assert place.targets(wish("mystery", kind=JobKind.EMBEDDING)) == ["spark/found"]
+
+
+class TestWaits:
+    def test_one_that_sleeps_says_how_long_it_takes(self) -> None:
+        place = APlace(orchestrator=Residency.ASLEEP, thinker=Residency.STOPPED)
+        asleep = a_deployment(SPECS[0], Residency.ASLEEP)
+        place.fleet.shows("orchestrator", replace(asleep, awake_expected_s=6.2))
+        found = {each.target: each for each in place.router.explain(wish(effort=3)).considered}
+        orchestrator, thinker = found["orchestrator"], found["thinker"]
+        assert orchestrator.expected_wait_s == 6.2
+        assert orchestrator.reason.startswith("asleep on workstation; awake in about 6 s, 0 of 2 slots")
+        assert thinker.expected_wait_s is None
+        assert thinker.reason.startswith("stopped on workstation; it would be started or woken first")
+
+    def test_where_nothing_is_measured_any_more_nothing_is_taken_for_idle(self) -> None:
+        place = APlace()
+        place.fleet.old = {"spark"}
+        place.fleet.renew()
+        assert place.targets(wish("qwen")) == ["rented-qwen", "spark-qwen"]
+        assert place.targets(wish("rung/reasoning"))[:2] == ["thinker", "spark-qwen"]
+        explained = place.router.explain(wish("spark-qwen"))
+        [candidate] = place.router.route(wish("spark-qwen")).chain.fit.values()
+        assert not place.router.is_ready(candidate)
+        assert explained.target == "spark-qwen"
+        [considered] = explained.considered
+        assert considered.expected_wait_s is None
+        assert considered.reason.startswith(
+            "awake on spark; not known for sure, since its node has measured nothing for a while"
+        )
 
 
 class TestEffort:

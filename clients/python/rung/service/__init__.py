@@ -12,6 +12,7 @@ from rung.service._engine_client import EngineClient, EngineReply
 from rung.service._host import host_id
 from rung.service._interceptors import CallInterceptor
 from rung.service._logging import configure_logging
+from rung.service._retry_after import parse_retry_after, parse_seconds, seconds_until
 from rung.service._server import GrpcServer, ServerOptions, require_loopback
 from rung.service._services import add_service
 from rung.service._signal import Signal
@@ -37,5 +38,8 @@ __all__ = [
     "load_json_lines_model",
     "load_yaml_model",
     "parse_duration",
+    "parse_retry_after",
+    "parse_seconds",
     "require_loopback",
+    "seconds_until",
 ]

@@ -764,7 +764,7 @@ class EmbedRequest(_message.Message):
     request_id: _builtins.str
     """The caller's own id."""
     model: _builtins.str
-    """A model or a deployment."""
+    """A model or a deployment; empty leaves it to the ladder, or to whoever can embed."""
     @_builtins.property
     def inputs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Texts."""
