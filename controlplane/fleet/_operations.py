@@ -51,6 +51,8 @@ KEEP_ALIVE_S = 0.9
 REATTACH_S = 60.0
 #: Beyond what the deployment itself allows for its start or stop.
 _MARGIN_S = 60.0
+#: For a model that is pulled first. A pull that stands still is ended by its agent, long before this.
+_PULL_PATIENCE_S = 24 * 3600.0
 #: Whoever starts something waits for room no longer: a model that comes up hours later surprises.
 _ROOM_PATIENCE_S = 600.0
 _KEPT_OPERATIONS = 512
@@ -463,7 +465,8 @@ class Operations:
 def _limit_s(action: LifecycleAction, target: DeploymentView) -> float:
     engine = target.deployment.spec.engine
     if action in (LifecycleAction.START, LifecycleAction.WAKE):
-        return engine.start_timeout_s + _MARGIN_S
+        pull_s = _PULL_PATIENCE_S if action is LifecycleAction.START and engine.pulls else 0.0
+        return engine.start_timeout_s + pull_s + _MARGIN_S
     return engine.stop_grace_s + 2 * _MARGIN_S
 
 

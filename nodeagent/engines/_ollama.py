@@ -24,7 +24,7 @@ from nodeagent.engines._pulling import ModelPull, free_for_models
 from nodeagent.engines._tell import tell
 from rung.errors import EngineFailedError, EngineProtocolError, InvalidRequestError
 from rung.service import EngineClient
-from rung.types import DeploymentSpec, ExternalRuntime, OllamaEngine
+from rung.types import DeploymentSpec, OllamaEngine
 
 #: Residency is ours to decide: a model stays until it is told to go.
 _FOR_EVER = -1
@@ -222,9 +222,8 @@ class OllamaAdapter:
             await asyncio.sleep(_UNLOAD_POLL_S)
 
     def pulls(self, spec: DeploymentSpec) -> bool:
-        """See `PullControl.pulls`. Unless it was said, an Ollama of ours does, and one of others does not."""
-        pull = _engine(spec).pull
-        return not isinstance(spec.engine.runtime, ExternalRuntime) if pull is None else pull
+        """See `PullControl.pulls`."""
+        return spec.engine.pulls
 
     async def pull(
         self,

@@ -28,7 +28,7 @@ SIMULATORS: dict[str, Any] = {
         "allow_arguments": True,
         "allow_environment": True,
     }
-    for name, module in (("llama-server", "llama_server"), ("vllm", "vllm"))
+    for name, module in (("llama-server", "llama_server"), ("ollama", "ollama"), ("vllm", "vllm"))
 }
 #: llama.cpp's real server, from the package that the tests install.
 LLAMA_CPP_PYTHON: dict[str, Any] = {"path": sys.executable, "arguments_prefix": ["-m", "llama_cpp.server"]}
@@ -116,6 +116,7 @@ async def stack(
     agent: Mapping[str, Any] | None = None,
     server: Mapping[str, Any] | None = None,
     profiles: Sequence[Mapping[str, Any]] = (),
+    ladder: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[Stack]:
     """Start both; at the end stop whatever engine is left, and both."""
     agent_file, plane_file = folder / "agent.yaml", folder / "rung.yaml"
@@ -140,6 +141,8 @@ async def stack(
         "deployments": [{"node": "box", **deployment} for deployment in deployments],
         "profiles": list(profiles),
     }
+    if ladder is not None:
+        plane_config["ladder"] = dict(ladder)
     plane_file.write_text(yaml.safe_dump(plane_config))
     plane_process = RungProcess(
         ["serve", "--config", str(plane_file)], folder / "plane" / "controlplane.json", folder / "plane.log"

@@ -278,6 +278,14 @@ class EngineSpec(Struct, frozen=True, kw_only=True):
     start_timeout_s: float = 600.0
     stop_grace_s: float = 10.0
 
+    @property
+    def pulls(self) -> bool:
+        """Whether a start has the engine fetch a model that it does not have. That time is not bounded."""
+        engine = self.engine
+        if not isinstance(engine, OllamaEngine):
+            return False
+        return not isinstance(self.runtime, ExternalRuntime) if engine.pull is None else engine.pull
+
 
 #: Requests that an engine serves at once unless it was said; one that makes images has one GPU for each.
 LLM_SLOTS = 16
