@@ -106,6 +106,7 @@ class NodeWorld:
                     idle_timeout_s=found.deployment.spec.idle_timeout_s,
                     warm=self._is_warm(found),
                     swap_slot=found.deployment.spec.swap_slot,
+                    pulls=found.deployment.spec.engine.pulls,
                 )
             )
         return placed

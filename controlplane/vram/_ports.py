@@ -46,6 +46,7 @@ class PlacedDeployment(Struct, frozen=True, kw_only=True):
         warm: to be raised again by itself once there is room.
         idle_timeout_s: stopped after so long without requests, if it is `on_demand`; None for never.
         swap_slot: those of a node with the same one take turns; empty for none.
+        pulls: a start may first fetch the model, which takes as long as it takes.
     """
 
     deployment_id: str
@@ -54,6 +55,7 @@ class PlacedDeployment(Struct, frozen=True, kw_only=True):
     warm: bool = False
     idle_timeout_s: float | None = None
     swap_slot: str = ""
+    pulls: bool = False
 
 
 class Pools(Protocol):
@@ -175,6 +177,8 @@ class SchedulerOptions(Struct, frozen=True, kw_only=True):
         measurement_retry_s: how often a pool is asked for a newer measurement.
         patience: a step or a raise may take so many times as long as expected,
         margin_s: and so much longer.
+        pull_patience_s: the start of what may fetch its model first, so much longer still. A pull that stands
+            still is ended by its agent, long before this.
         backoff_s: a deployment that failed to give way, or to come up, is left alone for so long. An action
             that was carried out is not repeated for so long unless the deployment was used since.
         settle_s: a deployment that was raised is left alone for so long, so that those who waited for it come
@@ -191,6 +195,7 @@ class SchedulerOptions(Struct, frozen=True, kw_only=True):
     measurement_retry_s: float = 0.25
     patience: float = 3.0
     margin_s: float = 20.0
+    pull_patience_s: float = 24 * 3600.0
     backoff_s: float = 60.0
     settle_s: float = 2.0
     patrol_s: float = 5.0

@@ -69,7 +69,10 @@ class Raises:
         expected_s = raise_expected_s(entry)
         self._book.promise_raise(placed.deployment_id, missing_bytes(placed, entry), ledger)
         self._rising[placed.pool_id] = placed.deployment_id, _now_s() + expected_s
-        tasks.create_task(self._bring_up(placed, self._options.deadline_s(expected_s)))
+        limit_s = self._options.deadline_s(expected_s)
+        if placed.pulls and entry.residency is not Residency.ASLEEP:
+            limit_s += self._options.pull_patience_s
+        tasks.create_task(self._bring_up(placed, limit_s))
 
     async def _bring_up(self, placed: PlacedDeployment, limit_s: float) -> None:
         deployment_id, failure = placed.deployment_id, ""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
+from msgspec.structs import replace
 
 from controlplane.vram import (
     Demand,
     Granted,
     Infeasible,
     Ledger,
+    PlacedDeployment,
     Planned,
     Raised,
     ReclaimAction,
@@ -257,6 +260,33 @@ async def test_what_was_given_up_while_coming_up_keeps_its_promise_until_it_has_
 
         assert node.residency("reasoner") is Residency.AWAKE
         assert node.pool.broken == []
+
+
+class PullingPool(SimulatedPool):
+    """A pool whose deployments fetch their models for ten minutes when they are started."""
+
+    def deployments(self) -> Sequence[PlacedDeployment]:
+        """Those of the pool, which pull."""
+        return [replace(each, pulls=True) for each in super().deployments()]
+
+    async def bring_up(self, pool_id: str, deployment_id: str) -> None:
+        """Pull, then start; a wake pulls nothing."""
+        if self.engines[deployment_id].residency is Residency.STOPPED:
+            await asyncio.sleep(600.0)
+        await super().bring_up(pool_id, deployment_id)
+
+
+@in_virtual_time
+async def test_a_start_that_pulls_its_model_has_the_time_for_it_and_a_wake_has_not() -> None:
+    stopped = sleeper("stopped", residency=Residency.STOPPED)
+    async with node_of(pool=PullingPool([stopped])) as node:
+        began_s = now_s()
+        await node.awake("stopped")
+        assert now_s() - began_s > 600.0
+    asleep = sleeper("asleep", residency=Residency.ASLEEP, faults=(Fault.HANGS,))
+    async with node_of(pool=PullingPool([asleep])) as node:
+        with pytest.raises(EngineStartFailedError, match="was not awake after"):
+            await node.awake("asleep")
 
 
 @in_virtual_time
