@@ -10,6 +10,7 @@ from nodeagent.supervisor._measuring import Meter
 from nodeagent.supervisor._progress import Emit, Progress
 from nodeagent.supervisor._state import DeploymentState
 from rung.errors import DeadlineExceededError
+from rung.types import Residency
 
 _GIB = 1 << 30
 #: What an engine asks of the GPU for itself, with nothing loaded: more than that left is worth a word.
@@ -47,6 +48,9 @@ async def free_cache(
         progress.say("measuring what it gave back")
         freed_bytes = await meter.freed(before, expected_bytes=None)
         held_bytes = before.held_bytes if before is not None else None
+        if state.residency is Residency.FAILED:
+            # It died meanwhile, and its last words stand.
+            return freed_bytes
         if held_bytes is not None and freed_bytes is not None and held_bytes - freed_bytes > _OWN_BYTES:
             left_bytes = held_bytes - freed_bytes
             state.show(

@@ -62,7 +62,9 @@ def test_otherwise_it_answers_by_itself(messages: list[dict[str, object]], tools
 
 
 def test_what_a_tool_answered_is_what_it_finishes_with() -> None:
-    result = {"role": "tool", "tool_call_id": "1", "content": "Suppose that there were a last one."}
-    answer = plan([*asked(_HARD), {"role": "assistant", "content": None}, result], _REASON)
+    result: dict[str, object] = {"role": "tool", "tool_call_id": "1"}
+    result["content"] = "Suppose that there were a last one."
+    called: dict[str, object] = {"role": "assistant", "content": None}
+    answer = plan([*asked(_HARD), called, result], _REASON)
     assert said(answer, PieceKind.TOOL_NAME) == ""
     assert "Suppose that there were a last one." in said(answer, PieceKind.CONTENT)

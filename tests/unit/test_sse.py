@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rung.service import SseSplitter, event_data
 from rung.errors import EngineProtocolError
+from rung.service import SseSplitter, event_data
 
 EVENTS = [
     b'data: {"a":1}',
