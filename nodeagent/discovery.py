@@ -50,6 +50,8 @@ class _OpenAiModel(Struct):
     parent: str | None = None
     root: str | None = None
     max_model_len: int | None = None
+    #: Only a llama-server in router mode has it.
+    status: dict[str, msgspec.Raw] | None = None
 
 
 class _OpenAiModels(Struct):
@@ -140,6 +142,8 @@ class _Listener:
         if models is None or not models.data:
             return []
         owners = {model.owned_by for model in models.data}
+        if owners == {"llamacpp"} and all(model.status for model in models.data):
+            return self._llama_router(models.data)
         if owners == {"vllm"} and await self._ask("/version", _VllmVersion):
             return [self._vllm(models.data)]
         properties = await self._ask("/props", _LlamaServerProperties)
@@ -210,6 +214,17 @@ class _Listener:
                 residency_class=_class_of_one_among(models),
                 context_tokens=context_tokens,
                 slots=slots,
+            )
+            for model in models
+        ]
+
+    def _llama_router(self, models: list[_OpenAiModel]) -> list[DeploymentSpec]:
+        return [
+            self._spec(
+                self._nth_id("llamacpp", model, models),
+                _model_name(model.id),
+                LlamaCppEngine(router_model=model.id),
+                residency_class=ResidencyClass.ON_DEMAND,
             )
             for model in models
         ]

@@ -153,7 +153,7 @@ class LlamaCppConfig(_Model):
     """llama.cpp."""
 
     kind: Literal["llamacpp"]
-    model_path: str
+    model_path: str = Field(default="", description="GGUF file on the node; unset with router_model.")
     server: types.LlamaCppServer = types.LlamaCppServer.LLAMA_SERVER
     context_tokens: int = Field(default=0, ge=0)
     gpu_layers: int = Field(-1, ge=-1)
@@ -162,6 +162,28 @@ class LlamaCppConfig(_Model):
     projector_path: str = ""
     chat_template: str = ""
     kv_cache_type: Literal["", "f16", "q8_0", "q4_0"] = ""
+    router_model: str = Field(
+        default="",
+        description="One model of a llama-server in router mode that somebody else runs, by its name there.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _some_model(cls, given: object) -> object:
+        # First of all: of a misspelt name it says what was meant.
+        if isinstance(given, dict) and not (given.get("model_path") or given.get("router_model")):
+            raise FieldError(("model_path",), "is missing; or name a router's model as router_model")
+        return given
+
+    @model_validator(mode="after")
+    def _one_model(self) -> Self:
+        if not self.router_model:
+            return self
+        if self.server is not types.LlamaCppServer.LLAMA_SERVER:
+            raise FieldError(("server",), f"{self.server} has no router mode; llama-server has")
+        for name in sorted(self.model_fields_set - {"kind", "server", "router_model"}):
+            raise FieldError((name,), "is for the router to say: remove it, or router_model")
+        return self
 
     def value(self) -> types.Engine:
         """As the rest of the system has it."""
@@ -341,6 +363,8 @@ class DeploymentConfig(_Model):
                 "is missing: Ollama cuts a prompt that is longer than its context without a word, so it "
                 "must be known how long that is",
             )
+        if isinstance(self.engine, LlamaCppConfig) and self.engine.router_model:
+            _require_router(self.engine.router_model, self.runtime, self.served_model_name)
         if "tools" in self.capabilities and not isinstance(self.runtime, ExternalConfig):
             _require_tool_parser(self.engine)
         return self
@@ -464,6 +488,16 @@ def _require_tool_parser(engine: EngineConfig) -> None:
             ("engine", "tool_call_parser"),
             "is missing: without one vLLM refuses requests with tools; name the one for this model, such as "
             "hermes (Qwen, Nemotron), llama3_json or mistral",
+        )
+
+
+def _require_router(router_model: str, runtime: RuntimeConfig, served_model_name: str) -> None:
+    """Refuse a router that we would have to start, and a model that requests would name otherwise."""
+    if not isinstance(runtime, ExternalConfig):
+        raise FieldError(("runtime",), "a router is run by somebody else; write kind: external")
+    if served_model_name not in ("", router_model):
+        raise FieldError(
+            ("served_model_name",), f"the router knows the model as {router_model} only; remove it"
         )
 
 

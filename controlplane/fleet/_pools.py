@@ -14,6 +14,7 @@ from rung.types import (
     ComfyUiEngine,
     ExternalRuntime,
     Gpu,
+    LlamaCppEngine,
     Node,
     NodeState,
     OllamaEngine,
@@ -141,7 +142,9 @@ def _timings_of(usual: TransitionTimes) -> Timings:
 def _cache_bytes(found: DeploymentView) -> int:
     """What a flush would give back of an engine that keeps models as a cache."""
     deployment = found.deployment
-    if not isinstance(deployment.spec.engine.engine, _CACHING) or deployment.residency is not Residency.AWAKE:
+    engine = deployment.spec.engine.engine
+    caches = isinstance(engine, _CACHING) or (isinstance(engine, LlamaCppEngine) and engine.router_model)
+    if not caches or deployment.residency is not Residency.AWAKE:
         return 0
     return max(0, (deployment.vram_bytes or 0) - _HELD_FLUSHED_BYTES)
 

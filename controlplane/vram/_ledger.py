@@ -12,7 +12,15 @@ from collections.abc import Iterable
 import msgspec
 from msgspec import Struct
 
-from rung.types import Deployment, ExternalRuntime, OllamaEngine, Residency, ResidencyClass, VllmEngine
+from rung.types import (
+    Deployment,
+    ExternalRuntime,
+    LlamaCppEngine,
+    OllamaEngine,
+    Residency,
+    ResidencyClass,
+    VllmEngine,
+)
 
 GIB = 1 << 30
 
@@ -355,7 +363,7 @@ def _shrunk_bytes(deployment: Deployment, resident_bytes: int, weights_bytes: in
 
 def _sleep_levels(deployment: Deployment) -> tuple[int, ...]:
     engine = deployment.spec.engine.engine
-    if isinstance(engine, OllamaEngine):
+    if isinstance(engine, OllamaEngine) or (isinstance(engine, LlamaCppEngine) and engine.router_model):
         # Its server lets go of the model, and keeps nothing of it.
         return (2,)
     return (1, 2) if isinstance(engine, VllmEngine) and engine.sleep_mode else ()

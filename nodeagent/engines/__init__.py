@@ -17,6 +17,7 @@ from nodeagent.engines._base import (
 )
 from nodeagent.engines._choose import adapter_for
 from nodeagent.engines._comfyui import ComfyUiAdapter, ComfyUiDevice, ComfyUiQueue
+from nodeagent.engines._llama_router import LlamaRouterAdapter
 from nodeagent.engines._llamacpp import LlamaCppAdapter
 from nodeagent.engines._ollama import OllamaAdapter, OllamaModel
 from nodeagent.engines._openai_compatible import OpenAiCompatibleAdapter
@@ -34,6 +35,7 @@ __all__ = [
     "EngineStream",
     "FreeControl",
     "LlamaCppAdapter",
+    "LlamaRouterAdapter",
     "LoadProgress",
     "OllamaAdapter",
     "OllamaModel",

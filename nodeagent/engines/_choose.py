@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nodeagent.engines._base import EngineAdapter
 from nodeagent.engines._comfyui import ComfyUiAdapter
+from nodeagent.engines._llama_router import LlamaRouterAdapter
 from nodeagent.engines._llamacpp import LlamaCppAdapter
 from nodeagent.engines._ollama import OllamaAdapter
 from nodeagent.engines._openai_compatible import OpenAiCompatibleAdapter
@@ -35,8 +36,8 @@ def adapter_for(engine: Engine, client: EngineClient) -> EngineAdapter:
         NotImplementedYetError: a service with an unknown dialect.
     """
     match engine:
-        case LlamaCppEngine():
-            return LlamaCppAdapter(client)
+        case LlamaCppEngine(router_model=router_model):
+            return LlamaRouterAdapter(client) if router_model else LlamaCppAdapter(client)
         case VllmEngine():
             return VllmAdapter(client)
         case OllamaEngine():

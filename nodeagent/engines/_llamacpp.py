@@ -31,13 +31,15 @@ _GGML_TYPES = {"f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, 
 _LOCK_FREE_PATH = "/openapi.json"
 
 
-class _ErrorBody(Struct):
+class ErrorBody(Struct):
+    """What stands in an error of llama-server."""
+
     message: str = ""
     type: str = ""
 
 
 class _Error(Struct):
-    error: _ErrorBody = msgspec.field(default_factory=_ErrorBody)
+    error: ErrorBody = msgspec.field(default_factory=ErrorBody)
 
 
 class _GenerationSettings(Struct):
@@ -96,7 +98,7 @@ class LlamaCppAdapter:
     async def _probe_llama_server(self, base_url: str, spec: DeploymentSpec) -> Probe:
         answer = await ask(self._client, base_url, "/health", what=spec.id)
         if answer.status == 503:
-            error = _decode_error(answer.body)
+            error = decode_error(answer.body)
             if error.type == "unavailable_error":
                 return Probe(health=EngineHealth.LOADING, detail=error.message)
         if answer.status != 200:
@@ -106,7 +108,7 @@ class LlamaCppAdapter:
         return Probe(
             health=EngineHealth.READY,
             models=tuple(row.id for row in parse_models(models.body) or ()),
-            context_tokens=_context_tokens(props.body),
+            context_tokens=context_tokens_of(props.body),
         )
 
     async def _probe_llama_cpp_python(self, base_url: str, spec: DeploymentSpec) -> Probe:
@@ -171,14 +173,16 @@ def _llama_cpp_python(spec: DeploymentSpec, engine: LlamaCppEngine, host: str, p
     return CommandLine(arguments=tuple(arguments), environment=environment)
 
 
-def _decode_error(body: bytes) -> _ErrorBody:
+def decode_error(body: bytes) -> ErrorBody:
+    """What llama-server says went wrong; empty if `body` is no such error."""
     try:
         return msgspec.json.decode(body, type=_Error).error
     except msgspec.DecodeError:
-        return _ErrorBody()
+        return ErrorBody()
 
 
-def _context_tokens(props: bytes) -> int:
+def context_tokens_of(props: bytes) -> int:
+    """The context of one slot, as `/props` has it, in tokens; 0 if it does not tell."""
     try:
         return msgspec.json.decode(props, type=_Props).default_generation_settings.n_ctx
     except msgspec.DecodeError:

@@ -55,13 +55,16 @@ async def relay(
     what: str,
     idle_timeout_s: float,
     api_key: str = "",
+    query: str = "",
 ) -> AsyncIterator[EngineStream]:
     """Carry `body`, untouched, to the route of `kind`. Leaving early drops the connection.
+
+    `query` is the adapter's own, never a caller's.
 
     Raises:
         EngineUnreachableError, EngineTimeoutError: as `EngineClient.post`.
     """
-    url = base_url.rstrip("/") + PATHS[kind]
+    url = base_url.rstrip("/") + PATHS[kind] + (f"?{query}" if query else "")
     reply = await client.post(url, body, what=what, idle_timeout_s=idle_timeout_s, api_key=api_key)
     async with reply:
         yield reply

@@ -1,7 +1,8 @@
 """A simulated `llama-server`: python -m nodeagent.simulators.llama_server -m MODEL.gguf --port 8080.
 
 It takes llama-server's options, opens its port at once, answers 503 while it loads and speaks as the
-real one does afterwards. The model file need not exist: only its name is used, for its size.
+real one does afterwards. The model file need not exist: only its name is used, for its size. Without a
+model it is a router: see `_llama_router`.
 See `_settings` for the environment.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import PurePath
@@ -21,6 +23,7 @@ from aiohttp.typedefs import Handler, Middleware
 from nodeagent.simulators._faults import Fault
 from nodeagent.simulators._generation import EmbeddingRequest, GenerationRequest, is_reasoner
 from nodeagent.simulators._http import SimulatedEngine, Timing, json_response
+from nodeagent.simulators._llama_router import CHILD_VARIABLE, LlamaRouter, add_router_options
 from nodeagent.simulators._memory import GpuMemory, SimulatedOutOfMemory, gpu_memory_from
 from nodeagent.simulators._process import Listener, LoadFailedError, run_until_stopped, say
 from nodeagent.simulators._settings import (
@@ -67,10 +70,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> _Parser:
     parser = _Parser(prog="llama-server", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("-m", "--model", required=True)
+    add("-m", "--model", default="")
     add("-a", "--alias", default="")
-    add("--host", default="127.0.0.1")
-    add("--port", type=int, default=8080)
     add("-c", "--ctx-size", type=int, default=0)
     add("-ngl", "--n-gpu-layers", "--gpu-layers", default="auto")
     add("-np", "--parallel", type=int, default=1)
@@ -341,13 +342,27 @@ class LlamaServer:
 async def _serve(options: argparse.Namespace) -> int:
     settings = settings_from(os.environ)
     gpus = SimulatedGpus(settings.gpus) if settings.gpus is not None else None
+    if CHILD_VARIABLE in os.environ:
+        asyncio.get_running_loop().add_reader(sys.stdin, _end_with_router)
     return await LlamaServer(options, settings, gpu_memory_from(gpus, os.environ)).run()
+
+
+def _end_with_router() -> None:
+    if not os.read(sys.stdin.fileno(), 1024):
+        asyncio.get_running_loop().remove_reader(sys.stdin)
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the simulated engine; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    # A router understands all options, its own and those for its models.
+    parser = _Parser(prog="llama-server", add_help=False, allow_abbrev=False)
+    add_router_options(parser)
+    router, passed_on = parser.parse_known_args(arguments)
+    options = _parser().parse_args(passed_on, router)
     try:
+        if not options.model:
+            return asyncio.run(LlamaRouter(router, passed_on).run())
         return asyncio.run(_serve(options))
     except (ValueError, FileNotFoundError) as error:
         sys.stderr.write(f"error: {error}\n")

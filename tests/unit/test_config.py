@@ -53,6 +53,9 @@ deployments:
     engine: {kind: llamacpp, model_path: /m.gguf}
     runtime: {kind: process, executable: llama-server}
 """
+ROUTED = BASE.replace("model_path: /m.gguf", "router_model: m").replace(
+    "{kind: process, executable: llama-server}", "{kind: external, base_url: http://127.0.0.1:8080}"
+)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +105,26 @@ deployments:
             + "    shrinkable: true\n",
             "deployments[0].shrinkable: an engine that somebody else runs is never shrunk",
         ),
+        (
+            BASE.replace(", model_path: /m.gguf", ""),
+            "deployments[0].engine.model_path: is missing; or name a router's model as router_model",
+        ),
+        (
+            ROUTED.replace("router_model: m", "router_model: m, parallel: 2"),
+            "deployments[0].engine.parallel: is for the router to say",
+        ),
+        (
+            ROUTED.replace("router_model: m", "router_model: m, server: llama-cpp-python"),
+            "deployments[0].engine.server: llama-cpp-python has no router mode",
+        ),
+        (
+            BASE.replace("model_path: /m.gguf", "router_model: m"),
+            "rung.yaml:8: deployments[0].runtime: a router is run by somebody else",
+        ),
+        (
+            ROUTED + "    served_model_name: other\n",
+            "deployments[0].served_model_name: the router knows the model as m only",
+        ),
         (BASE + BASE.split("deployments:\n")[1], "rung.yaml:9: deployments[1].id: chat is used twice"),
         (
             BASE.replace(
@@ -119,6 +142,19 @@ def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, text: str, said: s
         load_config(path)
 
     assert said in raised.value.message
+
+
+def test_a_model_of_a_router_may_sleep_and_is_known_by_its_name_there(tmp_path: Path) -> None:
+    path = tmp_path / "rung.yaml"
+    path.write_text(
+        ROUTED.replace("router_model: m", "router_model: qwen3") + "    residency_class: sleepable\n"
+    )
+
+    (spec,) = load_config(path).deployment_specs()
+
+    assert spec.engine.engine == LlamaCppEngine(router_model="qwen3")
+    assert (spec.model, spec.engine_model_name) == ("m", "qwen3")
+    assert spec.residency_class is ResidencyClass.SLEEPABLE
 
 
 def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:

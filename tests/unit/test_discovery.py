@@ -129,6 +129,19 @@ async def test_llama_server() -> None:
     )
 
 
+async def test_each_model_of_a_llama_server_that_is_a_router() -> None:
+    rows = [
+        {"id": "qwen3-8b", "owned_by": "llamacpp", "status": {"value": "loaded"}},
+        {"id": "gemma:Q4", "owned_by": "llamacpp", "status": {"value": "unloaded", "failed": True}},
+    ]
+    async with serving({"/v1/models": {"object": "list", "data": rows}}) as port:
+        qwen, gemma = await discover("box", [port])
+    assert (qwen.id, gemma.id) == (f"llamacpp-{port}-qwen3-8b", f"llamacpp-{port}-gemma-q4")
+    assert gemma.engine.engine == LlamaCppEngine(router_model="gemma:Q4")
+    assert gemma.engine_model_name == "gemma:Q4"
+    assert gemma.residency_class is ResidencyClass.ON_DEMAND
+
+
 async def test_llama_cpp_python_takes_one_request_at_a_time() -> None:
     async with serving(LLAMA_CPP_PYTHON) as port:
         (spec,) = await discover("box", [port])

@@ -14,6 +14,7 @@ from rung.types import (
     Gpu,
     GpuHealth,
     GpuProcess,
+    LlamaCppEngine,
     MemorySource,
     Node,
     NodeState,
@@ -91,6 +92,9 @@ def test_what_was_learnt_of_a_deployment_stands_in_the_place_of_defaults() -> No
 
 def test_an_engine_that_keeps_models_can_be_flushed_down_to_its_context() -> None:
     (comfyui,) = ledger(awake(ComfyUiEngine(), 11 * GIB)).entries
+    (routed,) = ledger(awake(LlamaCppEngine(router_model="m"), 11 * GIB)).entries
     (vllm,) = ledger(awake(VllmEngine(model="m"), 11 * GIB)).entries
+    (alone,) = ledger(awake(LlamaCppEngine(model_path="/m"), 11 * GIB)).entries
 
-    assert (comfyui.cache_bytes, vllm.cache_bytes) == (11 * GIB - GIB // 2, 0)
+    assert comfyui.cache_bytes == routed.cache_bytes == 11 * GIB - GIB // 2
+    assert vllm.cache_bytes == alone.cache_bytes == 0

@@ -23,6 +23,7 @@ from rung.types import (
     DeploymentSpec,
     EngineSpec,
     ExternalRuntime,
+    LlamaCppEngine,
     OllamaEngine,
     ProcessRuntime,
     Residency,
@@ -110,9 +111,16 @@ def test_what_an_engine_can_sleep_at_is_its_own_word_unless_somebody_knows_bette
     assert build_entry(deployment("a"), Facts()).sleep_levels == (1, 2)
     assert build_entry(deployment("a", sleep_mode=False), Facts()).sleep_levels == ()
     assert build_entry(deployment("a"), Facts(sleep_levels=(2,))).sleep_levels == (2,)
-    ollama = msgspec.structs.replace(deployment("a").spec.engine, engine=OllamaEngine(model="qwen3:8b"))
-    spec = msgspec.structs.replace(deployment("a").spec, engine=ollama)
-    assert build_entry(msgspec.structs.replace(deployment("a"), spec=spec), Facts()).sleep_levels == (2,)
+    by_engine = {
+        OllamaEngine(model="qwen3:8b"): (2,),
+        LlamaCppEngine(router_model="qwen3"): (2,),
+        LlamaCppEngine(model_path="/m.gguf"): (),
+    }
+    for engine, levels in by_engine.items():
+        spec = deployment("a").spec
+        spec = msgspec.structs.replace(spec, engine=msgspec.structs.replace(spec.engine, engine=engine))
+        entry = build_entry(msgspec.structs.replace(deployment("a"), spec=spec), Facts())
+        assert entry.sleep_levels == levels
 
 
 def test_a_busy_deployment_is_not_idle_and_an_external_one_is_marked() -> None:

@@ -132,6 +132,7 @@ def _llamacpp_to_proto(value: LlamaCppEngine) -> v1.LlamaCppEngine:
         projector_path=value.projector_path,
         chat_template=value.chat_template,
         kv_cache_type=value.kv_cache_type,
+        router_model=value.router_model,
     )
 
 
@@ -146,6 +147,7 @@ def _llamacpp_from_proto(message: v1.LlamaCppEngine) -> LlamaCppEngine:
         projector_path=message.projector_path,
         chat_template=message.chat_template,
         kv_cache_type=message.kv_cache_type,
+        router_model=message.router_model,
     )
 
 

@@ -161,9 +161,13 @@ class Endpoint(Struct, frozen=True):
 
 
 class LlamaCppEngine(Struct, frozen=True, kw_only=True, tag="llamacpp", tag_field="kind"):
-    """Parameters of llama.cpp. `gpu_layers` -1 means all; `context_tokens` 0 the model's own."""
+    """Parameters of llama.cpp. `gpu_layers` -1 means all; `context_tokens` 0 the model's own.
 
-    model_path: str
+    `router_model` is one model of a llama-server in router mode that somebody else runs: it is loaded and
+    unloaded by that name, with the router's own settings, and the other fields say nothing.
+    """
+
+    model_path: str = ""
     server: LlamaCppServer = LlamaCppServer.LLAMA_SERVER
     context_tokens: int = 0
     gpu_layers: int = -1
@@ -172,6 +176,7 @@ class LlamaCppEngine(Struct, frozen=True, kw_only=True, tag="llamacpp", tag_fiel
     projector_path: str = ""
     chat_template: str = ""
     kv_cache_type: str = ""
+    router_model: str = ""
 
 
 class OpenAiCompatibleEngine(Struct, frozen=True, kw_only=True, tag="openai_compatible", tag_field="kind"):
@@ -323,9 +328,13 @@ class DeploymentSpec(Struct, frozen=True, kw_only=True):
 
     @property
     def engine_model_name(self) -> str:
-        """The name by which the engine knows the model. Ollama knows it by its tag."""
+        """The name by which the engine knows the model. Ollama knows it by its tag, a router by its own."""
         engine = self.engine.engine
-        own = engine.model if isinstance(engine, OllamaEngine) else self.model
+        own = self.model
+        if isinstance(engine, OllamaEngine):
+            own = engine.model
+        elif isinstance(engine, LlamaCppEngine):
+            own = engine.router_model or own
         return self.served_model_name or own
 
 

@@ -294,10 +294,11 @@ class LlamaCppEngine(_message.Message):
     PROJECTOR_PATH_FIELD_NUMBER: _builtins.int
     CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     KV_CACHE_TYPE_FIELD_NUMBER: _builtins.int
+    ROUTER_MODEL_FIELD_NUMBER: _builtins.int
     server: Global___LlamaCppServer.ValueType
     """Which program."""
     model_path: _builtins.str
-    """GGUF file on the node."""
+    """GGUF file on the node; empty with `router_model`."""
     context_tokens: _builtins.int
     """Context in tokens, shared by the slots; 0 for the model's own."""
     gpu_layers: _builtins.int
@@ -312,6 +313,10 @@ class LlamaCppEngine(_message.Message):
     """Name of the chat template; empty for the model's own."""
     kv_cache_type: _builtins.str
     """`f16`, `q8_0` or `q4_0`; empty for the engine's default."""
+    router_model: _builtins.str
+    """Name of one model of a llama-server in router mode that somebody else runs; empty for a server with
+    one model. The router's own settings count then, and none of the others here.
+    """
     def __init__(
         self,
         *,
@@ -324,10 +329,11 @@ class LlamaCppEngine(_message.Message):
         projector_path: _builtins.str = ...,
         chat_template: _builtins.str = ...,
         kv_cache_type: _builtins.str = ...,
+        router_model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_template", b"chat_template", "context_tokens", b"context_tokens", "embedding", b"embedding", "gpu_layers", b"gpu_layers", "kv_cache_type", b"kv_cache_type", "model_path", b"model_path", "parallel", b"parallel", "projector_path", b"projector_path", "server", b"server"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_template", b"chat_template", "context_tokens", b"context_tokens", "embedding", b"embedding", "gpu_layers", b"gpu_layers", "kv_cache_type", b"kv_cache_type", "model_path", b"model_path", "parallel", b"parallel", "projector_path", b"projector_path", "router_model", b"router_model", "server", b"server"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
