@@ -1,4 +1,4 @@
-"""`rung up` and `rung demo` as a person runs them, from start to end."""
+"""`rung up` as a person runs it, from start to end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -107,37 +106,3 @@ class TestUp:
             assert await up.end() == 1
             assert "ended with exit code -9; its last words:" in up.said
             assert not any(child.is_running() for child in children.values())
-
-
-@pytest.mark.slow
-async def test_demo(tmp_path: Path) -> None:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", "rung.cli", "demo"),
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        async with asyncio.timeout(110):
-            output, errors = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.terminate()
-            await process.communicate()
-    said = output.decode()
-    assert process.returncode == 0, said
-    assert errors == b""
-    for words in (
-        "Simulated:",
-        "NVIDIA GB10",
-        "orchestrator: awake after",
-        "This is a simulated llama-server",
-        "loading weights, 1 of 4 shards",
-        "This is a simulated vLLM",
-        "1 2 3 4 5",
-        "done      stop, served by thinker on spark",
-        "All of it is gone again",
-    ):
-        assert words in said
-    assert os.listdir(tmp_path) == []
