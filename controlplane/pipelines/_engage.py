@@ -14,7 +14,7 @@ import structlog
 
 from controlplane.fleet import DeploymentView, Fleet, NodeSchedulers
 from controlplane.ladder import Candidate, Circuits, TargetKind, awake_in
-from controlplane.pipelines._openai import check_status
+from controlplane.pipelines._openai import check_status, engine_body
 from controlplane.pipelines._router import Router
 from controlplane.pipelines._slots import Slots
 from controlplane.pipelines._wish import Wish
@@ -59,6 +59,8 @@ _MOVES_ON = (
     VramInfeasibleError,
 )
 
+#: Takes bytes of a stream for the caller.
+OnBytes = Callable[[bytes], Awaitable[None]]
 #: Called with each line of progress while an engine is made awake or a slot is waited for.
 OnWait = Callable[[str], Awaitable[None]]
 
@@ -224,7 +226,6 @@ class Engager:
         job: EngagedJob,
         wish: Wish,
         targets: Iterator[Candidate],
-        make_body: Callable[[str], bytes],
         on_wait: OnWait | None = None,
         *,
         stream: bool,
@@ -236,9 +237,8 @@ class Engager:
 
         Args:
             job: told of each step.
-            wish: what is wanted.
+            wish: what is wanted; its body is sent with the engine's own name of the model.
             targets: to be tried, best first; at least one.
-            make_body: the body for an engine, from its name of the model.
             on_wait: told of each step while the caller waits.
             stream: whether the answer comes piece by piece.
 
@@ -258,9 +258,9 @@ class Engager:
             self._circuits.begin(target.id, self._now_s())
             try:
                 if target.kind is TargetKind.CLOUD:
-                    engaged = await self._try_cloud(job, target, make_body, stream=stream)
+                    engaged = await self._try_cloud(job, wish, target, stream=stream)
                 else:
-                    engaged = await self._try(job, wish, target.id, make_body, on_wait)
+                    engaged = await self._try(job, wish, target.id, on_wait, stream=stream)
             except _MOVES_ON as error:
                 self._failed(target.id, error)
                 failures[target.id] = error
@@ -338,8 +338,9 @@ class Engager:
         job: EngagedJob,
         wish: Wish,
         deployment_id: str,
-        make_body: Callable[[str], bytes],
         on_wait: OnWait | None,
+        *,
+        stream: bool,
     ) -> Engaged:
         target = self._now(deployment_id)
         spec = target.deployment.spec
@@ -360,7 +361,7 @@ class Engager:
                 deployment=spec.id,
             )
         try:
-            reply = await self._open(job, wish, target, make_body)
+            reply = await self._open(job, wish, target, stream=stream)
             if reply.status >= 400:
                 try:
                     check_status(reply.status, await reply.read(), reply.retry_after, spec.id)
@@ -371,15 +372,12 @@ class Engager:
             raise
         return Engaged(spec.id, reply, self._slots.release, self._ended)
 
-    async def _try_cloud(
-        self, job: EngagedJob, candidate: Candidate, make_body: Callable[[str], bytes], *, stream: bool
-    ) -> Engaged:
+    async def _try_cloud(self, job: EngagedJob, wish: Wish, candidate: Candidate, *, stream: bool) -> Engaged:
         assert self._cloud is not None  # it has candidates
         model = self._cloud.model_name(candidate.id)
         job.begin_generating(Served(requested=job.model, target=candidate.id, model=model))
-        reply = await self._cloud.open(
-            candidate.id, make_body(model), stream=stream, idle_timeout_s=self._idle_timeout_s
-        )
+        body = _engine_body(wish, model, stream=stream)
+        reply = await self._cloud.open(candidate.id, body, stream=stream, idle_timeout_s=self._idle_timeout_s)
 
         def ended(target: str, error: BaseException | None) -> None:
             job.progress(Phase.GENERATING, f"{target} cost ${reply.cost_usd:.6f}")
@@ -418,12 +416,10 @@ class Engager:
             if on_wait is not None:
                 await on_wait(detail)
 
-    async def _open(
-        self, job: EngagedJob, wish: Wish, target: DeploymentView, make_body: Callable[[str], bytes]
-    ) -> Reply:
+    async def _open(self, job: EngagedJob, wish: Wish, target: DeploymentView, *, stream: bool) -> Reply:
         spec = target.deployment.spec
         model = spec.engine_model_name
-        body = make_body(model)
+        body = _engine_body(wish, model, stream=stream)
         job.begin_generating(Served(requested=job.model, target=spec.id, node=target.node.id, model=model))
         if target.direct_url is not None:
             return await self._client.post(
@@ -431,6 +427,10 @@ class Engager:
             )
         run = self._fleet.run_through_agent(spec.id, job.id, wish.kind, body, self._idle_timeout_s)
         return await run.__aenter__()
+
+
+def _engine_body(wish: Wish, model: str, *, stream: bool) -> bytes:
+    return engine_body(wish.body, model=model, stream=stream if wish.kind is JobKind.CHAT else None)
 
 
 def _failure_of_all(failures: Mapping[str, RungError]) -> RungError:

@@ -12,13 +12,14 @@ from msgspec.structs import replace
 from controlplane.ladder import (
     AUTO_MODEL,
     MIN_EFFORT,
+    Classification,
     ClassifiedRequest,
     classify,
     judge_request,
     read_judgement,
 )
 from controlplane.pipelines._engage import Engager
-from controlplane.pipelines._openai import engine_body
+from controlplane.pipelines._openai import offers_tools
 from controlplane.pipelines._router import Judged, Router
 from controlplane.pipelines._wish import Wish
 from rung.errors import RungError
@@ -67,14 +68,17 @@ def classified_request(body: bytes) -> ClassifiedRequest:
         text=texts[last] if last is not None else "",
         messages=len(texts),
         characters=sum(map(len, texts)),
-        tools=bytes(conversation.tools).strip() not in (b"", b"null", b"[]"),
+        tools=offers_tools(conversation.tools),
         images=isinstance(content, list) and any(part.type == "image_url" for part in content),
     )
 
 
 def judge_by_rule(body: bytes) -> Judged:
     """The effort of a chat request by the classifier, with the features that weighed most."""
-    found = classify(classified_request(body))
+    return _judged(classify(classified_request(body)))
+
+
+def _judged(found: Classification) -> Judged:
     features = ", ".join(f"{each.name} {each.weight:+g}" for each in found.features[:_SHOWN_FEATURES])
     return Judged(found.effort, f"by rule, score {found.score:g}: {features}")
 
@@ -92,15 +96,19 @@ class Judge:
         self._engager = engager
 
     async def prepare(self, wish: Wish) -> Wish:
-        """The wish with an effort, if it leaves that open, the rule is unsure, and the orchestrator says one.
+        """The wish with an effort, if it leaves that open: by rule, or the orchestrator's if that is unsure.
 
         Where the request may go, its text goes to the judge, and nowhere else.
         """
         if wish.kind is not JobKind.CHAT or wish.effort is not None or not self._router.leaves_open(wish):
             return wish
         request = classified_request(wish.body)
-        if classify(request).confidence >= _SURE:
-            return wish
+        found = classify(request)
+        ruled = _judged(found)
+        # What the rule found is not to be found again on the way of the request.
+        by_rule = replace(wish, effort=ruled.effort, effort_why=ruled.why)
+        if found.confidence >= _SURE:
+            return by_rule
         asked = replace(
             wish,
             model=AUTO_MODEL,
@@ -112,18 +120,14 @@ class Judge:
                 effort = await self._ask(asked)
         except (RungError, TimeoutError) as error:
             _log.info("judge_failed", error=str(error) or f"no answer within {_JUDGE_TIMEOUT_S:g} s")
-            return wish
+            return by_rule
         if effort is None:
-            return wish
+            return by_rule
         return replace(wish, effort=effort, effort_why="the orchestrator judged it so")
 
     async def _ask(self, wish: Wish) -> int | None:
         targets = self._router.choose(self._router.route(wish))
-
-        def make_body(model: str) -> bytes:
-            return engine_body(wish.body, model=model, stream=False)
-
-        engaging = self._engager.engage(_Silent(), wish, targets, make_body, stream=False)
+        engaging = self._engager.engage(_Silent(), wish, targets, stream=False)
         async with await engaging as engaged:
             return read_judgement(await engaged.reply.read())
 

@@ -45,7 +45,7 @@ class RequestHead(Struct):
     @property
     def has_tools(self) -> bool:
         """Whether the caller offers tools of its own."""
-        return bytes(self.tools).strip() not in (b"", b"null", b"[]")
+        return offers_tools(self.tools)
 
 
 class _Function(Struct):
@@ -125,6 +125,11 @@ def read_head(body: bytes) -> RequestHead:
         raise InvalidRequestError(f"the request body is not valid: {error}") from None
     except msgspec.DecodeError as error:
         raise InvalidRequestError(f"the request body is not JSON: {error}") from None
+
+
+def offers_tools(tools: msgspec.Raw) -> bool:
+    """Whether the field `tools` of a request, as it stands there, offers any."""
+    return bytes(tools).strip() not in (b"", b"null", b"[]")
 
 
 def has_images(body: bytes) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
 from itertools import chain
 from types import TracebackType
 from typing import Protocol
@@ -16,12 +15,11 @@ from controlplane.fleet import Fleet, NodeSchedulers
 from controlplane.jobs import Jobs, LiveJob
 from controlplane.ladder import Circuits, Ladder
 from controlplane.pipelines._begun import Begun
-from controlplane.pipelines._engage import CloudPort, Engager, OnWait
+from controlplane.pipelines._engage import CloudPort, Engager, OnBytes, OnWait
 from controlplane.pipelines._judging import Judge, judge_by_rule
 from controlplane.pipelines._metrics import PipelineMetrics
 from controlplane.pipelines._openai import (
     AnswerReader,
-    engine_body,
     marked,
     read_embeddings,
     read_head,
@@ -42,9 +40,6 @@ _log = structlog.get_logger("rung.pipelines")
 #: a reader does not see.
 _UNPACED_STREAMS = 16
 _INTERVAL_PER_STREAM_S = 0.0003
-
-#: Takes bytes of a stream for the caller.
-OnBytes = Callable[[bytes], Awaitable[None]]
 
 
 class Cloud(CloudModels, CloudPort, Protocol):
@@ -205,7 +200,7 @@ class Pipelines:
     async def _stream(
         self, begun: Begun, on_bytes: OnBytes | None, *, keep_usage: bool, on_wait: OnWait | None
     ) -> None:
-        job, body = begun.job, begun.wish.body
+        job = begun.job
         mark = None if on_bytes is None else begun.mark
         if begun.route.reason:
             job.done(
@@ -214,11 +209,7 @@ class Pipelines:
                 )
             )
             return
-
-        def make_body(model: str) -> bytes:
-            return engine_body(body, model=model, stream=True)
-
-        engaging = self._engager.engage(job, begun.wish, begun.targets, make_body, on_wait, stream=True)
+        engaging = self._engager.engage(job, begun.wish, begun.targets, on_wait, stream=True)
         async with await engaging as engaged:
             engaged.check_stream()
             reader = AnswerReader(job, engaged.target, keep_usage=keep_usage, mark=mark)
@@ -236,19 +227,14 @@ class Pipelines:
 
     async def _answer(self, begun: Begun) -> bytes:
         job, wish = begun.job, begun.wish
-        chat = wish.kind is JobKind.CHAT
         if begun.route.reason:
             body, finish_reason = await self._reasoning.answer(begun)
             job.done(finish_reason)
             return body
-
-        def make_body(model: str) -> bytes:
-            return engine_body(wish.body, model=model, stream=False if chat else None)
-
-        engaging = self._engager.engage(job, wish, begun.targets, make_body, stream=False)
+        engaging = self._engager.engage(job, wish, begun.targets, stream=False)
         async with await engaging as engaged:
             body = await engaged.reply.read()
-            if chat:
+            if wish.kind is JobKind.CHAT:
                 reader = AnswerReader(job, engaged.target, keep_usage=True)
                 reader.whole(body)
                 reader.finish()

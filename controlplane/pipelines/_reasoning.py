@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 import structlog
+from msgspec.structs import replace
 
 from controlplane.jobs import LiveJob
 from controlplane.pipelines._begun import Begun
-from controlplane.pipelines._engage import Engaged, Engager, OnWait
-from controlplane.pipelines._openai import AnswerReader, engine_body
+from controlplane.pipelines._engage import Engaged, Engager, OnBytes, OnWait
+from controlplane.pipelines._openai import AnswerReader
 from controlplane.pipelines._reason_tool import ReasonCall, ReasonFilter, ReasonTalk, reasoner_body
 from controlplane.pipelines._router import Router
 from rung.errors import EngineTimeoutError, NoTargetError, RungError, UnavailableError
@@ -28,9 +29,6 @@ _MAX_RESULT_CHARACTERS = 24_000
 _SAY_S = 1.0
 #: After these another target reasons.
 _MOVES_ON = (UnavailableError, EngineTimeoutError)
-
-#: Takes bytes of a stream for the caller.
-OnBytes = Callable[[bytes], Awaitable[None]]
 
 
 class _SideJob:
@@ -162,14 +160,10 @@ class Reasoning:
     async def _ask(
         self, begun: Begun, talk: ReasonTalk, calls: _Calls, on_wait: OnWait | None, *, stream: bool
     ) -> Engaged:
-        body = talk.body(offer=calls.may_call)
+        wish = replace(begun.wish, body=talk.body(offer=calls.may_call))
         # The first time the targets that the job was accepted with; later who is best by then.
         targets = begun.targets if calls.count == 0 else self._router.choose(begun.route)
-
-        def make_body(model: str) -> bytes:
-            return engine_body(body, model=model, stream=stream)
-
-        return await self._engager.engage(begun.job, begun.wish, targets, make_body, on_wait, stream=stream)
+        return await self._engager.engage(begun.job, wish, targets, on_wait, stream=stream)
 
     async def _reason(
         self,
@@ -217,16 +211,12 @@ class Reasoning:
         """
         route = begun.route.reasoning()
         assert route is not None  # else the tool was not offered
-        body = reasoner_body(call.problem)
-
-        def make_body(model: str) -> bytes:
-            return engine_body(body, model=model, stream=True)
-
+        wish = replace(begun.wish, body=reasoner_body(call.problem))
         failed: set[str] = set()
         while True:
             chosen = self._router.choose(route)
             targets = (each for each in chosen if each.id not in failed)
-            engaged = await self._engager.engage(side, begun.wish, targets, make_body, on_wait, stream=True)
+            engaged = await self._engager.engage(side, wish, targets, on_wait, stream=True)
             try:
                 async with engaged:
                     await _read_reasoning(engaged, side)

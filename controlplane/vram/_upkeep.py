@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 
 from controlplane.vram._ledger import Ledger, LedgerEntry
 from controlplane.vram._ports import PlacedDeployment, SchedulerOptions, VramAlert
@@ -31,16 +31,12 @@ def idle_step(
         placed: its deployments.
         kept: deployments that are left alone.
     """
-    for each in placed:
-        entry = ledger.entry(each.deployment_id)
+    for each, entry in _ours(ledger, placed, kept):
         if (
-            entry is not None
-            and each.idle_timeout_s is not None
-            and entry.deployment_id not in kept
+            each.idle_timeout_s is not None
             and entry.residency_class is ResidencyClass.ON_DEMAND
             and entry.residency in (Residency.AWAKE, Residency.ASLEEP)
-            and entry.touchable
-            and not (entry.busy or entry.external)
+            and not entry.busy
             and entry.idle_s >= each.idle_timeout_s
         ):
             return ReclaimStep(
@@ -62,15 +58,10 @@ def to_restore(
         placed: its deployments.
         kept: deployments that are left alone.
     """
-    for each in placed:
-        entry = ledger.entry(each.deployment_id)
+    for each, entry in _ours(ledger, placed, kept):
         if (
             each.warm
-            and entry is not None
-            and entry.deployment_id not in kept
             and entry.residency in (Residency.ASLEEP, Residency.STOPPED)
-            and entry.touchable
-            and not entry.external
             and missing_bytes(each, entry) <= ledger.available_bytes
         ):
             return each
@@ -87,19 +78,24 @@ def to_grow(
         placed: its deployments.
         kept: deployments that are left alone.
     """
-    for each in placed:
-        entry = ledger.entry(each.deployment_id)
+    for each, entry in _ours(ledger, placed, kept):
         if (
-            entry is not None
-            and entry.residency_class is ResidencyClass.PINNED
+            entry.residency_class is ResidencyClass.PINNED
             and entry.residency is Residency.ASLEEP
             and entry.shrunk
-            and entry.deployment_id not in kept
-            and entry.touchable
-            and not entry.external
         ):
             return each
     return None
+
+
+def _ours(
+    ledger: Ledger, placed: Iterable[PlacedDeployment], kept: Collection[str]
+) -> Iterator[tuple[PlacedDeployment, LedgerEntry]]:
+    """The deployments that upkeep may touch now, with what the ledger has of them."""
+    for each in placed:
+        entry = ledger.entry(each.deployment_id)
+        if entry is not None and entry.deployment_id not in kept and entry.touchable and not entry.external:
+            yield each, entry
 
 
 class LowMemoryWatch:

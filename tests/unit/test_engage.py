@@ -214,7 +214,7 @@ class Place:
             kind=JobKind.CHAT, model=model, body=b"{}", policy=policy or Policy(priority=Priority.USER)
         )
         targets = self.router.choose(self.router.route(wish))
-        return await self.engager.engage(self.job, wish, targets, lambda model: b"{}", stream=True)
+        return await self.engager.engage(self.job, wish, targets, stream=True)
 
     async def answered_by(self, policy: Policy | None = None) -> str:
         async with await self.ask(policy) as engaged:
