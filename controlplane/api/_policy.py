@@ -12,7 +12,15 @@ Access: TypeAlias = Literal["read", "generate", "operate"]
 
 _BY_SERVICE: dict[str, dict[Access, tuple[str, ...]]] = {
     "InferenceService": {
-        "read": ("GetJob", "ListJobs", "WatchJob", "ListModels", "ExplainRoute", "GetArtifact"),
+        "read": (
+            "GetJob",
+            "ListJobs",
+            "WatchJob",
+            "ListModels",
+            "ListWorkflows",
+            "ExplainRoute",
+            "GetArtifact",
+        ),
         "generate": ("Generate", "CreateJob", "CancelJob", "Embed", "Predict"),
     },
     "FleetService": {

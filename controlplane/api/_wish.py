@@ -7,9 +7,9 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from controlplane.pipelines._wish import Wish
+from controlplane.pipelines import GENERATION_KINDS, Wish
 from rung import codec, v1
-from rung.errors import InvalidRequestError, NotImplementedYetError
+from rung.errors import InvalidRequestError
 from rung.types import ChatMessage, Conversation, ImagePart, JobKind, Tool
 
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
@@ -22,22 +22,22 @@ def wish_from_generate(request: v1.GenerateRequest) -> Wish:
 
     Raises:
         InvalidRequestError: something is missing or malformed.
-        NotImplementedYetError: this version does not generate from that kind of input.
     """
-    model = request.model
-    match request.WhichOneof("input"):
-        case "chat":
-            model, body = _chat_body(model, request.chat)
-        case None:
-            raise InvalidRequestError("the request has no input; set `chat`")
-        case kind:
-            raise NotImplementedYetError(
-                f"generating from `{kind}` is part of the API, but not of this version"
-            )
+    model, body, kind = request.model, b"", JobKind.CHAT
+    wanted = codec.generation_input_from_proto(request)
+    if wanted is not None:
+        kind = GENERATION_KINDS[type(wanted)]
+    elif request.HasField("chat"):
+        model, body = _chat_body(model, request.chat)
+    else:
+        raise InvalidRequestError(
+            "the request has no input; set one of chat, image, speech, transcription, mesh"
+        )
     return Wish(
-        kind=JobKind.CHAT,
+        kind=kind,
         model=model,
         body=body,
+        input=wanted,
         policy=codec.policy_from_proto(request.policy),
         effort=_effort(request),
         request_id=request.request_id,

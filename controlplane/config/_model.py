@@ -251,8 +251,18 @@ class ComfyUiConfig(_Model):
         return types.ComfyUiEngine(**_fields(self))
 
 
+class ServiceConfig(_Model):
+    """A server of speech, pictures, meshes or predictions with a dialect of its own."""
+
+    kind: Literal["speaches", "piper", "xtts", "hunyuan3d", "sana", "prediction"]
+
+    def value(self) -> types.Engine:
+        """As the rest of the system has it."""
+        return types.ServiceEngine(dialect=self.kind)
+
+
 EngineConfig = Annotated[
-    LlamaCppConfig | OpenAiCompatibleConfig | VllmConfig | OllamaConfig | ComfyUiConfig,
+    LlamaCppConfig | OpenAiCompatibleConfig | VllmConfig | OllamaConfig | ComfyUiConfig | ServiceConfig,
     Field(discriminator="kind"),
 ]
 

@@ -14,7 +14,8 @@ import grpc
 import grpc.aio
 from msgspec import Struct
 
-from rung import codec, v1
+from rung import codec, error_of_failure, v1
+from rung.codec import GenerationEvent
 from rung.errors import (
     EngineProtocolError,
     EngineTimeoutError,
@@ -24,7 +25,15 @@ from rung.errors import (
     RungError,
 )
 from rung.transport import DETAILS_TRAILER, ChannelOptions, error_from_rpc, open_channel
-from rung.types import Deployment, DeploymentSpec, JobKind, LifecycleEvent, NodeStatus
+from rung.types import (
+    Deployment,
+    DeploymentSpec,
+    EngineInput,
+    JobFailed,
+    JobKind,
+    LifecycleEvent,
+    NodeStatus,
+)
 
 if TYPE_CHECKING:
     RunCall: TypeAlias = grpc.aio.UnaryStreamCall[v1.RunRequest, v1.RunResponse]
@@ -45,6 +54,7 @@ _AGENT_MARGIN_S = 10.0
 _RUN_KINDS = {
     JobKind.CHAT: v1.RUN_KIND_CHAT_COMPLETIONS,
     JobKind.EMBEDDING: v1.RUN_KIND_EMBEDDINGS,
+    JobKind.PREDICTION: v1.RUN_KIND_PREDICTIONS,
 }
 
 
@@ -184,6 +194,58 @@ class AgentClient:
             idle_timeout=codec.duration_to_proto(idle_timeout_s),
         )
         return AgentRun(self, request, idle_timeout_s)
+
+    async def generate(
+        self, deployment_id: str, *, job_id: str, wanted: EngineInput, idle_timeout_s: float
+    ) -> AsyncGenerator[GenerationEvent, None]:
+        """One generation by an engine with a dialect of its own; its end is a complete result.
+
+        Closing the iteration early cancels the generation in the engine.
+
+        Raises:
+            InvalidRequestError: the engine has no such generation, or refused this one.
+            NotAwakeError, UnknownDeploymentError: as the agent says.
+            EngineUnreachableError, EngineTimeoutError, EngineProtocolError, EngineFailedError: the engine.
+            NodeUnreachableError: the agent does not answer.
+        """
+        request = v1.RunGenerationRequest(
+            job_id=job_id,
+            deployment_id=deployment_id,
+            idle_timeout=codec.duration_to_proto(idle_timeout_s),
+        )
+        codec.write_generation_input(wanted, request)
+        self._opened()
+        call = self._stub.RunGeneration(request)
+        messages = call.__aiter__()
+        try:
+            while True:
+                async with asyncio.timeout(idle_timeout_s + _AGENT_MARGIN_S):
+                    message = await anext(messages, None)
+                if message is None:
+                    return
+                if message.HasField("failed"):
+                    failed = message.failed
+                    reason = codec.FAILURE_REASONS.from_proto(failed.reason)
+                    raise error_of_failure(JobFailed(reason, failed.detail))
+                event = codec.generation_event_from_proto(message)
+                if event is not None:
+                    yield event
+        except TimeoutError:
+            raise EngineTimeoutError(
+                f"{deployment_id} on {self.node_id} said nothing for {idle_timeout_s:g} s",
+                engine=deployment_id,
+            ) from None
+        except grpc.aio.AioRpcError as failure:
+            raise self._error(failure) from failure
+        except asyncio.CancelledError:
+            if _task_is_cancelled():
+                raise
+            raise NodeUnreachableError(
+                f"the channel to {self.node_id} was closed", node=self.node_id
+            ) from None
+        finally:
+            call.cancel()
+            self._closed()
 
     def retire(self) -> None:
         """Close the channel as soon as no call uses it. Calls that run are left to finish."""

@@ -29,6 +29,7 @@ from controlplane.fleet._pools import is_scheduled
 from controlplane.fleet._raising import RaisingProgress
 from controlplane.fleet._reconcile import Reconciler
 from controlplane.fleet._view import DeploymentView, FleetView, build_view, replace_node
+from rung.codec import GenerationEvent
 from rung.errors import (
     ConfigError,
     EngineStartFailedError,
@@ -40,6 +41,7 @@ from rung.errors import (
 from rung.service import Signal, host_id
 from rung.types import (
     DeploymentSpec,
+    EngineInput,
     JobKind,
     LifecycleEvent,
     LifecycleFailed,
@@ -384,6 +386,18 @@ class Fleet:
         found = self._target(deployment_id)
         client = self._sessions[found.node.id].client
         return client.run(found.agent_id, job_id=job_id, kind=kind, body=body, idle_timeout_s=idle_timeout_s)
+
+    def generate_through_agent(
+        self, deployment_id: str, job_id: str, wanted: EngineInput, idle_timeout_s: float
+    ) -> AsyncGenerator[GenerationEvent, None]:
+        """One generation by an engine with a dialect of its own (see `AgentClient.generate`).
+
+        Raises:
+            UnknownDeploymentError: no such deployment.
+        """
+        found = self._target(deployment_id)
+        client = self._sessions[found.node.id].client
+        return client.generate(found.agent_id, job_id=job_id, wanted=wanted, idle_timeout_s=idle_timeout_s)
 
     def _target(self, deployment_id: str) -> DeploymentView:
         found = self._view.deployments.get(deployment_id)

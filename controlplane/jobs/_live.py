@@ -129,8 +129,11 @@ class LiveJob:
         phase: Phase,
         detail: str = "",
         *,
+        step: int | None = None,
+        total: int | None = None,
         percent: float | None = None,
         remaining_s: float | None = None,
+        job_remaining_s: float | None = None,
     ) -> None:
         """Say that a phase began, moved on, or still goes on."""
         now = time.monotonic()
@@ -139,18 +142,25 @@ class LiveJob:
         self._phase = PhaseProgress(
             phase=phase,
             detail=detail,
+            step=step,
+            total=total,
             percent=percent,
             phase_elapsed_s=round(now - self._phase_started, 3),
             remaining_s=remaining_s,
+            job_remaining_s=job_remaining_s,
         )
         self.append(self._phase)
 
     def begin_generating(self, served: Served) -> None:
         """Say who answers; from here on the engine is at work."""
-        self.state = JobState.RUNNING
-        self.served = served
         self._phase = PhaseProgress(phase=Phase.GENERATING, detail=f"{served.target} is answering")
         self._phase_started = time.monotonic()
+        self.routed(served)
+
+    def routed(self, served: Served) -> None:
+        """Say who works on it; what is done there is told by phases of its own."""
+        self.state = JobState.RUNNING
+        self.served = served
         self.append(Routed(served=served))
 
     def consumed(self, usage: Usage) -> None:
@@ -213,15 +223,12 @@ class LiveJob:
         now = time.monotonic()
         phase = self._phase or PhaseProgress(phase=Phase.ROUTE)
         since_s = now - self._phase_started
-        remaining_s = phase.remaining_s
-        if remaining_s is not None:
-            remaining_s = max(0.0, remaining_s - (since_s - phase.phase_elapsed_s))
-        payload = PhaseProgress(
-            phase=phase.phase,
-            detail=phase.detail,
-            percent=phase.percent,
+        passed_s = since_s - phase.phase_elapsed_s
+        payload = replace(
+            phase,
             phase_elapsed_s=round(since_s, 3),
-            remaining_s=remaining_s,
+            remaining_s=_less(phase.remaining_s, passed_s),
+            job_remaining_s=_less(phase.job_remaining_s, passed_s),
         )
         elapsed_s = now - self._started
         return JobEvent(self.id, 0, self.create_time_s + elapsed_s, elapsed_s, payload)
@@ -275,3 +282,10 @@ class LiveJob:
             usage=self.usage,
             policy=self.policy,
         )
+
+
+def _less(remaining_s: float | None, passed_s: float) -> float | None:
+    """What remains of a time after some of it passed; None, for not known, once all of it has."""
+    if remaining_s is None or remaining_s <= passed_s:
+        return None
+    return round(remaining_s - passed_s, 3)

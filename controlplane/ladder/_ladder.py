@@ -33,6 +33,7 @@ class Modality(StrEnum):
     MESH = "mesh"
     SPEECH = "speech"
     TRANSCRIPTION = "transcription"
+    PREDICTION = "prediction"
 
 
 class RungSpec(Struct, frozen=True, kw_only=True):

@@ -4,9 +4,10 @@ from controlplane.pipelines._begun import Begun
 from controlplane.pipelines._openai import RequestHead, read_head
 from controlplane.pipelines._pipelines import Cloud, Pipelines, parse_kind
 from controlplane.pipelines._slots import MAX_QUEUED, Slots
-from controlplane.pipelines._wish import Wish
+from controlplane.pipelines._wish import GENERATION_KINDS, Wish
 
 __all__ = [
+    "GENERATION_KINDS",
     "MAX_QUEUED",
     "Begun",
     "Cloud",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from itertools import chain
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import structlog
 
@@ -39,7 +39,13 @@ from rung.types import DeploymentSpec, JobKind, Phase, Residency, Served
 
 _log = structlog.get_logger("rung.pipelines")
 
-_PATHS = {JobKind.CHAT: "/v1/chat/completions", JobKind.EMBEDDING: "/v1/embeddings"}
+T = TypeVar("T")
+
+_PATHS = {
+    JobKind.CHAT: "/v1/chat/completions",
+    JobKind.EMBEDDING: "/v1/embeddings",
+    JobKind.PREDICTION: "/predict",
+}
 _STARTING = frozenset({Residency.STOPPED, Residency.STARTING, Residency.FAILED, Residency.STOPPING})
 
 #: How often a request makes its deployment awake that others make give way again.
@@ -247,6 +253,37 @@ class Engager:
             NoTargetError: several targets failed; it names each of them.
             RungError: as the only target failed.
         """
+
+        async def attempt(target: Candidate) -> Engaged:
+            if target.kind is TargetKind.CLOUD:
+                return await self._try_cloud(job, wish, target, stream=stream)
+            return await self._try(job, wish, target.id, on_wait, stream=stream)
+
+        return await self.first(job, wish, targets, attempt, complete=False)
+
+    async def first(
+        self,
+        job: EngagedJob,
+        wish: Wish,
+        targets: Iterator[Candidate],
+        attempt: Callable[[Candidate], Awaitable[T]],
+        *,
+        complete: bool = True,
+    ) -> T:
+        """What the first target gives that does not fail, best first. Nothing may have been delivered before.
+
+        Args:
+            job: told of each step.
+            wish: what is wanted; its policy says whether a target that is not ready may be passed for now.
+            targets: to be tried, best first; at least one.
+            attempt: tries one of them.
+            complete: what it gives is all of the answer, which has not only begun.
+
+        Raises:
+            EngineRejectedError: the request is at fault.
+            NoTargetError: several targets failed; it names each of them.
+            RungError: as the only target failed.
+        """
         failures: dict[str, RungError] = {}
         if wish.policy.bridge_allowed:
             targets = self._bridged(job, targets)
@@ -257,10 +294,7 @@ class Engager:
                 job.progress(Phase.ROUTE, f"{failure.message}; trying {target.id}")
             self._circuits.begin(target.id, self._now_s())
             try:
-                if target.kind is TargetKind.CLOUD:
-                    engaged = await self._try_cloud(job, wish, target, stream=stream)
-                else:
-                    engaged = await self._try(job, wish, target.id, on_wait, stream=stream)
+                given = await attempt(target)
             except _MOVES_ON as error:
                 self._failed(target.id, error)
                 failures[target.id] = error
@@ -270,10 +304,25 @@ class Engager:
             except BaseException:
                 self._circuits.abandoned(target.id)
                 raise
+            if complete:
+                self._circuits.succeeded(target.id)
             else:
                 self._circuits.answers(target.id)
-                return engaged
+            return given
         raise _failure_of_all(failures)
+
+    @asynccontextmanager
+    async def slot(self, job: EngagedJob, wish: Wish, deployment_id: str) -> AsyncIterator[DeploymentView]:
+        """A deployment that is awake, with a slot of it held as long as the context lasts.
+
+        Raises:
+            RungError: it could not be made awake, or too many wait for it.
+        """
+        view = await self._take(job, wish, deployment_id, None)
+        try:
+            yield view
+        finally:
+            self._slots.release(deployment_id)
 
     async def aclose(self) -> None:
         """Stop making things awake that nobody waits for."""
@@ -342,24 +391,8 @@ class Engager:
         *,
         stream: bool,
     ) -> Engaged:
-        target = self._now(deployment_id)
+        target = await self._take(job, wish, deployment_id, on_wait)
         spec = target.deployment.spec
-        for _ in range(_AWAKE_ROUNDS):
-            if target.deployment.residency is not Residency.AWAKE:
-                target = await self._awake(job, wish, target, on_wait)
-            if self._slots.try_acquire(spec.id, spec.slots):
-                break
-            await self._slot(job, spec, on_wait)
-            target = self._now(spec.id)
-            if target.deployment.residency is Residency.AWAKE:
-                break
-            # It was told to give way while this request waited.
-            self._slots.release(spec.id)
-        else:
-            raise EngineStartFailedError(
-                f"{spec.id} was made awake {_AWAKE_ROUNDS} times, and had to give way each time",
-                deployment=spec.id,
-            )
         try:
             reply = await self._open(job, wish, target, stream=stream)
             if reply.status >= 400:
@@ -371,6 +404,28 @@ class Engager:
             self._slots.release(spec.id)
             raise
         return Engaged(spec.id, reply, self._slots.release, self._ended)
+
+    async def _take(
+        self, job: EngagedJob, wish: Wish, deployment_id: str, on_wait: OnWait | None
+    ) -> DeploymentView:
+        """Make a deployment awake, and take a slot of it, which is for the caller to release."""
+        target = self._now(deployment_id)
+        spec = target.deployment.spec
+        for _ in range(_AWAKE_ROUNDS):
+            if target.deployment.residency is not Residency.AWAKE:
+                target = await self._awake(job, wish, target, on_wait)
+            if self._slots.try_acquire(spec.id, spec.slots):
+                return target
+            await self._slot(job, spec, on_wait)
+            target = self._now(spec.id)
+            if target.deployment.residency is Residency.AWAKE:
+                return target
+            # It was told to give way while this request waited.
+            self._slots.release(spec.id)
+        raise EngineStartFailedError(
+            f"{spec.id} was made awake {_AWAKE_ROUNDS} times, and had to give way each time",
+            deployment=spec.id,
+        )
 
     async def _try_cloud(self, job: EngagedJob, wish: Wish, candidate: Candidate, *, stream: bool) -> Engaged:
         assert self._cloud is not None  # it has candidates

@@ -33,6 +33,8 @@ _SHOWN_FEATURES = 3
 #: From this confidence on the rule is right about the side of `reason` as often as a judge would be: on the
 #: held-out prompts, 45 times of 45 (tests/benchmarks/classifying.py). Then nobody waits for one.
 _SURE = 0.9
+#: Of a generation of which nothing says how much effort it is worth.
+_USUAL_EFFORT = 5
 
 
 class _Part(Struct):
@@ -73,9 +75,11 @@ def classified_request(body: bytes) -> ClassifiedRequest:
     )
 
 
-def judge_by_rule(body: bytes) -> Judged:
-    """The effort of a chat request by the classifier, with the features that weighed most."""
-    return _judged(classify(classified_request(body)))
+def judge_by_rule(wish: Wish) -> Judged:
+    """The effort by rule: of a conversation by the classifier, with the features that weighed most."""
+    if wish.input is not None:
+        return Judged(_USUAL_EFFORT, "nothing says how much effort it is worth")
+    return _judged(classify(classified_request(wish.body)))
 
 
 def _judged(found: Classification) -> Judged:

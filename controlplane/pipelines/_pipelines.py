@@ -16,6 +16,7 @@ from controlplane.jobs import Jobs, LiveJob
 from controlplane.ladder import Circuits, Ladder
 from controlplane.pipelines._begun import Begun
 from controlplane.pipelines._engage import CloudPort, Engager, OnBytes, OnWait
+from controlplane.pipelines._generation import GenerationPipeline
 from controlplane.pipelines._judging import Judge, judge_by_rule
 from controlplane.pipelines._metrics import PipelineMetrics
 from controlplane.pipelines._openai import (
@@ -80,6 +81,8 @@ class Pipelines:
         )
         self._reasoning = Reasoning(self._router, self._engager)
         self._judge = Judge(self._router, self._engager) if ask_judge else None
+        #: By the kinds of jobs that they carry out, what makes something else than text or vectors.
+        self._generations: dict[JobKind, GenerationPipeline] = {}
         self._metrics = PipelineMetrics(registry, jobs)
         self._tasks: set[asyncio.Task[None]] = set()
         self._pacer = StreamPacer(
@@ -114,12 +117,20 @@ class Pipelines:
 
     def start(self, wish: Wish) -> LiveJob:
         """Begin a generation whose answer is read from its job's log. Raises as `begin`."""
-        read_head(wish.body)
+        if wish.input is None:
+            read_head(wish.body)
+        elif wish.kind not in self._generations:
+            raise InvalidRequestError(f"this control plane has no pipeline for {wish.kind}")
         begun = self.begin(wish)
-        work = self._log_embeddings(begun) if wish.kind is JobKind.EMBEDDING else self._log_stream(begun)
-        task = asyncio.create_task(work, name=begun.job.id)
+        task = asyncio.create_task(self._logged(begun), name=begun.job.id)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            # One that was cancelled before its first step has ended nothing.
+            begun.job.cancelled(begun.job.cancel_requested_by or "drain")
+
+        task.add_done_callback(ended)
         begun.job.on_cancel(task.cancel)
         return begun.job
 
@@ -183,17 +194,17 @@ class Pipelines:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._engager.aclose()
 
-    async def _log_stream(self, begun: Begun) -> None:
+    async def _logged(self, begun: Begun) -> None:
+        """Work whose outcome is read from the log of its job, and nowhere else."""
+        wish = begun.wish
         try:
             async with self._ends(begun):
-                await self._stream(begun, None, keep_usage=False, on_wait=None)
-        except RungError as error:
-            _log.info("job_failed", job=begun.job.id, reason=error.reason, detail=error.message)
-
-    async def _log_embeddings(self, begun: Begun) -> None:
-        try:
-            async with self._ends(begun):
-                await self._answer(begun)
+                if wish.input is not None:
+                    begun.job.done(await self._generations[wish.kind].run(begun))
+                elif wish.kind is JobKind.CHAT:
+                    await self._stream(begun, None, keep_usage=False, on_wait=None)
+                else:
+                    await self._answer(begun)
         except RungError as error:
             _log.info("job_failed", job=begun.job.id, reason=error.reason, detail=error.message)
 

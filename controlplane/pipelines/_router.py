@@ -38,8 +38,8 @@ from controlplane.pipelines._wish import Wish
 from rung.errors import InvalidRequestError, NoTargetError, UnknownModelError
 from rung.types import JobKind, Model, RouteExplanation
 
-_CAPABILITIES = {JobKind.CHAT: "chat", JobKind.EMBEDDING: "embedding"}
-_MODALITIES = {JobKind.CHAT: Modality.CHAT, JobKind.EMBEDDING: Modality.EMBEDDING}
+_CAPABILITIES = {kind: kind.value for kind in JobKind}
+_MODALITIES = {kind: Modality(kind.value) for kind in JobKind}
 #: Bytes of a request's JSON for each token, with its syntax: an estimate that errs on the short side.
 _BYTES_PER_TOKEN = 5
 _NO_LADDER = Ladder((), {})
@@ -123,7 +123,7 @@ class Router:
         circuits: Circuits,
         ladder: Ladder | None = None,
         cloud: CloudModels | None = None,
-        classify: Callable[[bytes], Judged],
+        classify: Callable[[Wish], Judged],
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._fleet = fleet
@@ -164,7 +164,7 @@ class Router:
         if wish.model in self._look().by_model:
             # The usual case on the path of every request: a model by its name.
             return self._named(wish)
-        head = read_head(wish.body)
+        head = _head(wish)
         effort = wish.effort if wish.effort is not None else head.effort
         asking = read_asking(wish.model, effort, head.reasoning_effort, self._ladder.chains)
         if asking.what is Asked.MODEL:
@@ -179,7 +179,7 @@ class Router:
         """Whether it is for us to say how much effort a wish is worth. Raises as `route`."""
         if wish.model in self._look().by_model or not self._ladder.rungs:
             return False
-        head = read_head(wish.body)
+        head = _head(wish)
         asking = read_asking(wish.model, head.effort, head.reasoning_effort, self._ladder.chains)
         return asking.what is Asked.EFFORT and asking.effort is None
 
@@ -272,7 +272,7 @@ class Router:
         if modality not in self._ladder.modalities:
             return self._capable(wish, demand)
         if asking.effort is None:
-            judged = self._classify(wish.body)
+            judged = self._classify(wish)
         else:
             judged = Judged(asking.effort, wish.effort_why or "the caller asked for it")
         rung = self._ladder.rung(modality, judged.effort)
@@ -388,3 +388,8 @@ class Router:
         if self._cloud is None or target_id not in self._cloud_candidates:
             return ""
         return self._cloud.refusal(target_id)
+
+
+def _head(wish: Wish) -> RequestHead:
+    """What of a request's body decides where it goes. Raises InvalidRequestError."""
+    return read_head(wish.body) if wish.input is None else RequestHead()

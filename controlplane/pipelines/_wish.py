@@ -4,7 +4,23 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from rung.types import JobKind, Policy
+from rung.types import (
+    GenerationInput,
+    ImageInput,
+    JobKind,
+    MeshInput,
+    Policy,
+    SpeechInput,
+    TranscriptionInput,
+)
+
+#: The kind of job that an input makes.
+GENERATION_KINDS: dict[type, JobKind] = {
+    ImageInput: JobKind.IMAGE,
+    SpeechInput: JobKind.SPEECH,
+    TranscriptionInput: JobKind.TRANSCRIPTION,
+    MeshInput: JobKind.MESH,
+}
 
 
 class Wish(Struct, frozen=True, kw_only=True):
@@ -12,12 +28,13 @@ class Wish(Struct, frozen=True, kw_only=True):
 
     `body` is the JSON of the OpenAI route of its kind; `model` is what the caller named, and may be
     empty. `effort` is 1 to 10, or None when the caller left it open; `effort_why` says who else than the
-    caller set it.
+    caller set it. What has no OpenAI body (pictures, speech, meshes) has an `input` instead.
     """
 
     kind: JobKind
     model: str
     body: bytes = b""
+    input: GenerationInput | None = None
     policy: Policy = Policy()
     effort: int | None = None
     effort_why: str = ""

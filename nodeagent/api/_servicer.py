@@ -5,11 +5,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import grpc.aio
 
-from nodeagent.engines import RunKind
+from nodeagent.engines import GenerateControl, Generation, RunKind
 from nodeagent.supervisor import Command, Operation, Supervisor
 from nodeagent.telemetry import Telemetry
 from rung import codec, reason_of_error, v1
@@ -26,6 +27,7 @@ _RUN_KINDS = {
     v1.RUN_KIND_CHAT_COMPLETIONS: RunKind.CHAT_COMPLETIONS,
     v1.RUN_KIND_COMPLETIONS: RunKind.COMPLETIONS,
     v1.RUN_KIND_EMBEDDINGS: RunKind.EMBEDDINGS,
+    v1.RUN_KIND_PREDICTIONS: RunKind.PREDICTIONS,
 }
 _DEFAULT_IDLE_TIMEOUT_S = 600.0
 #: So long at most may requests run on before a sleep is given up.
@@ -173,11 +175,7 @@ class NodeAgentServicer:
         if kind is None:
             raise InvalidRequestError("kind is not one of the routes that a generation may use")
         engine = self._supervisor.engine(request.deployment_id)
-        idle_timeout_s = (
-            codec.duration_from_proto(request.idle_timeout)
-            if request.HasField("idle_timeout")
-            else _DEFAULT_IDLE_TIMEOUT_S
-        )
+        idle_timeout_s = _idle_timeout_s(request)
         spec = engine.deployment.spec
         with engine.serving() as base_url:
             async with engine.adapter.run(
@@ -201,10 +199,31 @@ class NodeAgentServicer:
                             for data in _split(chunk):
                                 yield v1.RunResponse(data=data)
                 except RungError as error:
-                    failed = v1.RunFailed(
-                        reason=codec.FAILURE_REASONS.to_proto[reason_of_error(error)], detail=error.message
-                    )
-                    yield v1.RunResponse(failed=failed)
+                    yield v1.RunResponse(failed=_failed(error))
+
+    async def RunGeneration(
+        self, request: v1.RunGenerationRequest, context: Context
+    ) -> AsyncIterator[v1.RunGenerationResponse]:
+        """One generation by an engine with a dialect of its own."""
+        wanted = codec.engine_input_from_proto(request)
+        if wanted is None:
+            raise InvalidRequestError("the request has no input that this version knows")
+        engine = self._supervisor.engine(request.deployment_id)
+        spec, adapter = engine.deployment.spec, engine.adapter
+        if not isinstance(adapter, GenerateControl):
+            raise InvalidRequestError(f"{spec.id}: its engine has OpenAI's routes only", deployment=spec.id)
+        generation = Generation(job_id=request.job_id, input=wanted, idle_timeout_s=_idle_timeout_s(request))
+        begun = False
+        with engine.serving() as base_url:
+            async with aclosing(adapter.generate(base_url, spec, generation)) as events:
+                try:
+                    async for event in events:
+                        begun = True
+                        yield codec.generation_event_to_proto(event)
+                except RungError as error:
+                    if not begun:
+                        raise
+                    yield v1.RunGenerationResponse(failed=_failed(error))
 
     async def ReadEngineLog(
         self, request: v1.ReadEngineLogRequest, context: Context
@@ -221,6 +240,17 @@ def _split(chunk: bytes) -> Sequence[bytes]:
     if len(chunk) <= _MAX_DATA_BYTES:
         return (chunk,)
     return [chunk[start : start + _MAX_DATA_BYTES] for start in range(0, len(chunk), _MAX_DATA_BYTES)]
+
+
+def _idle_timeout_s(request: v1.RunRequest | v1.RunGenerationRequest) -> float:
+    if request.HasField("idle_timeout"):
+        return codec.duration_from_proto(request.idle_timeout)
+    return _DEFAULT_IDLE_TIMEOUT_S
+
+
+def _failed(error: RungError) -> v1.RunFailed:
+    reason = codec.FAILURE_REASONS.to_proto[reason_of_error(error)]
+    return v1.RunFailed(reason=reason, detail=error.message)
 
 
 def _drain_timeout_s(context: Context) -> float:

@@ -5,22 +5,24 @@ An adapter knows command lines, health and the shape of requests; it runs no pro
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
 from msgspec import Struct
 
-from rung.types import DeploymentSpec
+from rung.codec import GenerationEvent
+from rung.types import DeploymentSpec, EngineInput
 
 
 class RunKind(StrEnum):
-    """Which of OpenAI's routes a generation uses. A closed set: no request chooses a path."""
+    """Which route a generation uses. A closed set: no request chooses a path."""
 
     CHAT_COMPLETIONS = "chat_completions"
     COMPLETIONS = "completions"
     EMBEDDINGS = "embeddings"
+    PREDICTIONS = "predictions"
 
 
 class EngineHealth(StrEnum):
@@ -244,5 +246,41 @@ class PullControl(Protocol):
         Raises:
             InvalidRequestError: the model would be answered for from the internet.
             EngineFailedError: there is no such model, no room for it, or no way to where it is.
+        """
+        ...
+
+
+class Generation(Struct, frozen=True, kw_only=True):
+    """One generation for an engine with a dialect of its own. Units are in the names.
+
+    Attributes:
+        job_id: the job it belongs to.
+        input: what to generate from.
+        idle_timeout_s: longest silence of the engine.
+    """
+
+    job_id: str
+    input: EngineInput
+    idle_timeout_s: float = 600.0
+
+
+@runtime_checkable
+class GenerateControl(Protocol):
+    """What an adapter has whose engine makes pictures, speech, text or meshes in a dialect of its own."""
+
+    def generate(
+        self, base_url: str, spec: DeploymentSpec, generation: Generation
+    ) -> AsyncGenerator[GenerationEvent, None]:
+        """Have the engine generate, and say what happens; the end of the iteration is a complete result.
+
+        Progress has its phase, and what is counted where anything is; the time since a phase began is for
+        the caller to add. Pieces of an artifact are 256 KiB at most and in order; the last one has its size
+        and SHA-256. Closing the iteration early cancels this generation in the engine, and no other.
+
+        Raises:
+            InvalidRequestError: this kind of engine has no such generation, or it refused this one; the
+                message says what is wrong with what.
+            EngineUnreachableError, EngineTimeoutError, EngineProtocolError: as the engine client does.
+            EngineFailedError: it tried, and failed.
         """
         ...

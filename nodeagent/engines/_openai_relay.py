@@ -18,6 +18,7 @@ PATHS: dict[RunKind, str] = {
     RunKind.CHAT_COMPLETIONS: "/v1/chat/completions",
     RunKind.COMPLETIONS: "/v1/completions",
     RunKind.EMBEDDINGS: "/v1/embeddings",
+    RunKind.PREDICTIONS: "/predict",
 }
 #: The whole of a probe, however many questions it asks.
 PROBE_TIMEOUT_S = 2.0

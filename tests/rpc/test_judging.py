@@ -10,8 +10,9 @@ import pytest
 from aiohttp import web
 
 from controlplane.ladder import Ladder, RungSpec, build_ladder
+from controlplane.pipelines import Wish
 from controlplane.pipelines._judging import classified_request, judge_by_rule
-from rung.types import JobState
+from rung.types import JobKind, JobState
 from tests.fakes.engine_server import EngineServer
 from tests.fakes.fleet_view import deployment_view
 from tests.fakes.gateway import Plane, a_plane
@@ -153,7 +154,7 @@ def test_what_is_classified_is_the_last_thing_that_the_user_said() -> None:
 
 @pytest.mark.parametrize("body", [b"", b"[]", b'{"messages": 3}', b'{"messages": [{"role": "user"}]}'])
 def test_what_is_no_conversation_is_an_easy_one(body: bytes) -> None:
-    judged = judge_by_rule(body)
+    judged = judge_by_rule(Wish(kind=JobKind.CHAT, model="", body=body))
 
     assert judged.effort <= 6
     assert judged.why.startswith("by rule")

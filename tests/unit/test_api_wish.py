@@ -10,8 +10,16 @@ from google.protobuf.struct_pb2 import Struct
 
 from controlplane.api import wish_from_embed, wish_from_generate
 from rung import v1
-from rung.errors import InvalidRequestError, NotImplementedYetError
-from rung.types import JobKind, Priority
+from rung.errors import InvalidRequestError
+from rung.types import (
+    GenerationInput,
+    ImageInput,
+    JobKind,
+    MeshInput,
+    Priority,
+    SpeechInput,
+    TranscriptionInput,
+)
 
 
 def chat(**fields: Any) -> v1.GenerateRequest:
@@ -149,9 +157,28 @@ def test_malformed_requests_say_what_is_wrong(request_: v1.GenerateRequest, said
         wish_from_generate(request_)
 
 
-def test_other_inputs_are_not_there_yet() -> None:
-    with pytest.raises(NotImplementedYetError, match="`image`"):
-        wish_from_generate(v1.GenerateRequest(image=v1.ImageInput(prompt="a cat")))
+@pytest.mark.parametrize(
+    ("request_", "kind", "wanted"),
+    [
+        (
+            v1.GenerateRequest(image=v1.ImageInput(prompt="a cat")),
+            JobKind.IMAGE,
+            ImageInput(prompt="a cat"),
+        ),
+        (v1.GenerateRequest(speech=v1.SpeechInput(text="Hi")), JobKind.SPEECH, SpeechInput(text="Hi")),
+        (
+            v1.GenerateRequest(transcription=v1.TranscriptionInput(audio=b"RIFF", language="de")),
+            JobKind.TRANSCRIPTION,
+            TranscriptionInput(audio=b"RIFF", language="de"),
+        ),
+        (v1.GenerateRequest(mesh=v1.MeshInput(prompt="a chair")), JobKind.MESH, MeshInput(prompt="a chair")),
+    ],
+)
+def test_other_inputs_make_jobs_of_their_own_kinds(
+    request_: v1.GenerateRequest, kind: JobKind, wanted: GenerationInput
+) -> None:
+    wish = wish_from_generate(request_)
+    assert (wish.kind, wish.input, wish.body) == (kind, wanted, b"")
 
 
 def test_texts_to_embed() -> None:

@@ -157,8 +157,8 @@ class APlace:
     def a_ladder() -> Ladder:
         return build_ladder(RUNGS, CHAINS)
 
-    def _classify(self, body: bytes) -> Judged:
-        self.judged.append(body)
+    def _classify(self, wish: Wish) -> Judged:
+        self.judged.append(wish.body)
         return Judged(8, "it looked hard")
 
     def targets(self, wish: Wish) -> list[str]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.struct_pb2 import Struct
 
 from rung import v1
+from rung.codec._generation import image_part_from_proto, image_part_to_proto
 from rung.codec._job import (
     embedding_vectors_to_proto,
     served_from_proto,
@@ -15,12 +14,12 @@ from rung.codec._job import (
     usage_from_proto,
     usage_to_proto,
 )
+from rung.codec._values import whole_numbers
 from rung.types import (
     ChatMessage,
     Conversation,
     EmbeddingResult,
     Embeddings,
-    ImagePart,
     Tool,
     ToolCall,
 )
@@ -77,7 +76,7 @@ def _message_to_proto(value: ChatMessage) -> v1.ChatMessage:
     return v1.ChatMessage(
         role=value.role,
         content=value.content,
-        images=[v1.ImagePart(content_type=image.content_type, data=image.data) for image in value.images],
+        images=[image_part_to_proto(image) for image in value.images],
         tool_calls=[
             v1.ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in value.tool_calls
         ],
@@ -89,7 +88,7 @@ def _message_from_proto(message: v1.ChatMessage) -> ChatMessage:
     return ChatMessage(
         role=message.role,
         content=message.content,
-        images=tuple(ImagePart(content_type=image.content_type, data=image.data) for image in message.images),
+        images=tuple(image_part_from_proto(image) for image in message.images),
         tool_calls=tuple(
             ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in message.tool_calls
         ),
@@ -107,16 +106,5 @@ def _tool_from_proto(message: v1.Tool) -> Tool:
     return Tool(
         name=message.name,
         description=message.description,
-        parameters={name: _whole(each) for name, each in MessageToDict(message.parameters).items()},
+        parameters={name: whole_numbers(each) for name, each in MessageToDict(message.parameters).items()},
     )
-
-
-def _whole(value: Any) -> Any:
-    """JSON with whole numbers as int: a `Struct` has floats only, and a schema's `minItems` is no float."""
-    if isinstance(value, float):
-        return int(value) if value.is_integer() else value
-    if isinstance(value, list):
-        return [_whole(each) for each in value]
-    if isinstance(value, dict):
-        return {name: _whole(each) for name, each in value.items()}
-    return value

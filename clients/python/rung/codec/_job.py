@@ -268,6 +268,7 @@ def phase_progress_to_proto(value: PhaseProgress) -> v1.PhaseProgress:
         percent=value.percent,
         phase_elapsed=duration_to_proto(value.phase_elapsed_s),
         remaining=None if value.remaining_s is None else duration_to_proto(value.remaining_s),
+        job_remaining=None if value.job_remaining_s is None else duration_to_proto(value.job_remaining_s),
     )
 
 
@@ -276,7 +277,11 @@ def _write_progress(value: PhaseProgress, message: v1.JobEvent) -> None:
 
 
 def _write_token(value: TokenDelta, message: v1.JobEvent) -> None:
-    target = message.token
+    write_token(value, message.token)
+
+
+def write_token(value: TokenDelta, target: v1.TokenDelta) -> None:
+    """Encode text into a member of a oneof."""
     # Set always: assigning is what selects the member of the oneof, even for an empty text.
     target.content = value.content
     if value.reasoning:
@@ -303,6 +308,8 @@ def artifact_chunk_to_proto(value: ArtifactChunk) -> v1.ArtifactChunk:
         data=value.data,
         sha256=value.sha256,
         size_bytes=value.size_bytes,
+        length_bytes=value.length_bytes,
+        preview=value.preview,
     )
 
 
@@ -374,6 +381,9 @@ def phase_progress_from_proto(message: v1.PhaseProgress) -> PhaseProgress:
         percent=message.percent if message.HasField("percent") else None,
         phase_elapsed_s=duration_from_proto(message.phase_elapsed),
         remaining_s=duration_from_proto(message.remaining) if message.HasField("remaining") else None,
+        job_remaining_s=(
+            duration_from_proto(message.job_remaining) if message.HasField("job_remaining") else None
+        ),
     )
 
 
@@ -381,9 +391,13 @@ def _read_progress(message: v1.JobEvent) -> PhaseProgress:
     return phase_progress_from_proto(message.progress)
 
 
+def token_from_proto(message: v1.TokenDelta) -> TokenDelta:
+    """Decode text."""
+    return TokenDelta(message.content, message.reasoning, message.choice)
+
+
 def _read_token(message: v1.JobEvent) -> TokenDelta:
-    token = message.token
-    return TokenDelta(token.content, token.reasoning, token.choice)
+    return token_from_proto(message.token)
 
 
 def _read_tool_call(message: v1.JobEvent) -> ToolCallDelta:
@@ -400,6 +414,8 @@ def artifact_chunk_from_proto(message: v1.ArtifactChunk) -> ArtifactChunk:
         data=message.data,
         sha256=message.sha256,
         size_bytes=message.size_bytes,
+        length_bytes=message.length_bytes,
+        preview=message.preview,
     )
 
 

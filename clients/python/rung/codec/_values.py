@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from enum import StrEnum
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -67,6 +67,17 @@ def duration_to_proto(seconds: float) -> Duration:
 def duration_from_proto(message: Duration) -> float:
     """A `Duration` as seconds."""
     return message.seconds + message.nanos / _NANOS
+
+
+def whole_numbers(value: Any) -> Any:
+    """JSON with whole numbers as int: a `Struct` has floats only, and a schema's `minItems` is no float."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else value
+    if isinstance(value, list):
+        return [whole_numbers(each) for each in value]
+    if isinstance(value, dict):
+        return {name: whole_numbers(each) for name, each in value.items()}
+    return value
 
 
 class EnumCodec(Generic[E, V]):

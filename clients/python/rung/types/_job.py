@@ -40,6 +40,7 @@ class JobKind(StrEnum):
     TRANSCRIPTION = "transcription"
     MESH = "mesh"
     VIDEO = "video"
+    PREDICTION = "prediction"
 
 
 class Priority(StrEnum):
@@ -147,7 +148,11 @@ class Routed(Struct, frozen=True, tag="routed", tag_field="event"):
 
 
 class PhaseProgress(Struct, frozen=True, tag="progress", tag_field="event", omit_defaults=True):
-    """A phase began, moved on, or still goes on. `percent` is 0 to 100."""
+    """A phase began, moved on, or still goes on.
+
+    `percent` is 0 to 100. `remaining_s` is the expected time until the phase ends, `job_remaining_s` until
+    the job does; None where nobody knows.
+    """
 
     phase: Phase
     detail: str = ""
@@ -156,6 +161,7 @@ class PhaseProgress(Struct, frozen=True, tag="progress", tag_field="event", omit
     percent: float | None = None
     phase_elapsed_s: float = 0.0
     remaining_s: float | None = None
+    job_remaining_s: float | None = None
 
 
 class TokenDelta(Struct, frozen=True, tag="token", tag_field="event", omit_defaults=True, gc=False):
@@ -177,7 +183,10 @@ class ToolCallDelta(Struct, frozen=True, tag="tool_call", tag_field="event", omi
 
 
 class ArtifactChunk(Struct, frozen=True, tag="artifact", tag_field="event", omit_defaults=True):
-    """A piece of a file; `sha256` (of the whole file) comes with the last piece."""
+    """A piece of a file of `length_bytes`; `sha256` (of the whole file) comes with the last piece.
+
+    `data` is left out of a job's log: the artifact itself is stored. A `preview` is no result, and is not.
+    """
 
     artifact_id: str
     content_type: str
@@ -185,6 +194,8 @@ class ArtifactChunk(Struct, frozen=True, tag="artifact", tag_field="event", omit
     data: bytes = b""
     sha256: str = ""
     size_bytes: int = 0
+    length_bytes: int = 0
+    preview: bool = False
 
 
 class UsageReported(Struct, frozen=True, tag="usage", tag_field="event"):

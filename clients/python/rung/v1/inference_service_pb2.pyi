@@ -7,8 +7,8 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
-from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf.internal import containers as _containers
+from rung.v1 import generation_pb2 as _generation_pb2
 from rung.v1 import job_pb2 as _job_pb2
 import builtins as _builtins
 import sys
@@ -47,23 +47,23 @@ class GenerateRequest(_message.Message):
         """Where it may go."""
 
     @_builtins.property
-    def chat(self) -> Global___ChatInput:
+    def chat(self) -> _generation_pb2.ChatInput:
         """A conversation."""
 
     @_builtins.property
-    def image(self) -> Global___ImageInput:
+    def image(self) -> _generation_pb2.ImageInput:
         """A picture."""
 
     @_builtins.property
-    def speech(self) -> Global___SpeechInput:
+    def speech(self) -> _generation_pb2.SpeechInput:
         """Speech from text."""
 
     @_builtins.property
-    def transcription(self) -> Global___TranscriptionInput:
+    def transcription(self) -> _generation_pb2.TranscriptionInput:
         """Text from speech."""
 
     @_builtins.property
-    def mesh(self) -> Global___MeshInput:
+    def mesh(self) -> _generation_pb2.MeshInput:
         """A 3D mesh."""
 
     def __init__(
@@ -73,11 +73,11 @@ class GenerateRequest(_message.Message):
         model: _builtins.str = ...,
         effort: _builtins.int | None = ...,
         policy: _job_pb2.Policy | None = ...,
-        chat: Global___ChatInput | None = ...,
-        image: Global___ImageInput | None = ...,
-        speech: Global___SpeechInput | None = ...,
-        transcription: Global___TranscriptionInput | None = ...,
-        mesh: Global___MeshInput | None = ...,
+        chat: _generation_pb2.ChatInput | None = ...,
+        image: _generation_pb2.ImageInput | None = ...,
+        speech: _generation_pb2.SpeechInput | None = ...,
+        transcription: _generation_pb2.TranscriptionInput | None = ...,
+        mesh: _generation_pb2.MeshInput | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_effort", b"_effort", "chat", b"chat", "effort", b"effort", "image", b"image", "input", b"input", "mesh", b"mesh", "policy", b"policy", "speech", b"speech", "transcription", b"transcription"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -117,383 +117,6 @@ class GenerateResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
-
-@_typing.final
-class ChatInput(_message.Message):
-    """ChatInput is a conversation in one of two forms."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    CONVERSATION_FIELD_NUMBER: _builtins.int
-    OPENAI_JSON_FIELD_NUMBER: _builtins.int
-    openai_json: _builtins.bytes
-    """The body of an OpenAI chat-completions request as JSON, passed on as it is but for `model`
-    and `stream`.
-    """
-    @_builtins.property
-    def conversation(self) -> Global___Conversation:
-        """Typed messages."""
-
-    def __init__(
-        self,
-        *,
-        conversation: Global___Conversation | None = ...,
-        openai_json: _builtins.bytes = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "form", b"form", "openai_json", b"openai_json"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "form", b"form", "openai_json", b"openai_json"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_form: _TypeAlias = _typing.Literal["conversation", "openai_json"]  # noqa: Y015
-    _WhichOneofArgType_form: _TypeAlias = _typing.Literal["form", b"form"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_form) -> _WhichOneofReturnType_form | None: ...
-
-Global___ChatInput: _TypeAlias = ChatInput  # noqa: Y015
-
-@_typing.final
-class Conversation(_message.Message):
-    """Conversation is a chat in typed form."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    MESSAGES_FIELD_NUMBER: _builtins.int
-    TOOLS_FIELD_NUMBER: _builtins.int
-    MAX_TOKENS_FIELD_NUMBER: _builtins.int
-    TEMPERATURE_FIELD_NUMBER: _builtins.int
-    TOP_P_FIELD_NUMBER: _builtins.int
-    STOP_FIELD_NUMBER: _builtins.int
-    SEED_FIELD_NUMBER: _builtins.int
-    max_tokens: _builtins.int
-    """Most tokens to produce."""
-    temperature: _builtins.float
-    """Sampling temperature."""
-    top_p: _builtins.float
-    """Nucleus sampling."""
-    seed: _builtins.int
-    """Seed for repeatable sampling."""
-    @_builtins.property
-    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
-        """Turns, oldest first."""
-
-    @_builtins.property
-    def tools(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tool]:
-        """Tools that the model may call."""
-
-    @_builtins.property
-    def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Texts that end the answer."""
-
-    def __init__(
-        self,
-        *,
-        messages: _abc.Iterable[Global___ChatMessage] | None = ...,
-        tools: _abc.Iterable[Global___Tool] | None = ...,
-        max_tokens: _builtins.int | None = ...,
-        temperature: _builtins.float | None = ...,
-        top_p: _builtins.float | None = ...,
-        stop: _abc.Iterable[_builtins.str] | None = ...,
-        seed: _builtins.int | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "max_tokens", b"max_tokens", "seed", b"seed", "temperature", b"temperature", "top_p", b"top_p"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "max_tokens", b"max_tokens", "messages", b"messages", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "tools", b"tools", "top_p", b"top_p"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
-    _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
-    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
-    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
-    _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
-    _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
-    _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
-    _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens) -> _WhichOneofReturnType__max_tokens | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
-
-Global___Conversation: _TypeAlias = Conversation  # noqa: Y015
-
-@_typing.final
-class ChatMessage(_message.Message):
-    """ChatMessage is one turn."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ROLE_FIELD_NUMBER: _builtins.int
-    CONTENT_FIELD_NUMBER: _builtins.int
-    IMAGES_FIELD_NUMBER: _builtins.int
-    TOOL_CALLS_FIELD_NUMBER: _builtins.int
-    TOOL_CALL_ID_FIELD_NUMBER: _builtins.int
-    role: _builtins.str
-    """`system`, `user`, `assistant` or `tool`."""
-    content: _builtins.str
-    """Text."""
-    tool_call_id: _builtins.str
-    """Call that a `tool` turn answers."""
-    @_builtins.property
-    def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImagePart]:
-        """Pictures to look at."""
-
-    @_builtins.property
-    def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCall]:
-        """Calls that the assistant made."""
-
-    def __init__(
-        self,
-        *,
-        role: _builtins.str = ...,
-        content: _builtins.str = ...,
-        images: _abc.Iterable[Global___ImagePart] | None = ...,
-        tool_calls: _abc.Iterable[Global___ToolCall] | None = ...,
-        tool_call_id: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "images", b"images", "role", b"role", "tool_call_id", b"tool_call_id", "tool_calls", b"tool_calls"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
-
-@_typing.final
-class ImagePart(_message.Message):
-    """ImagePart is a picture in a message."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    CONTENT_TYPE_FIELD_NUMBER: _builtins.int
-    DATA_FIELD_NUMBER: _builtins.int
-    content_type: _builtins.str
-    """Media type."""
-    data: _builtins.bytes
-    """The file."""
-    def __init__(
-        self,
-        *,
-        content_type: _builtins.str = ...,
-        data: _builtins.bytes = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_type", b"content_type", "data", b"data"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ImagePart: _TypeAlias = ImagePart  # noqa: Y015
-
-@_typing.final
-class Tool(_message.Message):
-    """Tool is a function that the model may call."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    NAME_FIELD_NUMBER: _builtins.int
-    DESCRIPTION_FIELD_NUMBER: _builtins.int
-    PARAMETERS_FIELD_NUMBER: _builtins.int
-    name: _builtins.str
-    """Name."""
-    description: _builtins.str
-    """What it does."""
-    @_builtins.property
-    def parameters(self) -> _struct_pb2.Struct:
-        """JSON schema of its arguments."""
-
-    def __init__(
-        self,
-        *,
-        name: _builtins.str = ...,
-        description: _builtins.str = ...,
-        parameters: _struct_pb2.Struct | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "name", b"name", "parameters", b"parameters"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Tool: _TypeAlias = Tool  # noqa: Y015
-
-@_typing.final
-class ToolCall(_message.Message):
-    """ToolCall is a complete call of a tool."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ID_FIELD_NUMBER: _builtins.int
-    NAME_FIELD_NUMBER: _builtins.int
-    ARGUMENTS_FIELD_NUMBER: _builtins.int
-    id: _builtins.str
-    """Id of the call."""
-    name: _builtins.str
-    """Name of the tool."""
-    arguments: _builtins.str
-    """Arguments as JSON text."""
-    def __init__(
-        self,
-        *,
-        id: _builtins.str = ...,
-        name: _builtins.str = ...,
-        arguments: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "id", b"id", "name", b"name"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ToolCall: _TypeAlias = ToolCall  # noqa: Y015
-
-@_typing.final
-class ImageInput(_message.Message):
-    """ImageInput asks for a picture."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    PROMPT_FIELD_NUMBER: _builtins.int
-    NEGATIVE_PROMPT_FIELD_NUMBER: _builtins.int
-    OPERATION_FIELD_NUMBER: _builtins.int
-    TIER_FIELD_NUMBER: _builtins.int
-    WIDTH_PIXELS_FIELD_NUMBER: _builtins.int
-    HEIGHT_PIXELS_FIELD_NUMBER: _builtins.int
-    SEED_FIELD_NUMBER: _builtins.int
-    IMAGES_FIELD_NUMBER: _builtins.int
-    PARAMETERS_FIELD_NUMBER: _builtins.int
-    prompt: _builtins.str
-    """What to draw."""
-    negative_prompt: _builtins.str
-    """What not to draw."""
-    operation: _builtins.str
-    """Workflow template: `generate`, `img2img`, `inpaint`, `upscale`, or a user's own."""
-    tier: _builtins.str
-    """`lightning`, `quality` or `ultra`; empty lets effort decide."""
-    width_pixels: _builtins.int
-    """Width in pixels."""
-    height_pixels: _builtins.int
-    """Height in pixels."""
-    seed: _builtins.int
-    """Seed; unset for a random one."""
-    @_builtins.property
-    def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImagePart]:
-        """Pictures to start from."""
-
-    @_builtins.property
-    def parameters(self) -> _struct_pb2.Struct:
-        """Further typed parameters of the template."""
-
-    def __init__(
-        self,
-        *,
-        prompt: _builtins.str = ...,
-        negative_prompt: _builtins.str = ...,
-        operation: _builtins.str = ...,
-        tier: _builtins.str = ...,
-        width_pixels: _builtins.int = ...,
-        height_pixels: _builtins.int = ...,
-        seed: _builtins.int | None = ...,
-        images: _abc.Iterable[Global___ImagePart] | None = ...,
-        parameters: _struct_pb2.Struct | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "parameters", b"parameters", "seed", b"seed"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "height_pixels", b"height_pixels", "images", b"images", "negative_prompt", b"negative_prompt", "operation", b"operation", "parameters", b"parameters", "prompt", b"prompt", "seed", b"seed", "tier", b"tier", "width_pixels", b"width_pixels"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
-    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
-
-Global___ImageInput: _TypeAlias = ImageInput  # noqa: Y015
-
-@_typing.final
-class SpeechInput(_message.Message):
-    """SpeechInput asks for speech."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TEXT_FIELD_NUMBER: _builtins.int
-    VOICE_FIELD_NUMBER: _builtins.int
-    FORMAT_FIELD_NUMBER: _builtins.int
-    text: _builtins.str
-    """What to say."""
-    voice: _builtins.str
-    """Voice name."""
-    format: _builtins.str
-    """Audio format, such as `wav` or `mp3`."""
-    def __init__(
-        self,
-        *,
-        text: _builtins.str = ...,
-        voice: _builtins.str = ...,
-        format: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "text", b"text", "voice", b"voice"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___SpeechInput: _TypeAlias = SpeechInput  # noqa: Y015
-
-@_typing.final
-class TranscriptionInput(_message.Message):
-    """TranscriptionInput asks for text."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    AUDIO_FIELD_NUMBER: _builtins.int
-    CONTENT_TYPE_FIELD_NUMBER: _builtins.int
-    LANGUAGE_FIELD_NUMBER: _builtins.int
-    audio: _builtins.bytes
-    """The audio file."""
-    content_type: _builtins.str
-    """Media type of the file."""
-    language: _builtins.str
-    """Language as a BCP 47 tag; empty to detect it."""
-    def __init__(
-        self,
-        *,
-        audio: _builtins.bytes = ...,
-        content_type: _builtins.str = ...,
-        language: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audio", b"audio", "content_type", b"content_type", "language", b"language"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___TranscriptionInput: _TypeAlias = TranscriptionInput  # noqa: Y015
-
-@_typing.final
-class MeshInput(_message.Message):
-    """MeshInput asks for a 3D mesh."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    PROMPT_FIELD_NUMBER: _builtins.int
-    IMAGE_FIELD_NUMBER: _builtins.int
-    prompt: _builtins.str
-    """What to model; used when there is no picture."""
-    @_builtins.property
-    def image(self) -> Global___ImagePart:
-        """Picture to model."""
-
-    def __init__(
-        self,
-        *,
-        prompt: _builtins.str = ...,
-        image: Global___ImagePart | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "prompt", b"prompt"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___MeshInput: _TypeAlias = MeshInput  # noqa: Y015
 
 @_typing.final
 class CreateJobRequest(_message.Message):
@@ -1285,3 +908,141 @@ class GetArtifactResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetArtifactResponse: _TypeAlias = GetArtifactResponse  # noqa: Y015
+
+@_typing.final
+class ListWorkflowsRequest(_message.Message):
+    """ListWorkflowsRequest has no filters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListWorkflowsRequest: _TypeAlias = ListWorkflowsRequest  # noqa: Y015
+
+@_typing.final
+class ListWorkflowsResponse(_message.Message):
+    """ListWorkflowsResponse lists templates by name."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKFLOWS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def workflows(self) -> _containers.RepeatedCompositeFieldContainer[Global___Workflow]:
+        """Templates."""
+
+    def __init__(
+        self,
+        *,
+        workflows: _abc.Iterable[Global___Workflow] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["workflows", b"workflows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListWorkflowsResponse: _TypeAlias = ListWorkflowsResponse  # noqa: Y015
+
+@_typing.final
+class Workflow(_message.Message):
+    """Workflow is a template of a graph."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    VIDEO_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name, as `ImageInput.operation` takes it."""
+    description: _builtins.str
+    """One line for a person."""
+    video: _builtins.bool
+    """Whether it makes moving pictures."""
+    @_builtins.property
+    def images(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Pictures that it starts from, in order: `image`, `mask`."""
+
+    @_builtins.property
+    def parameters(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkflowParameter]:
+        """Its further parameters."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        description: _builtins.str = ...,
+        video: _builtins.bool = ...,
+        images: _abc.Iterable[_builtins.str] | None = ...,
+        parameters: _abc.Iterable[Global___WorkflowParameter] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "images", b"images", "name", b"name", "parameters", b"parameters", "video", b"video"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Workflow: _TypeAlias = Workflow  # noqa: Y015
+
+@_typing.final
+class WorkflowParameter(_message.Message):
+    """WorkflowParameter is one typed parameter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    TYPE_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    DEFAULT_JSON_FIELD_NUMBER: _builtins.int
+    MINIMUM_FIELD_NUMBER: _builtins.int
+    MAXIMUM_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name, as `ImageInput.parameters` takes it."""
+    type: _builtins.str
+    """`integer`, `number`, `text`, `choice` or `boolean`."""
+    description: _builtins.str
+    """One line for a person."""
+    default_json: _builtins.str
+    """Value where none is given, as JSON; empty if one has to be given."""
+    minimum: _builtins.float
+    """Least value; of numbers only."""
+    maximum: _builtins.float
+    """Greatest value; of numbers only."""
+    @_builtins.property
+    def choices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Permitted values; of choices only."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        type: _builtins.str = ...,
+        description: _builtins.str = ...,
+        default_json: _builtins.str = ...,
+        minimum: _builtins.float | None = ...,
+        maximum: _builtins.float | None = ...,
+        choices: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_maximum", b"_maximum", "_minimum", b"_minimum", "maximum", b"maximum", "minimum", b"minimum"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_maximum", b"_maximum", "_minimum", b"_minimum", "choices", b"choices", "default_json", b"default_json", "description", b"description", "maximum", b"maximum", "minimum", b"minimum", "name", b"name", "type", b"type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__maximum: _TypeAlias = _typing.Literal["maximum"]  # noqa: Y015
+    _WhichOneofArgType__maximum: _TypeAlias = _typing.Literal["_maximum", b"_maximum"]  # noqa: Y015
+    _WhichOneofReturnType__minimum: _TypeAlias = _typing.Literal["minimum"]  # noqa: Y015
+    _WhichOneofArgType__minimum: _TypeAlias = _typing.Literal["_minimum", b"_minimum"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__maximum) -> _WhichOneofReturnType__maximum | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__minimum) -> _WhichOneofReturnType__minimum | None: ...
+
+Global___WorkflowParameter: _TypeAlias = WorkflowParameter  # noqa: Y015

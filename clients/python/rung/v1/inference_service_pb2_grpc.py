@@ -90,6 +90,11 @@ class InferenceServiceStub:
                 request_serializer=rung_dot_v1_dot_inference__service__pb2.GetArtifactRequest.SerializeToString,
                 response_deserializer=rung_dot_v1_dot_inference__service__pb2.GetArtifactResponse.FromString,
                 _registered_method=True)
+        self.ListWorkflows = channel.unary_unary(
+                '/rung.v1.InferenceService/ListWorkflows',
+                request_serializer=rung_dot_v1_dot_inference__service__pb2.ListWorkflowsRequest.SerializeToString,
+                response_deserializer=rung_dot_v1_dot_inference__service__pb2.ListWorkflowsResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer:
@@ -174,7 +179,15 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetArtifact(self, request, context):
-        """GetArtifact streams a stored artifact from an offset.
+        """GetArtifact streams a stored artifact from an offset. NOT_FOUND if there is none, or it was deleted by the
+        retention policy; OUT_OF_RANGE for an offset beyond its end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListWorkflows(self, request, context):
+        """ListWorkflows returns the templates that an `ImageInput` may name as its operation.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -237,6 +250,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.GetArtifact,
                     request_deserializer=rung_dot_v1_dot_inference__service__pb2.GetArtifactRequest.FromString,
                     response_serializer=rung_dot_v1_dot_inference__service__pb2.GetArtifactResponse.SerializeToString,
+            ),
+            'ListWorkflows': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListWorkflows,
+                    request_deserializer=rung_dot_v1_dot_inference__service__pb2.ListWorkflowsRequest.FromString,
+                    response_serializer=rung_dot_v1_dot_inference__service__pb2.ListWorkflowsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -537,6 +555,33 @@ class InferenceService:
             '/rung.v1.InferenceService/GetArtifact',
             rung_dot_v1_dot_inference__service__pb2.GetArtifactRequest.SerializeToString,
             rung_dot_v1_dot_inference__service__pb2.GetArtifactResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListWorkflows(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rung.v1.InferenceService/ListWorkflows',
+            rung_dot_v1_dot_inference__service__pb2.ListWorkflowsRequest.SerializeToString,
+            rung_dot_v1_dot_inference__service__pb2.ListWorkflowsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -64,7 +64,11 @@ class InferenceServiceStub:
     ExplainRoute: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.ExplainRouteRequest, _inference_service_pb2.ExplainRouteResponse]
     """ExplainRoute says who would answer a request and why, and starts nothing."""
     GetArtifact: _grpc.UnaryStreamMultiCallable[_inference_service_pb2.GetArtifactRequest, _inference_service_pb2.GetArtifactResponse]
-    """GetArtifact streams a stored artifact from an offset."""
+    """GetArtifact streams a stored artifact from an offset. NOT_FOUND if there is none, or it was deleted by the
+    retention policy; OUT_OF_RANGE for an offset beyond its end.
+    """
+    ListWorkflows: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.ListWorkflowsRequest, _inference_service_pb2.ListWorkflowsResponse]
+    """ListWorkflows returns the templates that an `ImageInput` may name as its operation."""
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
@@ -102,7 +106,11 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     ExplainRoute: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.ExplainRouteRequest, _inference_service_pb2.ExplainRouteResponse]  # type: ignore[assignment]
     """ExplainRoute says who would answer a request and why, and starts nothing."""
     GetArtifact: _aio.UnaryStreamMultiCallable[_inference_service_pb2.GetArtifactRequest, _inference_service_pb2.GetArtifactResponse]  # type: ignore[assignment]
-    """GetArtifact streams a stored artifact from an offset."""
+    """GetArtifact streams a stored artifact from an offset. NOT_FOUND if there is none, or it was deleted by the
+    retention policy; OUT_OF_RANGE for an offset beyond its end.
+    """
+    ListWorkflows: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.ListWorkflowsRequest, _inference_service_pb2.ListWorkflowsResponse]  # type: ignore[assignment]
+    """ListWorkflows returns the templates that an `ImageInput` may name as its operation."""
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     """InferenceService turns requests into jobs and streams what happens to them."""
@@ -203,6 +211,16 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_service_pb2.GetArtifactRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_service_pb2.GetArtifactResponse], _abc.AsyncIterator[_inference_service_pb2.GetArtifactResponse]]:
-        """GetArtifact streams a stored artifact from an offset."""
+        """GetArtifact streams a stored artifact from an offset. NOT_FOUND if there is none, or it was deleted by the
+        retention policy; OUT_OF_RANGE for an offset beyond its end.
+        """
+
+    @_abc_1.abstractmethod
+    def ListWorkflows(
+        self,
+        request: _inference_service_pb2.ListWorkflowsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_service_pb2.ListWorkflowsResponse, _abc.Awaitable[_inference_service_pb2.ListWorkflowsResponse]]:
+        """ListWorkflows returns the templates that an `ImageInput` may name as its operation."""
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

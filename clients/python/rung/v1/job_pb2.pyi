@@ -79,6 +79,8 @@ class _JobKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobKind.Value
     """A 3D mesh."""
     JOB_KIND_VIDEO: _JobKind.ValueType  # 7
     """Moving pictures."""
+    JOB_KIND_PREDICTION: _JobKind.ValueType  # 8
+    """Classes, numbers or series, predicted from examples."""
 
 class JobKind(_JobKind, metaclass=_JobKindEnumTypeWrapper):
     """JobKind says which pipeline a job runs."""
@@ -99,6 +101,8 @@ JOB_KIND_MESH: JobKind.ValueType  # 6
 """A 3D mesh."""
 JOB_KIND_VIDEO: JobKind.ValueType  # 7
 """Moving pictures."""
+JOB_KIND_PREDICTION: JobKind.ValueType  # 8
+"""Classes, numbers or series, predicted from examples."""
 Global___JobKind: _TypeAlias = JobKind  # noqa: Y015
 
 class _Priority:
@@ -605,6 +609,7 @@ class PhaseProgress(_message.Message):
     PERCENT_FIELD_NUMBER: _builtins.int
     PHASE_ELAPSED_FIELD_NUMBER: _builtins.int
     REMAINING_FIELD_NUMBER: _builtins.int
+    JOB_REMAINING_FIELD_NUMBER: _builtins.int
     phase: Global___Phase.ValueType
     """Which step."""
     detail: _builtins.str
@@ -623,6 +628,10 @@ class PhaseProgress(_message.Message):
     def remaining(self) -> _duration_pb2.Duration:
         """Expected time until this phase ends; unset when it is not known."""
 
+    @_builtins.property
+    def job_remaining(self) -> _duration_pb2.Duration:
+        """Expected time until the job ends; unset when it is not known."""
+
     def __init__(
         self,
         *,
@@ -633,10 +642,11 @@ class PhaseProgress(_message.Message):
         percent: _builtins.float | None = ...,
         phase_elapsed: _duration_pb2.Duration | None = ...,
         remaining: _duration_pb2.Duration | None = ...,
+        job_remaining: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_percent", b"_percent", "_step", b"_step", "_total", b"_total", "percent", b"percent", "phase_elapsed", b"phase_elapsed", "remaining", b"remaining", "step", b"step", "total", b"total"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_percent", b"_percent", "_step", b"_step", "_total", b"_total", "job_remaining", b"job_remaining", "percent", b"percent", "phase_elapsed", b"phase_elapsed", "remaining", b"remaining", "step", b"step", "total", b"total"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_percent", b"_percent", "_step", b"_step", "_total", b"_total", "detail", b"detail", "percent", b"percent", "phase", b"phase", "phase_elapsed", b"phase_elapsed", "remaining", b"remaining", "step", b"step", "total", b"total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_percent", b"_percent", "_step", b"_step", "_total", b"_total", "detail", b"detail", "job_remaining", b"job_remaining", "percent", b"percent", "phase", b"phase", "phase_elapsed", b"phase_elapsed", "remaining", b"remaining", "step", b"step", "total", b"total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__percent: _TypeAlias = _typing.Literal["percent"]  # noqa: Y015
     _WhichOneofArgType__percent: _TypeAlias = _typing.Literal["_percent", b"_percent"]  # noqa: Y015
@@ -733,6 +743,8 @@ class ArtifactChunk(_message.Message):
     DATA_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    LENGTH_BYTES_FIELD_NUMBER: _builtins.int
+    PREVIEW_FIELD_NUMBER: _builtins.int
     artifact_id: _builtins.str
     """Artifact it belongs to."""
     content_type: _builtins.str
@@ -744,7 +756,11 @@ class ArtifactChunk(_message.Message):
     sha256: _builtins.str
     """SHA-256 of the whole artifact in hexadecimal; with the last piece only."""
     size_bytes: _builtins.int
-    """Size of the whole artifact, if known."""
+    """Size of the whole artifact; 0 if it is not known yet."""
+    length_bytes: _builtins.int
+    """Bytes of this piece, also where `data` is left out."""
+    preview: _builtins.bool
+    """A picture of what is there so far, and no result; it is not stored."""
     def __init__(
         self,
         *,
@@ -754,10 +770,12 @@ class ArtifactChunk(_message.Message):
         data: _builtins.bytes = ...,
         sha256: _builtins.str = ...,
         size_bytes: _builtins.int = ...,
+        length_bytes: _builtins.int = ...,
+        preview: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "content_type", b"content_type", "data", b"data", "offset_bytes", b"offset_bytes", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "content_type", b"content_type", "data", b"data", "length_bytes", b"length_bytes", "offset_bytes", b"offset_bytes", "preview", b"preview", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,81 +25,86 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from rung.v1 import deployment_pb2 as rung_dot_v1_dot_deployment__pb2
+from rung.v1 import generation_pb2 as rung_dot_v1_dot_generation__pb2
 from rung.v1 import job_pb2 as rung_dot_v1_dot_job__pb2
 from rung.v1 import node_pb2 as rung_dot_v1_dot_node__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n rung/v1/node_agent_service.proto\x12\x07rung.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18rung/v1/deployment.proto\x1a\x11rung/v1/job.proto\x1a\x12rung/v1/node.proto\".\n\x07\x43ommand\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"\x1d\n\x0cWatchRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\"\xc8\x01\n\rWatchResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12)\n\x08snapshot\x18\x02 \x01(\x0b\x32\x15.rung.v1.NodeSnapshotH\x00\x12%\n\x06status\x18\x03 \x01(\x0b\x32\x13.rung.v1.NodeStatusH\x00\x12)\n\ndeployment\x18\x04 \x01(\x0b\x32\x13.rung.v1.DeploymentH\x00\x12\x1f\n\x15removed_deployment_id\x18\x05 \x01(\tH\x00\x42\x07\n\x05\x65vent\"\x98\x01\n\x0cNodeSnapshot\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x19\n\x11\x61gent_instance_id\x18\x02 \x01(\t\x12#\n\x06status\x18\x03 \x01(\x0b\x32\x13.rung.v1.NodeStatus\x12(\n\x0b\x64\x65ployments\x18\x04 \x03(\x0b\x32\x13.rung.v1.Deployment\x12\r\n\x05\x65poch\x18\x05 \x01(\x03\"^\n\x12StartEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12%\n\x04spec\x18\x02 \x01(\x0b\x32\x17.rung.v1.DeploymentSpec\"=\n\x13StartEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"\\\n\x11StopEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\"<\n\x12StopEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"l\n\x12SleepEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\x12\r\n\x05level\x18\x03 \x01(\x05\x12\r\n\x05\x66orce\x18\x04 \x01(\x08\"=\n\x13SleepEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"M\n\x11WakeEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\"<\n\x12WakeEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"O\n\x13ShrinkEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\">\n\x14ShrinkEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"M\n\x11\x46reeEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\"<\n\x12\x46reeEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"O\n\x13\x46orgetEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\"\x16\n\x14\x46orgetEngineResponse\"\x92\x01\n\nRunRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\x12\x1e\n\x04kind\x18\x03 \x01(\x0e\x32\x10.rung.v1.RunKind\x12\x0c\n\x04\x62ody\x18\x04 \x01(\x0c\x12/\n\x0cidle_timeout\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"n\n\x0bRunResponse\x12 \n\x04head\x18\x01 \x01(\x0b\x32\x10.rung.v1.RunHeadH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12$\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x12.rung.v1.RunFailedH\x00\x42\x07\n\x05\x65vent\"W\n\x07RunHead\x12\x13\n\x0bstatus_code\x18\x01 \x01(\x05\x12\x14\n\x0c\x63ontent_type\x18\x02 \x01(\t\x12\x13\n\x0bretry_after\x18\x03 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"C\n\tRunFailed\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.rung.v1.FailureReason\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"Q\n\x14ReadEngineLogRequest\x12\x15\n\rdeployment_id\x18\x01 \x01(\t\x12\x12\n\ntail_lines\x18\x02 \x01(\x05\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"&\n\x15ReadEngineLogResponse\x12\r\n\x05lines\x18\x01 \x03(\t\"N\n\x0e\x41rtifactSource\x12\x0b\n\x03url\x18\x01 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x94\x01\n\x13PullArtifactRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x0c\n\x04path\x18\x02 \x01(\t\x12(\n\x07sources\x18\x03 \x03(\x0b\x32\x17.rung.v1.ArtifactSource\x12\x0e\n\x06sha256\x18\x04 \x01(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\"m\n\x14PullArtifactResponse\x12)\n\x08progress\x18\x01 \x01(\x0b\x32\x15.rung.v1.PullProgressH\x00\x12!\n\x04\x64one\x18\x02 \x01(\x0b\x32\x11.rung.v1.ArtifactH\x00\x42\x07\n\x05\x65vent\"d\n\x0cPullProgress\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x03\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x18\n\x10\x62ytes_per_second\x18\x03 \x01(\x01\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\"<\n\x08\x41rtifact\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"\x16\n\x14ListArtifactsRequest\"=\n\x15ListArtifactsResponse\x12$\n\tartifacts\x18\x01 \x03(\x0b\x32\x11.rung.v1.Artifact*u\n\x07RunKind\x12\x18\n\x14RUN_KIND_UNSPECIFIED\x10\x00\x12\x1d\n\x19RUN_KIND_CHAT_COMPLETIONS\x10\x01\x12\x18\n\x14RUN_KIND_COMPLETIONS\x10\x02\x12\x17\n\x13RUN_KIND_EMBEDDINGS\x10\x03\x32\x80\x07\n\x10NodeAgentService\x12\x38\n\x05Watch\x12\x15.rung.v1.WatchRequest\x1a\x16.rung.v1.WatchResponse0\x01\x12J\n\x0bStartEngine\x12\x1b.rung.v1.StartEngineRequest\x1a\x1c.rung.v1.StartEngineResponse0\x01\x12G\n\nStopEngine\x12\x1a.rung.v1.StopEngineRequest\x1a\x1b.rung.v1.StopEngineResponse0\x01\x12J\n\x0bSleepEngine\x12\x1b.rung.v1.SleepEngineRequest\x1a\x1c.rung.v1.SleepEngineResponse0\x01\x12G\n\nWakeEngine\x12\x1a.rung.v1.WakeEngineRequest\x1a\x1b.rung.v1.WakeEngineResponse0\x01\x12M\n\x0cShrinkEngine\x12\x1c.rung.v1.ShrinkEngineRequest\x1a\x1d.rung.v1.ShrinkEngineResponse0\x01\x12G\n\nFreeEngine\x12\x1a.rung.v1.FreeEngineRequest\x1a\x1b.rung.v1.FreeEngineResponse0\x01\x12K\n\x0c\x46orgetEngine\x12\x1c.rung.v1.ForgetEngineRequest\x1a\x1d.rung.v1.ForgetEngineResponse\x12\x32\n\x03Run\x12\x13.rung.v1.RunRequest\x1a\x14.rung.v1.RunResponse0\x01\x12P\n\rReadEngineLog\x12\x1d.rung.v1.ReadEngineLogRequest\x1a\x1e.rung.v1.ReadEngineLogResponse0\x01\x12M\n\x0cPullArtifact\x12\x1c.rung.v1.PullArtifactRequest\x1a\x1d.rung.v1.PullArtifactResponse0\x01\x12N\n\rListArtifacts\x12\x1d.rung.v1.ListArtifactsRequest\x1a\x1e.rung.v1.ListArtifactsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n rung/v1/node_agent_service.proto\x12\x07rung.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18rung/v1/deployment.proto\x1a\x18rung/v1/generation.proto\x1a\x11rung/v1/job.proto\x1a\x12rung/v1/node.proto\".\n\x07\x43ommand\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"\x1d\n\x0cWatchRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\"\xc8\x01\n\rWatchResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12)\n\x08snapshot\x18\x02 \x01(\x0b\x32\x15.rung.v1.NodeSnapshotH\x00\x12%\n\x06status\x18\x03 \x01(\x0b\x32\x13.rung.v1.NodeStatusH\x00\x12)\n\ndeployment\x18\x04 \x01(\x0b\x32\x13.rung.v1.DeploymentH\x00\x12\x1f\n\x15removed_deployment_id\x18\x05 \x01(\tH\x00\x42\x07\n\x05\x65vent\"\x98\x01\n\x0cNodeSnapshot\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x19\n\x11\x61gent_instance_id\x18\x02 \x01(\t\x12#\n\x06status\x18\x03 \x01(\x0b\x32\x13.rung.v1.NodeStatus\x12(\n\x0b\x64\x65ployments\x18\x04 \x03(\x0b\x32\x13.rung.v1.Deployment\x12\r\n\x05\x65poch\x18\x05 \x01(\x03\"^\n\x12StartEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12%\n\x04spec\x18\x02 \x01(\x0b\x32\x17.rung.v1.DeploymentSpec\"=\n\x13StartEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"\\\n\x11StopEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\"<\n\x12StopEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"l\n\x12SleepEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\x12\r\n\x05level\x18\x03 \x01(\x05\x12\r\n\x05\x66orce\x18\x04 \x01(\x08\"=\n\x13SleepEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"M\n\x11WakeEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\"<\n\x12WakeEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"O\n\x13ShrinkEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\">\n\x14ShrinkEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"M\n\x11\x46reeEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\"<\n\x12\x46reeEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"O\n\x13\x46orgetEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\"\x16\n\x14\x46orgetEngineResponse\"\x92\x01\n\nRunRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\x12\x1e\n\x04kind\x18\x03 \x01(\x0e\x32\x10.rung.v1.RunKind\x12\x0c\n\x04\x62ody\x18\x04 \x01(\x0c\x12/\n\x0cidle_timeout\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"n\n\x0bRunResponse\x12 \n\x04head\x18\x01 \x01(\x0b\x32\x10.rung.v1.RunHeadH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12$\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x12.rung.v1.RunFailedH\x00\x42\x07\n\x05\x65vent\"W\n\x07RunHead\x12\x13\n\x0bstatus_code\x18\x01 \x01(\x05\x12\x14\n\x0c\x63ontent_type\x18\x02 \x01(\t\x12\x13\n\x0bretry_after\x18\x03 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"C\n\tRunFailed\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.rung.v1.FailureReason\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"\xcb\x02\n\x14RunGenerationRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\x12/\n\x0cidle_timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x08workflow\x18\n \x01(\x0b\x32\x16.rung.v1.WorkflowInputH\x00\x12$\n\x05image\x18\x0b \x01(\x0b\x32\x13.rung.v1.ImageInputH\x00\x12&\n\x06speech\x18\x0c \x01(\x0b\x32\x14.rung.v1.SpeechInputH\x00\x12\x34\n\rtranscription\x18\r \x01(\x0b\x32\x1b.rung.v1.TranscriptionInputH\x00\x12\"\n\x04mesh\x18\x0e \x01(\x0b\x32\x12.rung.v1.MeshInputH\x00\x42\x07\n\x05input\"\xc4\x01\n\x15RunGenerationResponse\x12*\n\x08progress\x18\x01 \x01(\x0b\x32\x16.rung.v1.PhaseProgressH\x00\x12$\n\x05token\x18\x02 \x01(\x0b\x32\x13.rung.v1.TokenDeltaH\x00\x12*\n\x08\x61rtifact\x18\x03 \x01(\x0b\x32\x16.rung.v1.ArtifactChunkH\x00\x12$\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x12.rung.v1.RunFailedH\x00\x42\x07\n\x05\x65vent\"Q\n\x14ReadEngineLogRequest\x12\x15\n\rdeployment_id\x18\x01 \x01(\t\x12\x12\n\ntail_lines\x18\x02 \x01(\x05\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"&\n\x15ReadEngineLogResponse\x12\r\n\x05lines\x18\x01 \x03(\t\"N\n\x0e\x41rtifactSource\x12\x0b\n\x03url\x18\x01 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x94\x01\n\x13PullArtifactRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x0c\n\x04path\x18\x02 \x01(\t\x12(\n\x07sources\x18\x03 \x03(\x0b\x32\x17.rung.v1.ArtifactSource\x12\x0e\n\x06sha256\x18\x04 \x01(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\"m\n\x14PullArtifactResponse\x12)\n\x08progress\x18\x01 \x01(\x0b\x32\x15.rung.v1.PullProgressH\x00\x12!\n\x04\x64one\x18\x02 \x01(\x0b\x32\x11.rung.v1.ArtifactH\x00\x42\x07\n\x05\x65vent\"d\n\x0cPullProgress\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x03\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x18\n\x10\x62ytes_per_second\x18\x03 \x01(\x01\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\"<\n\x08\x41rtifact\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"\x16\n\x14ListArtifactsRequest\"=\n\x15ListArtifactsResponse\x12$\n\tartifacts\x18\x01 \x03(\x0b\x32\x11.rung.v1.Artifact*\x8f\x01\n\x07RunKind\x12\x18\n\x14RUN_KIND_UNSPECIFIED\x10\x00\x12\x1d\n\x19RUN_KIND_CHAT_COMPLETIONS\x10\x01\x12\x18\n\x14RUN_KIND_COMPLETIONS\x10\x02\x12\x17\n\x13RUN_KIND_EMBEDDINGS\x10\x03\x12\x18\n\x14RUN_KIND_PREDICTIONS\x10\x04\x32\xd2\x07\n\x10NodeAgentService\x12\x38\n\x05Watch\x12\x15.rung.v1.WatchRequest\x1a\x16.rung.v1.WatchResponse0\x01\x12J\n\x0bStartEngine\x12\x1b.rung.v1.StartEngineRequest\x1a\x1c.rung.v1.StartEngineResponse0\x01\x12G\n\nStopEngine\x12\x1a.rung.v1.StopEngineRequest\x1a\x1b.rung.v1.StopEngineResponse0\x01\x12J\n\x0bSleepEngine\x12\x1b.rung.v1.SleepEngineRequest\x1a\x1c.rung.v1.SleepEngineResponse0\x01\x12G\n\nWakeEngine\x12\x1a.rung.v1.WakeEngineRequest\x1a\x1b.rung.v1.WakeEngineResponse0\x01\x12M\n\x0cShrinkEngine\x12\x1c.rung.v1.ShrinkEngineRequest\x1a\x1d.rung.v1.ShrinkEngineResponse0\x01\x12G\n\nFreeEngine\x12\x1a.rung.v1.FreeEngineRequest\x1a\x1b.rung.v1.FreeEngineResponse0\x01\x12K\n\x0c\x46orgetEngine\x12\x1c.rung.v1.ForgetEngineRequest\x1a\x1d.rung.v1.ForgetEngineResponse\x12\x32\n\x03Run\x12\x13.rung.v1.RunRequest\x1a\x14.rung.v1.RunResponse0\x01\x12P\n\rRunGeneration\x12\x1d.rung.v1.RunGenerationRequest\x1a\x1e.rung.v1.RunGenerationResponse0\x01\x12P\n\rReadEngineLog\x12\x1d.rung.v1.ReadEngineLogRequest\x1a\x1e.rung.v1.ReadEngineLogResponse0\x01\x12M\n\x0cPullArtifact\x12\x1c.rung.v1.PullArtifactRequest\x1a\x1d.rung.v1.PullArtifactResponse0\x01\x12N\n\rListArtifacts\x12\x1d.rung.v1.ListArtifactsRequest\x1a\x1e.rung.v1.ListArtifactsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rung.v1.node_agent_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RUNKIND']._serialized_start=2767
-  _globals['_RUNKIND']._serialized_end=2884
-  _globals['_COMMAND']._serialized_start=175
-  _globals['_COMMAND']._serialized_end=221
-  _globals['_WATCHREQUEST']._serialized_start=223
-  _globals['_WATCHREQUEST']._serialized_end=252
-  _globals['_WATCHRESPONSE']._serialized_start=255
-  _globals['_WATCHRESPONSE']._serialized_end=455
-  _globals['_NODESNAPSHOT']._serialized_start=458
-  _globals['_NODESNAPSHOT']._serialized_end=610
-  _globals['_STARTENGINEREQUEST']._serialized_start=612
-  _globals['_STARTENGINEREQUEST']._serialized_end=706
-  _globals['_STARTENGINERESPONSE']._serialized_start=708
-  _globals['_STARTENGINERESPONSE']._serialized_end=769
-  _globals['_STOPENGINEREQUEST']._serialized_start=771
-  _globals['_STOPENGINEREQUEST']._serialized_end=863
-  _globals['_STOPENGINERESPONSE']._serialized_start=865
-  _globals['_STOPENGINERESPONSE']._serialized_end=925
-  _globals['_SLEEPENGINEREQUEST']._serialized_start=927
-  _globals['_SLEEPENGINEREQUEST']._serialized_end=1035
-  _globals['_SLEEPENGINERESPONSE']._serialized_start=1037
-  _globals['_SLEEPENGINERESPONSE']._serialized_end=1098
-  _globals['_WAKEENGINEREQUEST']._serialized_start=1100
-  _globals['_WAKEENGINEREQUEST']._serialized_end=1177
-  _globals['_WAKEENGINERESPONSE']._serialized_start=1179
-  _globals['_WAKEENGINERESPONSE']._serialized_end=1239
-  _globals['_SHRINKENGINEREQUEST']._serialized_start=1241
-  _globals['_SHRINKENGINEREQUEST']._serialized_end=1320
-  _globals['_SHRINKENGINERESPONSE']._serialized_start=1322
-  _globals['_SHRINKENGINERESPONSE']._serialized_end=1384
-  _globals['_FREEENGINEREQUEST']._serialized_start=1386
-  _globals['_FREEENGINEREQUEST']._serialized_end=1463
-  _globals['_FREEENGINERESPONSE']._serialized_start=1465
-  _globals['_FREEENGINERESPONSE']._serialized_end=1525
-  _globals['_FORGETENGINEREQUEST']._serialized_start=1527
-  _globals['_FORGETENGINEREQUEST']._serialized_end=1606
-  _globals['_FORGETENGINERESPONSE']._serialized_start=1608
-  _globals['_FORGETENGINERESPONSE']._serialized_end=1630
-  _globals['_RUNREQUEST']._serialized_start=1633
-  _globals['_RUNREQUEST']._serialized_end=1779
-  _globals['_RUNRESPONSE']._serialized_start=1781
-  _globals['_RUNRESPONSE']._serialized_end=1891
-  _globals['_RUNHEAD']._serialized_start=1893
-  _globals['_RUNHEAD']._serialized_end=1980
-  _globals['_RUNFAILED']._serialized_start=1982
-  _globals['_RUNFAILED']._serialized_end=2049
-  _globals['_READENGINELOGREQUEST']._serialized_start=2051
-  _globals['_READENGINELOGREQUEST']._serialized_end=2132
-  _globals['_READENGINELOGRESPONSE']._serialized_start=2134
-  _globals['_READENGINELOGRESPONSE']._serialized_end=2172
-  _globals['_ARTIFACTSOURCE']._serialized_start=2174
-  _globals['_ARTIFACTSOURCE']._serialized_end=2252
-  _globals['_PULLARTIFACTREQUEST']._serialized_start=2255
-  _globals['_PULLARTIFACTREQUEST']._serialized_end=2403
-  _globals['_PULLARTIFACTRESPONSE']._serialized_start=2405
-  _globals['_PULLARTIFACTRESPONSE']._serialized_end=2514
-  _globals['_PULLPROGRESS']._serialized_start=2516
-  _globals['_PULLPROGRESS']._serialized_end=2616
-  _globals['_ARTIFACT']._serialized_start=2618
-  _globals['_ARTIFACT']._serialized_end=2678
-  _globals['_LISTARTIFACTSREQUEST']._serialized_start=2680
-  _globals['_LISTARTIFACTSREQUEST']._serialized_end=2702
-  _globals['_LISTARTIFACTSRESPONSE']._serialized_start=2704
-  _globals['_LISTARTIFACTSRESPONSE']._serialized_end=2765
-  _globals['_NODEAGENTSERVICE']._serialized_start=2887
-  _globals['_NODEAGENTSERVICE']._serialized_end=3783
+  _globals['_RUNKIND']._serialized_start=3327
+  _globals['_RUNKIND']._serialized_end=3470
+  _globals['_COMMAND']._serialized_start=201
+  _globals['_COMMAND']._serialized_end=247
+  _globals['_WATCHREQUEST']._serialized_start=249
+  _globals['_WATCHREQUEST']._serialized_end=278
+  _globals['_WATCHRESPONSE']._serialized_start=281
+  _globals['_WATCHRESPONSE']._serialized_end=481
+  _globals['_NODESNAPSHOT']._serialized_start=484
+  _globals['_NODESNAPSHOT']._serialized_end=636
+  _globals['_STARTENGINEREQUEST']._serialized_start=638
+  _globals['_STARTENGINEREQUEST']._serialized_end=732
+  _globals['_STARTENGINERESPONSE']._serialized_start=734
+  _globals['_STARTENGINERESPONSE']._serialized_end=795
+  _globals['_STOPENGINEREQUEST']._serialized_start=797
+  _globals['_STOPENGINEREQUEST']._serialized_end=889
+  _globals['_STOPENGINERESPONSE']._serialized_start=891
+  _globals['_STOPENGINERESPONSE']._serialized_end=951
+  _globals['_SLEEPENGINEREQUEST']._serialized_start=953
+  _globals['_SLEEPENGINEREQUEST']._serialized_end=1061
+  _globals['_SLEEPENGINERESPONSE']._serialized_start=1063
+  _globals['_SLEEPENGINERESPONSE']._serialized_end=1124
+  _globals['_WAKEENGINEREQUEST']._serialized_start=1126
+  _globals['_WAKEENGINEREQUEST']._serialized_end=1203
+  _globals['_WAKEENGINERESPONSE']._serialized_start=1205
+  _globals['_WAKEENGINERESPONSE']._serialized_end=1265
+  _globals['_SHRINKENGINEREQUEST']._serialized_start=1267
+  _globals['_SHRINKENGINEREQUEST']._serialized_end=1346
+  _globals['_SHRINKENGINERESPONSE']._serialized_start=1348
+  _globals['_SHRINKENGINERESPONSE']._serialized_end=1410
+  _globals['_FREEENGINEREQUEST']._serialized_start=1412
+  _globals['_FREEENGINEREQUEST']._serialized_end=1489
+  _globals['_FREEENGINERESPONSE']._serialized_start=1491
+  _globals['_FREEENGINERESPONSE']._serialized_end=1551
+  _globals['_FORGETENGINEREQUEST']._serialized_start=1553
+  _globals['_FORGETENGINEREQUEST']._serialized_end=1632
+  _globals['_FORGETENGINERESPONSE']._serialized_start=1634
+  _globals['_FORGETENGINERESPONSE']._serialized_end=1656
+  _globals['_RUNREQUEST']._serialized_start=1659
+  _globals['_RUNREQUEST']._serialized_end=1805
+  _globals['_RUNRESPONSE']._serialized_start=1807
+  _globals['_RUNRESPONSE']._serialized_end=1917
+  _globals['_RUNHEAD']._serialized_start=1919
+  _globals['_RUNHEAD']._serialized_end=2006
+  _globals['_RUNFAILED']._serialized_start=2008
+  _globals['_RUNFAILED']._serialized_end=2075
+  _globals['_RUNGENERATIONREQUEST']._serialized_start=2078
+  _globals['_RUNGENERATIONREQUEST']._serialized_end=2409
+  _globals['_RUNGENERATIONRESPONSE']._serialized_start=2412
+  _globals['_RUNGENERATIONRESPONSE']._serialized_end=2608
+  _globals['_READENGINELOGREQUEST']._serialized_start=2610
+  _globals['_READENGINELOGREQUEST']._serialized_end=2691
+  _globals['_READENGINELOGRESPONSE']._serialized_start=2693
+  _globals['_READENGINELOGRESPONSE']._serialized_end=2731
+  _globals['_ARTIFACTSOURCE']._serialized_start=2733
+  _globals['_ARTIFACTSOURCE']._serialized_end=2811
+  _globals['_PULLARTIFACTREQUEST']._serialized_start=2814
+  _globals['_PULLARTIFACTREQUEST']._serialized_end=2962
+  _globals['_PULLARTIFACTRESPONSE']._serialized_start=2964
+  _globals['_PULLARTIFACTRESPONSE']._serialized_end=3073
+  _globals['_PULLPROGRESS']._serialized_start=3075
+  _globals['_PULLPROGRESS']._serialized_end=3175
+  _globals['_ARTIFACT']._serialized_start=3177
+  _globals['_ARTIFACT']._serialized_end=3237
+  _globals['_LISTARTIFACTSREQUEST']._serialized_start=3239
+  _globals['_LISTARTIFACTSREQUEST']._serialized_end=3261
+  _globals['_LISTARTIFACTSRESPONSE']._serialized_start=3263
+  _globals['_LISTARTIFACTSRESPONSE']._serialized_end=3324
+  _globals['_NODEAGENTSERVICE']._serialized_start=3473
+  _globals['_NODEAGENTSERVICE']._serialized_end=4451
 # @@protoc_insertion_point(module_scope)

@@ -11,6 +11,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from rung.v1 import deployment_pb2 as _deployment_pb2
+from rung.v1 import generation_pb2 as _generation_pb2
 from rung.v1 import job_pb2 as _job_pb2
 from rung.v1 import node_pb2 as _node_pb2
 import builtins as _builtins
@@ -38,9 +39,11 @@ class _RunKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunKind.Value
     """`/v1/completions`."""
     RUN_KIND_EMBEDDINGS: _RunKind.ValueType  # 3
     """`/v1/embeddings`."""
+    RUN_KIND_PREDICTIONS: _RunKind.ValueType  # 4
+    """`/predict` of a prediction engine."""
 
 class RunKind(_RunKind, metaclass=_RunKindEnumTypeWrapper):
-    """RunKind says which of OpenAI's routes a generation uses. It is a closed set: no field of a
+    """RunKind says which route a generation uses: one of OpenAI's, or that of prediction engines. It is a closed set: no field of a
     request chooses a path or a host.
     """
 
@@ -52,6 +55,8 @@ RUN_KIND_COMPLETIONS: RunKind.ValueType  # 2
 """`/v1/completions`."""
 RUN_KIND_EMBEDDINGS: RunKind.ValueType  # 3
 """`/v1/embeddings`."""
+RUN_KIND_PREDICTIONS: RunKind.ValueType  # 4
+"""`/predict` of a prediction engine."""
 Global___RunKind: _TypeAlias = RunKind  # noqa: Y015
 
 @_typing.final
@@ -696,6 +701,114 @@ class RunFailed(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunFailed: _TypeAlias = RunFailed  # noqa: Y015
+
+@_typing.final
+class RunGenerationRequest(_message.Message):
+    """RunGenerationRequest is one generation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    DEPLOYMENT_ID_FIELD_NUMBER: _builtins.int
+    IDLE_TIMEOUT_FIELD_NUMBER: _builtins.int
+    WORKFLOW_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    SPEECH_FIELD_NUMBER: _builtins.int
+    TRANSCRIPTION_FIELD_NUMBER: _builtins.int
+    MESH_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """Job it belongs to."""
+    deployment_id: _builtins.str
+    """Deployment."""
+    @_builtins.property
+    def idle_timeout(self) -> _duration_pb2.Duration:
+        """Longest silence of the engine; unset means 10 minutes."""
+
+    @_builtins.property
+    def workflow(self) -> _generation_pb2.WorkflowInput:
+        """A graph."""
+
+    @_builtins.property
+    def image(self) -> _generation_pb2.ImageInput:
+        """A picture, for an engine that needs no graph."""
+
+    @_builtins.property
+    def speech(self) -> _generation_pb2.SpeechInput:
+        """Speech from text."""
+
+    @_builtins.property
+    def transcription(self) -> _generation_pb2.TranscriptionInput:
+        """Text from speech."""
+
+    @_builtins.property
+    def mesh(self) -> _generation_pb2.MeshInput:
+        """A 3D mesh."""
+
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        deployment_id: _builtins.str = ...,
+        idle_timeout: _duration_pb2.Duration | None = ...,
+        workflow: _generation_pb2.WorkflowInput | None = ...,
+        image: _generation_pb2.ImageInput | None = ...,
+        speech: _generation_pb2.SpeechInput | None = ...,
+        transcription: _generation_pb2.TranscriptionInput | None = ...,
+        mesh: _generation_pb2.MeshInput | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["idle_timeout", b"idle_timeout", "image", b"image", "input", b"input", "mesh", b"mesh", "speech", b"speech", "transcription", b"transcription", "workflow", b"workflow"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment_id", b"deployment_id", "idle_timeout", b"idle_timeout", "image", b"image", "input", b"input", "job_id", b"job_id", "mesh", b"mesh", "speech", b"speech", "transcription", b"transcription", "workflow", b"workflow"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["workflow", "image", "speech", "transcription", "mesh"]  # noqa: Y015
+    _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
+
+Global___RunGenerationRequest: _TypeAlias = RunGenerationRequest  # noqa: Y015
+
+@_typing.final
+class RunGenerationResponse(_message.Message):
+    """RunGenerationResponse is one event. The stream ends with OK once the generation is complete."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    ARTIFACT_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _job_pb2.PhaseProgress:
+        """A phase began, moved on, or still goes on."""
+
+    @_builtins.property
+    def token(self) -> _job_pb2.TokenDelta:
+        """Text arrived."""
+
+    @_builtins.property
+    def artifact(self) -> _job_pb2.ArtifactChunk:
+        """A piece of an artifact arrived, 256 KiB at most; pieces of one artifact come in order."""
+
+    @_builtins.property
+    def failed(self) -> Global___RunFailed:
+        """It failed; the last message."""
+
+    def __init__(
+        self,
+        *,
+        progress: _job_pb2.PhaseProgress | None = ...,
+        token: _job_pb2.TokenDelta | None = ...,
+        artifact: _job_pb2.ArtifactChunk | None = ...,
+        failed: Global___RunFailed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "event", b"event", "failed", b"failed", "progress", b"progress", "token", b"token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "event", b"event", "failed", b"failed", "progress", b"progress", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "token", "artifact", "failed"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___RunGenerationResponse: _TypeAlias = RunGenerationResponse  # noqa: Y015
 
 @_typing.final
 class ReadEngineLogRequest(_message.Message):

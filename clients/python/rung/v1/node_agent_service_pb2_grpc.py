@@ -83,6 +83,11 @@ class NodeAgentServiceStub:
                 request_serializer=rung_dot_v1_dot_node__agent__service__pb2.RunRequest.SerializeToString,
                 response_deserializer=rung_dot_v1_dot_node__agent__service__pb2.RunResponse.FromString,
                 _registered_method=True)
+        self.RunGeneration = channel.unary_stream(
+                '/rung.v1.NodeAgentService/RunGeneration',
+                request_serializer=rung_dot_v1_dot_node__agent__service__pb2.RunGenerationRequest.SerializeToString,
+                response_deserializer=rung_dot_v1_dot_node__agent__service__pb2.RunGenerationResponse.FromString,
+                _registered_method=True)
         self.ReadEngineLog = channel.unary_stream(
                 '/rung.v1.NodeAgentService/ReadEngineLog',
                 request_serializer=rung_dot_v1_dot_node__agent__service__pb2.ReadEngineLogRequest.SerializeToString,
@@ -200,6 +205,19 @@ class NodeAgentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RunGeneration(self, request, context):
+        """RunGeneration has an engine with a dialect of its own make pictures, speech, text or a mesh, and streams
+        what happens in the shape of a job's log. Cancelling the call cancels the generation in the engine, and
+        no other.
+
+        Errors: NOT_FOUND (deployment), FAILED_PRECONDITION (not awake), INVALID_ARGUMENT (the engine has no
+        such generation, or refused it: the message says what is wrong with what), UNAVAILABLE (the engine
+        cannot be reached). What breaks after the first message is `failed`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReadEngineLog(self, request, context):
         """ReadEngineLog streams the newest lines of an engine's output, and follows it if asked.
         """
@@ -268,6 +286,11 @@ def add_NodeAgentServiceServicer_to_server(servicer, server):
                     servicer.Run,
                     request_deserializer=rung_dot_v1_dot_node__agent__service__pb2.RunRequest.FromString,
                     response_serializer=rung_dot_v1_dot_node__agent__service__pb2.RunResponse.SerializeToString,
+            ),
+            'RunGeneration': grpc.unary_stream_rpc_method_handler(
+                    servicer.RunGeneration,
+                    request_deserializer=rung_dot_v1_dot_node__agent__service__pb2.RunGenerationRequest.FromString,
+                    response_serializer=rung_dot_v1_dot_node__agent__service__pb2.RunGenerationResponse.SerializeToString,
             ),
             'ReadEngineLog': grpc.unary_stream_rpc_method_handler(
                     servicer.ReadEngineLog,
@@ -532,6 +555,33 @@ class NodeAgentService:
             '/rung.v1.NodeAgentService/Run',
             rung_dot_v1_dot_node__agent__service__pb2.RunRequest.SerializeToString,
             rung_dot_v1_dot_node__agent__service__pb2.RunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RunGeneration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/rung.v1.NodeAgentService/RunGeneration',
+            rung_dot_v1_dot_node__agent__service__pb2.RunGenerationRequest.SerializeToString,
+            rung_dot_v1_dot_node__agent__service__pb2.RunGenerationResponse.FromString,
             options,
             channel_credentials,
             insecure,

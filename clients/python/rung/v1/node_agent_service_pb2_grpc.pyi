@@ -93,6 +93,15 @@ class NodeAgentServiceStub:
     cannot be reached). An engine's own HTTP error is not an error of the call: it comes as
     `head` with its status, and its body.
     """
+    RunGeneration: _grpc.UnaryStreamMultiCallable[_node_agent_service_pb2.RunGenerationRequest, _node_agent_service_pb2.RunGenerationResponse]
+    """RunGeneration has an engine with a dialect of its own make pictures, speech, text or a mesh, and streams
+    what happens in the shape of a job's log. Cancelling the call cancels the generation in the engine, and
+    no other.
+
+    Errors: NOT_FOUND (deployment), FAILED_PRECONDITION (not awake), INVALID_ARGUMENT (the engine has no
+    such generation, or refused it: the message says what is wrong with what), UNAVAILABLE (the engine
+    cannot be reached). What breaks after the first message is `failed`.
+    """
     ReadEngineLog: _grpc.UnaryStreamMultiCallable[_node_agent_service_pb2.ReadEngineLogRequest, _node_agent_service_pb2.ReadEngineLogResponse]
     """ReadEngineLog streams the newest lines of an engine's output, and follows it if asked."""
     PullArtifact: _grpc.UnaryStreamMultiCallable[_node_agent_service_pb2.PullArtifactRequest, _node_agent_service_pb2.PullArtifactResponse]
@@ -164,6 +173,15 @@ class NodeAgentServiceAsyncStub(NodeAgentServiceStub):
     Errors: NOT_FOUND (deployment), FAILED_PRECONDITION (not awake), UNAVAILABLE (the engine
     cannot be reached). An engine's own HTTP error is not an error of the call: it comes as
     `head` with its status, and its body.
+    """
+    RunGeneration: _aio.UnaryStreamMultiCallable[_node_agent_service_pb2.RunGenerationRequest, _node_agent_service_pb2.RunGenerationResponse]  # type: ignore[assignment]
+    """RunGeneration has an engine with a dialect of its own make pictures, speech, text or a mesh, and streams
+    what happens in the shape of a job's log. Cancelling the call cancels the generation in the engine, and
+    no other.
+
+    Errors: NOT_FOUND (deployment), FAILED_PRECONDITION (not awake), INVALID_ARGUMENT (the engine has no
+    such generation, or refused it: the message says what is wrong with what), UNAVAILABLE (the engine
+    cannot be reached). What breaks after the first message is `failed`.
     """
     ReadEngineLog: _aio.UnaryStreamMultiCallable[_node_agent_service_pb2.ReadEngineLogRequest, _node_agent_service_pb2.ReadEngineLogResponse]  # type: ignore[assignment]
     """ReadEngineLog streams the newest lines of an engine's output, and follows it if asked."""
@@ -287,6 +305,21 @@ class NodeAgentServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors: NOT_FOUND (deployment), FAILED_PRECONDITION (not awake), UNAVAILABLE (the engine
         cannot be reached). An engine's own HTTP error is not an error of the call: it comes as
         `head` with its status, and its body.
+        """
+
+    @_abc_1.abstractmethod
+    def RunGeneration(
+        self,
+        request: _node_agent_service_pb2.RunGenerationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_node_agent_service_pb2.RunGenerationResponse], _abc.AsyncIterator[_node_agent_service_pb2.RunGenerationResponse]]:
+        """RunGeneration has an engine with a dialect of its own make pictures, speech, text or a mesh, and streams
+        what happens in the shape of a job's log. Cancelling the call cancels the generation in the engine, and
+        no other.
+
+        Errors: NOT_FOUND (deployment), FAILED_PRECONDITION (not awake), INVALID_ARGUMENT (the engine has no
+        such generation, or refused it: the message says what is wrong with what), UNAVAILABLE (the engine
+        cannot be reached). What breaks after the first message is `failed`.
         """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,37 @@
+"""What a pipeline is that makes something else than text or vectors, and what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+from controlplane.pipelines._begun import Begun
+from rung.codec import GenerationEvent
+from rung.types import EngineInput
+
+
+class GenerationPipeline(Protocol):
+    """Carries out the jobs of one kind, or of several."""
+
+    async def run(self, begun: Begun) -> str:
+        """Try the targets of a job until one gives a complete result; tells the job each step.
+
+        It does not end the job: that is for the caller, also when this is cancelled.
+
+        Returns:
+            Why it ended, for the terminal event: `stop` where there is nothing to tell.
+
+        Raises:
+            RungError: what went wrong.
+        """
+        ...
+
+
+class GenerationFleet(Protocol):
+    """What such a pipeline needs of the fleet, as `controlplane.fleet.Fleet` has it."""
+
+    def generate_through_agent(
+        self, deployment_id: str, job_id: str, wanted: EngineInput, idle_timeout_s: float
+    ) -> AsyncGenerator[GenerationEvent, None]:
+        """One generation by an engine with a dialect of its own. Raises as `AgentClient.generate`."""
+        ...
