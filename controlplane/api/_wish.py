@@ -24,7 +24,7 @@ def wish_from_generate(request: v1.GenerateRequest) -> Wish:
         InvalidRequestError: something is missing or malformed.
     """
     model, body, kind = request.model, b"", JobKind.CHAT
-    wanted = codec.generation_input_from_proto(request)
+    wanted = codec.read_generation_input(request)
     if wanted is not None:
         kind = GENERATION_KINDS[type(wanted)]
     elif request.HasField("chat"):

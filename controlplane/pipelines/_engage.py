@@ -304,11 +304,12 @@ class Engager:
             except BaseException:
                 self._circuits.abandoned(target.id)
                 raise
-            if complete:
-                self._circuits.succeeded(target.id)
             else:
-                self._circuits.answers(target.id)
-            return given
+                if complete:
+                    self._circuits.succeeded(target.id)
+                else:
+                    self._circuits.answers(target.id)
+                return given
         raise _failure_of_all(failures)
 
     @asynccontextmanager

@@ -205,7 +205,7 @@ class NodeAgentServicer:
         self, request: v1.RunGenerationRequest, context: Context
     ) -> AsyncIterator[v1.RunGenerationResponse]:
         """One generation by an engine with a dialect of its own."""
-        wanted = codec.engine_input_from_proto(request)
+        wanted = codec.read_engine_input(request)
         if wanted is None:
             raise InvalidRequestError("the request has no input that this version knows")
         engine = self._supervisor.engine(request.deployment_id)

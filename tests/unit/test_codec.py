@@ -60,6 +60,12 @@ _BY_FIELD: dict[str, st.SearchStrategy[Any]] = {
     "parallel": st.integers(1, 1000),
     "health_path": st.text(min_size=1, max_size=8),
     "gpu_layers": st.integers(-1, 200),
+    # Empty, and 0, mean the default.
+    "operation": st.text(min_size=1, max_size=8),
+    "format": st.text(min_size=1, max_size=8),
+    "content_type": st.text(min_size=1, max_size=8),
+    "count": st.integers(1, 8),
+    "speed": st.floats(0.25, 4),
     "vectors": st.lists(
         st.lists(st.floats(width=32, allow_nan=False), max_size=4).map(tuple), max_size=3
     ).map(tuple),
@@ -68,7 +74,7 @@ _BY_FIELD: dict[str, st.SearchStrategy[Any]] = {
 
 
 def _for_field(name: str, annotation: Any) -> st.SearchStrategy[Any]:
-    if name in _BY_FIELD:
+    if (name in _BY_FIELD and typing.get_origin(annotation) is not tuple) or name == "vectors":
         return _BY_FIELD[name]
     if annotation is float:
         if name.endswith("time_s"):
@@ -120,8 +126,10 @@ _PAIRS: dict[str, Any] = {
     "engine_spec": rung.types.EngineSpec,
     "footprint": rung.types.Footprint,
     "fleet_snapshot": FleetSnapshot,
+    "generation_event": codec.GenerationEvent,
     "gpu": rung.types.Gpu,
     "host_status": rung.types.HostStatus,
+    "image_part": rung.types.ImagePart,
     "infeasible": rung.types.Infeasible,
     "reclaim_plan": rung.types.ReclaimPlan,
     "job": Job,
@@ -140,6 +148,7 @@ _PAIRS: dict[str, Any] = {
     "route_explanation": RouteExplanation,
     "served": rung.types.Served,
     "usage": rung.types.Usage,
+    "workflow": rung.types.Workflow,
 }
 
 
@@ -155,6 +164,28 @@ def test_round_trip(name: str, data: st.DataObject) -> None:
     value = data.draw(_for_type(_PAIRS[name]))
     message = encode(value)
     assert decode(type(message).FromString(message.SerializeToString())) == value
+
+
+@settings(max_examples=80, deadline=None)
+@given(value=_for_type(rung.types.GenerationInput))
+def test_what_a_caller_asks_for(value: rung.types.GenerationInput) -> None:
+    message = v1.GenerateRequest()
+    codec.write_generation_input(value, message)
+    assert codec.read_generation_input(v1.GenerateRequest.FromString(message.SerializeToString())) == value
+
+
+@settings(max_examples=80, deadline=None)
+@given(value=_for_type(rung.types.EngineInput))
+def test_what_an_engine_is_asked_for(value: rung.types.EngineInput) -> None:
+    message = v1.RunGenerationRequest()
+    codec.write_generation_input(value, message)
+    assert codec.read_engine_input(v1.RunGenerationRequest.FromString(message.SerializeToString())) == value
+
+
+def test_a_graph_is_for_an_engine_only() -> None:
+    graph = rung.types.WorkflowInput(graph_json=b"{}")
+    with pytest.raises(TypeError, match="for an engine"):
+        codec.write_generation_input(graph, v1.GenerateRequest())
 
 
 def test_every_public_pair_is_tested() -> None:

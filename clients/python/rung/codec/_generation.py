@@ -92,7 +92,7 @@ def write_generation_input(value: EngineInput, message: _Inputs) -> None:
             )
 
 
-def generation_input_from_proto(message: v1.GenerateRequest) -> GenerationInput | None:
+def read_generation_input(message: v1.GenerateRequest) -> GenerationInput | None:
     """The `input` of a request; None for none, and for a conversation."""
     match message.WhichOneof("input"):
         case "image":
@@ -107,7 +107,7 @@ def generation_input_from_proto(message: v1.GenerateRequest) -> GenerationInput 
             return None
 
 
-def engine_input_from_proto(message: v1.RunGenerationRequest) -> EngineInput | None:
+def read_engine_input(message: v1.RunGenerationRequest) -> EngineInput | None:
     """The `input` of a request to an agent; None for one that this version does not know."""
     match message.WhichOneof("input"):
         case "workflow":
