@@ -29,7 +29,7 @@ demo: $(VENV) ## Show it working: no GPU, no download of models, about a minute.
 
 test: $(ENGINES) ## Run all tests, with a real llama.cpp, a real Docker Engine and real processes.
 	@sh scripts/ensure_docker.sh
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-unit: $(VENV) ## Run the fast tests only.
 	$(BIN)/python -m pytest tests/unit tests/contract tests/rpc
