@@ -6,12 +6,21 @@ from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from controlplane.pipelines._begun import Begun
+from controlplane.pipelines._wish import Wish
 from rung.codec import GenerationEvent
 from rung.types import EngineInput
 
 
 class GenerationPipeline(Protocol):
     """Carries out the jobs of one kind, or of several."""
+
+    def prepared(self, wish: Wish) -> Wish:
+        """The wish as it is to be begun, before there is a job; as it came if this does not say otherwise.
+
+        Raises:
+            InvalidRequestError: it asks for what there is not.
+        """
+        return wish
 
     async def run(self, begun: Begun) -> str:
         """Try the targets of a job until one gives a complete result; tells the job each step.

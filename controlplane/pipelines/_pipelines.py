@@ -89,6 +89,21 @@ class Pipelines:
             unpaced_streams=_UNPACED_STREAMS, interval_per_stream_s=_INTERVAL_PER_STREAM_S
         )
 
+    @property
+    def router(self) -> Router:
+        """Finds who may answer: for pipelines that are added."""
+        return self._router
+
+    @property
+    def engager(self) -> Engager:
+        """Tries one target after the other: for pipelines that are added."""
+        return self._engager
+
+    def add(self, pipeline: GenerationPipeline, *kinds: JobKind) -> None:
+        """Have jobs of these kinds carried out by a pipeline."""
+        for kind in kinds:
+            self._generations[kind] = pipeline
+
     async def prepare(self, wish: Wish) -> Wish:
         """The wish as it is to be begun: with the effort that the orchestrator gives it, if it is asked.
 
@@ -121,6 +136,8 @@ class Pipelines:
             read_head(wish.body)
         elif wish.kind not in self._generations:
             raise InvalidRequestError(f"this control plane has no pipeline for {wish.kind}")
+        else:
+            wish = self._generations[wish.kind].prepared(wish)
         begun = self.begin(wish)
         task = asyncio.create_task(self._logged(begun), name=begun.job.id)
         self._tasks.add(task)
