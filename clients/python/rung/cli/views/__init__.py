@@ -8,6 +8,7 @@ from rung.cli.views._fleet import deployments_table, fleet_view, models_table, n
 from rung.cli.views._jobs import describe_event, event_line, jobs_table, phase_words, served_name
 from rung.cli.views._memory import VramShare, bar_cells, vram_bar, vram_legend, vram_shares
 from rung.cli.views._operation import progress_words, show_operation
+from rung.cli.views._phases import show_phases
 from rung.cli.views._profiles import print_profile, print_switch_plan, profiles_view, show_switch
 from rung.cli.views._reclaim import leases_table, print_reclaim, wait_words
 from rung.cli.views._routes import print_route
@@ -41,6 +42,7 @@ __all__ = [
     "residency_text",
     "served_name",
     "show_operation",
+    "show_phases",
     "show_switch",
     "vram_bar",
     "vram_legend",

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from rung._failure import error_of_failure
 from rung.cli.views._jobs import phase_words, served_name
-from rung.cli.views._words import format_duration, printable, without_time
+from rung.cli.views._words import format_duration, printable, spinner_name, without_time
 from rung.errors import JobCancelledError, UnavailableError
 from rung.types import (
     JobCancelled,
@@ -143,7 +143,7 @@ class _AnswerWriter:
         words = phase_words(progress)
         if self._err.is_terminal:
             if self._live is None:
-                self._live = self._err.status(Text(words), spinner=_spinner(self._err))
+                self._live = self._err.status(Text(words), spinner=spinner_name(self._err))
                 self._live.start()
             self._live.update(Text(words))
         elif progress.phase is not Phase.ROUTE:
@@ -200,7 +200,3 @@ class _AnswerWriter:
         if self._live is not None:
             self._live.stop()
             self._live = None
-
-
-def _spinner(console: Console) -> str:
-    return "line" if console.options.ascii_only else "dots"

@@ -6,6 +6,8 @@ import math
 import re
 import unicodedata
 
+from rich.console import Console
+
 _KIB = 1024
 _BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _MINUTE_S = 60
@@ -93,3 +95,8 @@ def printable(text: str) -> str:
         # Joiners make up emoji and several scripts; they move no cursor.
         or character in "\u200c\u200d"
     )
+
+
+def spinner_name(console: Console) -> str:
+    """The spinner that a console can draw."""
+    return "line" if console.options.ascii_only else "dots"
