@@ -9,6 +9,7 @@ from collections.abc import Callable
 from msgspec.structs import replace
 
 from rung.types import (
+    ArtifactChunk,
     EventPayload,
     FailureReason,
     Job,
@@ -48,6 +49,7 @@ class LiveJob:
         "_on_change",
         "_phase",
         "_phase_started",
+        "_preview_sequence",
         "_started",
         "_waiters",
         "cancel_requested_by",
@@ -96,6 +98,7 @@ class LiveJob:
         self._waiters: list[asyncio.Future[None]] = []
         self._on_change = on_change
         self._cancel: Callable[[], object] | None = None
+        self._preview_sequence = 0
         self._phase: PhaseProgress | None = None
         self._phase_started = self._started
         self.append(JobAccepted(kind=kind, model=model))
@@ -123,6 +126,24 @@ class LiveJob:
     def tool_call(self, delta: ToolCallDelta) -> None:
         """Add a part of a tool call."""
         self.append(delta)
+
+    def artifact(self, chunk: ArtifactChunk) -> None:
+        """Add a piece of an artifact, without its data: that is stored already.
+
+        A preview has its data with it, until the next preview or the end: of many previews of many jobs, only
+        one each is in memory.
+        """
+        if not chunk.preview:
+            self.append(replace(chunk, data=b"") if chunk.data else chunk)
+            return
+        self._forget_preview()
+        self._preview_sequence = self.append(chunk).sequence
+
+    def _forget_preview(self) -> None:
+        place = self._preview_sequence - self._first_kept
+        if self._preview_sequence and place >= 0:
+            self._events[place] = without_data(self._events[place])
+        self._preview_sequence = 0
 
     def progress(
         self,
@@ -197,6 +218,7 @@ class LiveJob:
         self.state = state
         self.terminal = terminal
         self._cancel = None
+        self._forget_preview()
         self.append(terminal)
 
     def on_cancel(self, cancel: Callable[[], object]) -> None:
@@ -282,6 +304,14 @@ class LiveJob:
             usage=self.usage,
             policy=self.policy,
         )
+
+
+def without_data(event: JobEvent) -> JobEvent:
+    """The event as a log has it: data of artifacts is kept elsewhere, and that of previews nowhere."""
+    payload = event.payload
+    if isinstance(payload, ArtifactChunk) and payload.data:
+        return replace(event, payload=replace(payload, data=b""))
+    return event
 
 
 def _less(remaining_s: float | None, passed_s: float) -> float | None:

@@ -67,3 +67,17 @@ fleet_marks = Table(
     Column("record", LargeBinary, nullable=False),
     sqlite_with_rowid=False,
 )
+
+#: Files that jobs made. Ids sort by time.
+artifacts = Table(
+    "artifacts",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("job_id", String(64), nullable=False),
+    Column("content_type", String(128), nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("create_time_s", Double, nullable=False),
+    Index("artifacts_by_job", "job_id", "id"),
+    sqlite_with_rowid=False,
+)

@@ -115,6 +115,12 @@ class UnknownLeaseError(NotFoundError):
     reason = "UNKNOWN_LEASE"
 
 
+class UnknownArtifactError(NotFoundError):
+    """There is no such artifact, or it was deleted."""
+
+    reason = "UNKNOWN_ARTIFACT"
+
+
 class AlreadyExistsError(RungError):
     """The id is taken by something else."""
 
@@ -211,6 +217,14 @@ class BudgetExhaustedError(RungError):
     status = Status.RESOURCE_EXHAUSTED
     reason = "BUDGET_EXHAUSTED"
     http_status = 429
+
+
+class ArtifactNotStoredError(RungError):
+    """An artifact cannot be kept: the disk is full, or it is larger than `artifacts.max_bytes`."""
+
+    status = Status.RESOURCE_EXHAUSTED
+    reason = "ARTIFACT_NOT_STORED"
+    http_status = 507
 
 
 class VramInfeasibleError(RungError):

@@ -67,6 +67,7 @@ from rung.types._generation import (
 )
 from rung.types._job import (
     TERMINAL_EVENTS,
+    Artifact,
     ArtifactChunk,
     EmbeddingResult,
     EventPayload,
@@ -115,6 +116,7 @@ from rung.types._vram import (
 __all__ = [
     "FILE_PREFIX",
     "TERMINAL_EVENTS",
+    "Artifact",
     "ArtifactChunk",
     "ChatMessage",
     "ChatResult",

@@ -198,6 +198,17 @@ class ArtifactChunk(Struct, frozen=True, tag="artifact", tag_field="event", omit
     preview: bool = False
 
 
+class Artifact(Struct, frozen=True):
+    """A file that a job made and that is stored whole. `create_time_s` is Unix time."""
+
+    id: str
+    job_id: str
+    content_type: str
+    size_bytes: int
+    sha256: str
+    create_time_s: float
+
+
 class UsageReported(Struct, frozen=True, tag="usage", tag_field="event"):
     """Consumption became known."""
 
