@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import msgspec
 import structlog
 from msgspec import Struct
@@ -18,12 +16,12 @@ from controlplane.ladder import (
     judge_request,
     read_judgement,
 )
-from controlplane.pipelines._engage import Engager
+from controlplane.pipelines._asking import LadderAsk
 from controlplane.pipelines._openai import offers_tools
 from controlplane.pipelines._router import Judged, Router
 from controlplane.pipelines._wish import Wish
 from rung.errors import RungError
-from rung.types import JobKind, Phase, Served
+from rung.types import JobKind
 
 _log = structlog.get_logger("rung.pipelines")
 
@@ -91,13 +89,13 @@ class Judge:
     """Asks the orchestrator, which is the target of the least effort, how hard a request is.
 
     Args:
-        router: who the orchestrator is.
-        engager: asks it.
+        router: what a request leaves open.
+        ask: asks the orchestrator.
     """
 
-    def __init__(self, router: Router, engager: Engager) -> None:
+    def __init__(self, router: Router, ask: LadderAsk) -> None:
         self._router = router
-        self._engager = engager
+        self._ask = ask
 
     async def prepare(self, wish: Wish) -> Wish:
         """The wish with an effort, if it leaves that open: by rule, or the orchestrator's if that is unsure.
@@ -120,43 +118,14 @@ class Judge:
             body=judge_request(request, model=AUTO_MODEL),
         )
         try:
-            async with asyncio.timeout(_JUDGE_TIMEOUT_S):
-                effort = await self._ask(asked)
-        except (RungError, TimeoutError) as error:
-            _log.info("judge_failed", error=str(error) or f"no answer within {_JUDGE_TIMEOUT_S:g} s")
+            told = await self._ask.send(asked, timeout_s=_JUDGE_TIMEOUT_S)
+        except RungError as error:
+            _log.info("judge_failed", error=error.message)
             return by_rule
+        effort = read_judgement(told.body)
         if effort is None:
             return by_rule
         return replace(wish, effort=effort, effort_why="the orchestrator judged it so")
-
-    async def _ask(self, wish: Wish) -> int | None:
-        targets = self._router.choose(self._router.route(wish))
-        engaging = self._engager.engage(_Silent(), wish, targets, stream=False)
-        async with await engaging as engaged:
-            return read_judgement(await engaged.reply.read())
-
-
-class _Silent:
-    """A job that nobody watches: what the judge is asked is no job of the caller's."""
-
-    id = "judge"
-    model = AUTO_MODEL
-
-    def progress(
-        self,
-        phase: Phase,
-        detail: str = "",
-        *,
-        percent: float | None = None,
-        remaining_s: float | None = None,
-    ) -> None:
-        """Nothing."""
-
-    def begin_generating(self, served: Served) -> None:
-        """Nothing."""
-
-    def spent(self, cost_usd: float) -> None:
-        """It is in the provider's spending."""
 
 
 def _text(message: _Message) -> str:

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from controlplane.fleet import Fleet, NodeSchedulers
 from controlplane.jobs import Jobs, LiveJob
 from controlplane.ladder import Circuits, Ladder
+from controlplane.pipelines._asking import LadderAsk
 from controlplane.pipelines._begun import Begun
 from controlplane.pipelines._engage import CloudPort, Engager, OnBytes, OnWait
 from controlplane.pipelines._generation import GenerationPipeline
@@ -80,7 +81,8 @@ class Pipelines:
             engine_idle_timeout_s=engine_idle_timeout_s,
         )
         self._reasoning = Reasoning(self._router, self._engager)
-        self._judge = Judge(self._router, self._engager) if ask_judge else None
+        self._ask = LadderAsk(self._router, self._engager)
+        self._judge = Judge(self._router, self._ask) if ask_judge else None
         #: By the kinds of jobs that they carry out, what makes something else than text or vectors.
         self._generations: dict[JobKind, GenerationPipeline] = {}
         self._metrics = PipelineMetrics(registry, jobs)
@@ -132,6 +134,10 @@ class Pipelines:
 
     def start(self, wish: Wish) -> LiveJob:
         """Begin a generation whose answer is read from its job's log. Raises as `begin`."""
+        return self.launch(wish).job
+
+    def launch(self, wish: Wish) -> Begun:
+        """As `start`, for who also tells its caller the route. Raises as `begin`."""
         if wish.input is None:
             read_head(wish.body)
         elif wish.kind not in self._generations:
@@ -149,7 +155,7 @@ class Pipelines:
 
         task.add_done_callback(ended)
         begun.job.on_cancel(task.cancel)
-        return begun.job
+        return begun
 
     async def create_detached(self, wish: Wish) -> Job:
         """Begin a generation that outlives its caller; returns once its job is stored.
