@@ -1,0 +1,25 @@
+"""Workflows: templates of graphs, the tiers that fill them in, and which tier a wish deserves.
+
+Pure, but for reading templates from files.
+"""
+
+from controlplane.workflows._build import build
+from controlplane.workflows._effort import image_effort
+from controlplane.workflows._template import Parameter, ParameterType, Template, Variant
+from controlplane.workflows._tiers import DEFAULT_TIERS, Tier, find_tier, tier_of_effort
+from controlplane.workflows._workflows import Problem, Workflows
+
+__all__ = [
+    "DEFAULT_TIERS",
+    "Parameter",
+    "ParameterType",
+    "Problem",
+    "Template",
+    "Tier",
+    "Variant",
+    "Workflows",
+    "build",
+    "find_tier",
+    "image_effort",
+    "tier_of_effort",
+]
