@@ -102,6 +102,7 @@ async def serve(config: AgentConfig) -> None:
             adapter_for=partial(adapter_for, client=client),
             scope=config.advertise,
             look=lambda: _look(supervisor, telemetry),
+            look_soon=telemetry.look_soon,
         )
         # Which GPUs there are, before anything is done on them.
         supervisor.measured(telemetry.status)
@@ -168,6 +169,7 @@ async def _keep_measuring(supervisor: Supervisor, telemetry: Telemetry) -> None:
             telemetry.set_owners(await supervisor.owners())
         with memory:
             supervisor.measured(status)
+        supervisor.changed.fire()
 
 
 async def _keep_discovering(

@@ -33,6 +33,7 @@ from rung.types import (
     JobKind,
     LifecycleEvent,
     NodeStatus,
+    Voice,
 )
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ _CONNECTION_CODES = frozenset(
 )
 #: The agent enforces the idle timeout of a generation; this long after it the agent itself is given up.
 _AGENT_MARGIN_S = 10.0
+#: Listing voices reads a folder.
+_VOICES_TIMEOUT_S = 5.0
 
 _RUN_KINDS = {
     JobKind.CHAT: v1.RUN_KIND_CHAT_COMPLETIONS,
@@ -246,6 +249,26 @@ class AgentClient:
         finally:
             call.cancel()
             self._closed()
+
+    async def voices(self, deployment_id: str) -> tuple[Voice, ...]:
+        """The voices of an engine that speaks.
+
+        Raises:
+            InvalidRequestError: it does not.
+            NotAwakeError, UnknownDeploymentError: as the agent says.
+            EngineUnreachableError, EngineTimeoutError, EngineProtocolError: the engine.
+            NodeUnreachableError: the agent does not answer.
+        """
+        self._opened()
+        try:
+            response = await self._stub.ListVoices(
+                v1.ListVoicesRequest(deployment_id=deployment_id), timeout=_VOICES_TIMEOUT_S
+            )
+        except grpc.aio.AioRpcError as failure:
+            raise self._error(failure) from failure
+        finally:
+            self._closed()
+        return tuple(codec.voice_from_proto(voice) for voice in response.voices)
 
     def retire(self) -> None:
         """Close the channel as soon as no call uses it. Calls that run are left to finish."""

@@ -51,6 +51,7 @@ from rung.types import (
     NodeOwnership,
     NodeState,
     Residency,
+    Voice,
 )
 
 #: Residencies on the way out: they are waited for, since what comes after them decides what to do.
@@ -398,6 +399,16 @@ class Fleet:
         found = self._target(deployment_id)
         client = self._sessions[found.node.id].client
         return client.generate(found.agent_id, job_id=job_id, wanted=wanted, idle_timeout_s=idle_timeout_s)
+
+    async def voices(self, deployment_id: str) -> tuple[Voice, ...]:
+        """The voices of a deployment that speaks.
+
+        Raises:
+            UnknownDeploymentError: no such deployment.
+            RungError: as `AgentClient.voices`.
+        """
+        found = self._target(deployment_id)
+        return await self._sessions[found.node.id].client.voices(found.agent_id)
 
     def _target(self, deployment_id: str) -> DeploymentView:
         found = self._view.deployments.get(deployment_id)

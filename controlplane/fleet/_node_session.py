@@ -35,6 +35,10 @@ LONGEST_BACKOFF_S = 5.0
 _GOOD_STREAM_S = 1.0
 #: A timer this late means that our own event loop was stalled, not the agents.
 _STALL_S = 1.0
+#: How long a message may have been on its way, which its sender cannot know.
+_TRANSIT_S = 0.1
+#: Age of measurements whose agent does not tell it: it measures once a second.
+_USUAL_AGE_S = 0.8
 
 
 class NodeReport(Struct, frozen=True, kw_only=True):
@@ -79,8 +83,8 @@ class NodeSession:
         self.node_id = node_id
         self.address = address
         self.report = NodeReport()
-        #: When measurements were last heard, on the loop's clock.
-        self.status_heard_s = float("-inf")
+        #: When the newest measurements were begun, on the loop's clock.
+        self.measured_s = float("-inf")
         self.connected = False
         self.changed = Signal()
         self._epoch = epoch
@@ -164,8 +168,8 @@ class NodeSession:
         heard = replace(was, state=NodeState.READY, detail="", last_seen_time_s=time.time())
         only_status = False
         if isinstance(update, NodeStatus | AgentSnapshot):
-            self.status_heard_s = asyncio.get_running_loop().time()
             status = update if isinstance(update, NodeStatus) else update.status
+            self.measured_s = asyncio.get_running_loop().time() - _age_s(status)
             # A stream that was dialled again begins with the newest sample, however old that is.
             if was.status is None or status.sample_time_s != was.status.sample_time_s:
                 self._measured()
@@ -252,6 +256,11 @@ class NodeSession:
     def _tell(self, only_status: bool) -> None:
         self._on_change(self, only_status)
         self.changed.fire()
+
+
+def _age_s(status: NodeStatus) -> float:
+    """Time since these measurements were begun, now that they are heard."""
+    return (_USUAL_AGE_S if status.sample_age_s is None else status.sample_age_s) + _TRANSIT_S
 
 
 def _same_host(before: NodeStatus | None, now: NodeStatus) -> bool:

@@ -52,8 +52,6 @@ _ACTIONS = {
     ReclaimAction.SHRINK: LifecycleAction.SHRINK,
 }
 _RISING = frozenset({Residency.STARTING, Residency.WAKING})
-#: An agent samples once a second, and what it says was measured up to this long before it is heard.
-_SAMPLE_AGE_S = 0.8
 #: How long to wait for a measurement of after a step.
 _FRESH_S = 4.0
 _RESERVE = Reserve()
@@ -86,8 +84,7 @@ class NodeWorld:
         ledger = ledger_of(
             self._fleet.view, pool_id, load=self._fleet.load, idle_s=self._idle_s, reserve=self._reserve
         )
-        heard_s = self._fleet.session(self._node_id).status_heard_s
-        return Measurement(ledger=ledger, measured_s=heard_s - _SAMPLE_AGE_S)
+        return Measurement(ledger=ledger, measured_s=self._fleet.session(self._node_id).measured_s)
 
     def deployments(self) -> Sequence[PlacedDeployment]:
         """Those of the node that are on a GPU and are ours to start."""

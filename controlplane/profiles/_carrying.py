@@ -101,7 +101,7 @@ async def _verify(fleet: Fleet, step: ProfileStep) -> None:
         found = fleet.view.deployments.get(step.deployment_id)
         if found is None:
             raise UnavailableError(f"{step.deployment_id} is no longer deployed")
-        fresh = fleet.session(found.node.id).status_heard_s > ended_s
+        fresh = fleet.session(found.node.id).measured_s > ended_s
         if fresh and is_as_wanted(fleet, step.deployment_id, step.residency):
             return
         left_s = ended_s + _FRESH_S - loop.time()

@@ -4,13 +4,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import grpc.aio
+from msgspec.structs import replace
 
-from nodeagent.engines import GenerateControl, Generation, RunKind
+from nodeagent.engines import GenerateControl, Generation, RunKind, VoiceControl
 from nodeagent.supervisor import Command, Operation, Supervisor
 from nodeagent.telemetry import Telemetry
 from rung import codec, reason_of_error, v1
@@ -66,7 +68,7 @@ class NodeAgentServicer:
             responses = self._differences(sent)
             if self._telemetry.status is not status:
                 status = self._telemetry.status
-                responses.append(v1.WatchResponse(status=codec.node_status_to_proto(status)))
+                responses.append(v1.WatchResponse(status=self._node_status()))
             for response in responses:
                 sequence += 1
                 response.sequence = sequence
@@ -76,9 +78,15 @@ class NodeAgentServicer:
         return v1.NodeSnapshot(
             node_id=self._supervisor.node_id,
             agent_instance_id=self._agent_instance_id,
-            status=codec.node_status_to_proto(self._telemetry.status),
+            status=self._node_status(),
             deployments=[codec.deployment_to_proto(each) for each in deployments.values()],
             epoch=self._supervisor.epoch,
+        )
+
+    def _node_status(self) -> v1.NodeStatus:
+        age_s = self._telemetry.sample_age_s
+        return codec.node_status_to_proto(
+            replace(self._telemetry.status, sample_age_s=age_s if math.isfinite(age_s) else None)
         )
 
     def _same(self, sent: dict[str, Deployment]) -> bool:
@@ -224,6 +232,16 @@ class NodeAgentServicer:
                     if not begun:
                         raise
                     yield v1.RunGenerationResponse(failed=_failed(error))
+
+    async def ListVoices(self, request: v1.ListVoicesRequest, context: Context) -> v1.ListVoicesResponse:
+        """The voices of an engine that speaks."""
+        engine = self._supervisor.engine(request.deployment_id)
+        spec, adapter = engine.deployment.spec, engine.adapter
+        if not isinstance(adapter, VoiceControl):
+            raise InvalidRequestError(f"{spec.id}: its engine has no voices", deployment=spec.id)
+        with engine.serving() as base_url:
+            voices = await adapter.voices(base_url, spec)
+        return v1.ListVoicesResponse(voices=[codec.voice_to_proto(voice) for voice in voices])
 
     async def ReadEngineLog(
         self, request: v1.ReadEngineLogRequest, context: Context

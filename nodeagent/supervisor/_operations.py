@@ -69,7 +69,7 @@ class Operation:
                 return
             await self._changed.wait()
 
-    async def carry_out(self, work: Work) -> None:
+    async def carry_out(self, work: Work, on_end: Callable[[], None]) -> None:
         """Do the work and note how it ended."""
         try:
             self._append(await work(self._append))
@@ -87,6 +87,7 @@ class Operation:
             )
         finally:
             self._ended = True
+            on_end()
             self._changed.fire()
 
     def _append(self, payload: LifecyclePayload) -> None:
@@ -96,9 +97,10 @@ class Operation:
 
 
 class Operations:
-    """Operations by id."""
+    """Operations by id. `on_end` is called at the end of each, before anybody hears of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_end: Callable[[], None]) -> None:
+        self._on_end = on_end
         self._by_id: OrderedDict[str, Operation] = OrderedDict()
 
     def join_or_begin(self, operation_id: str, what: str, work: Work) -> Operation:
@@ -117,7 +119,9 @@ class Operations:
             return found
         operation = Operation(operation_id, what)
         self._by_id[operation_id] = operation
-        operation.task = asyncio.create_task(operation.carry_out(work), name=f"operation-{operation_id}")
+        operation.task = asyncio.create_task(
+            operation.carry_out(work, self._on_end), name=f"operation-{operation_id}"
+        )
         ended = [key for key, each in self._by_id.items() if each.ended]
         for key in ended[: max(0, len(self._by_id) - REMEMBERED)]:
             del self._by_id[key]

@@ -42,6 +42,12 @@ from rung.types import (
 _log = structlog.get_logger("rung.agent")
 
 #: An id is part of file names, of container names and of the mark in an engine's environment.
+
+
+def _do_not_look() -> None:
+    """Nothing can be measured."""
+
+
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -62,6 +68,7 @@ class Supervisor:
         adapter_for: finds what speaks an engine's dialect.
         scope: from where engines can be reached.
         look: takes a sample of the node now, for what is to be measured; None if nothing can be.
+        look_soon: has one taken without waiting for it: whoever asked for an operation wants its effect seen.
     """
 
     def __init__(
@@ -73,6 +80,7 @@ class Supervisor:
         adapter_for: Callable[[Engine], EngineAdapter],
         scope: EndpointScope = EndpointScope.LOOPBACK,
         look: Look | None = None,
+        look_soon: Callable[[], None] = _do_not_look,
     ) -> None:
         self.node_id = node_id
         self.epoch = records.load_epoch()
@@ -84,7 +92,7 @@ class Supervisor:
         self._look = look
         self._gpu_turns = GpuTurns()
         self._engines: dict[str, EngineSupervisor] = {}
-        self._operations = Operations()
+        self._operations = Operations(look_soon)
         #: Engines whose processes their runtime could not tell at the last look: logged once.
         self._not_attributed: set[str] = set()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -152,6 +153,16 @@ class Telemetry:
         if self._status is None:
             raise RuntimeError("telemetry has not been started")
         return self._status
+
+    @property
+    def sample_age_s(self) -> float:
+        """Time since the GPU figures of `status` began to be read; endless if they never were."""
+        return time.monotonic() - self._published_began_s if self._published_began_s else math.inf
+
+    def look_soon(self) -> None:
+        """Have the next sample taken at once, or as soon as the driver lets one."""
+        if self._watcher is not None:
+            self._watcher.look_now()
 
     async def look(self) -> NodeStatus:
         """A sample that is begun after this call; the newest that there is if the driver hangs."""

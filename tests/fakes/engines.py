@@ -275,6 +275,7 @@ async def an_agent(
     docker: ScriptedRuntime | None = None,
     adapter: ScriptedAdapter | None = None,
     look: Callable[[], Awaitable[NodeStatus]] | None = None,
+    look_soon: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[AnAgent]:
     """An agent on the state in `folder`; the next one may follow it there."""
     records = Records(folder)
@@ -291,6 +292,7 @@ async def an_agent(
         },
         adapter_for=lambda _: adapter,
         look=look,
+        look_soon=look_soon,
     )
     try:
         if look is not None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from controlplane.fleet import AgentRun, DrainMarks, Fleet, FleetView, LifecycleAction
 from controlplane.fleet import _node_session as node_session
@@ -100,6 +101,14 @@ async def a_fleet(
         await fleet.aclose()
 
 
+def sampled_at(time_s: float) -> Callable[[FleetView], bool]:
+    def wanted(view: FleetView) -> bool:
+        status = view.nodes["box"].status
+        return status is not None and status.sample_time_s == time_s
+
+    return wanted
+
+
 async def until(fleet: Fleet, wanted: Callable[[FleetView], bool]) -> FleetView:
     async with asyncio.timeout(10):
         async for view in fleet.changes():
@@ -139,15 +148,23 @@ async def test_a_snapshot_then_changes(agent: ScriptedAgent) -> None:
         assert view.deployments[spec.id].direct_url == "http://127.0.0.1:9"
 
         agent.tick(a_status(sample_time_s=5.0))
-
-        def sampled(view: FleetView) -> bool:
-            status = view.nodes["box"].status
-            return status is not None and status.sample_time_s == 5.0
-
-        assert (await until(fleet, sampled)).deployments[spec.id].node.status == agent.status
+        assert (await until(fleet, sampled_at(5.0))).deployments[spec.id].node.status == agent.status
 
         agent.remove(spec.id)
         await until(fleet, residency_is(Residency.STOPPED))
+
+
+async def test_measurements_are_as_old_as_their_agent_says(agent: ScriptedAgent) -> None:
+    async with a_fleet([agent], []) as fleet:
+        loop = asyncio.get_running_loop()
+        sent_s = loop.time()
+        agent.tick(replace(a_status(sample_time_s=5.0), sample_age_s=30.0))
+        await until(fleet, sampled_at(5.0))
+        assert sent_s - 31.0 < fleet.session("box").measured_s < loop.time() - 30.0
+
+        agent.tick(replace(a_status(sample_time_s=6.0), sample_age_s=0.0))
+        await until(fleet, sampled_at(6.0))
+        assert sent_s - 1.0 < fleet.session("box").measured_s < loop.time()
 
 
 async def test_a_report_about_an_older_engine_is_ignored(agent: ScriptedAgent) -> None:

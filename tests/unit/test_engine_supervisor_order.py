@@ -49,6 +49,22 @@ def residency(agent: AnAgent) -> Residency:
 
 
 @in_virtual_time
+async def test_the_machine_is_looked_at_when_an_operation_ends_before_anybody_hears_of_it(
+    tmp_path: Path,
+) -> None:
+    looks: list[Residency] = []
+    async with an_agent(tmp_path, look_soon=lambda: looks.append(residency(agent))) as agent:
+        start = await loading(agent)
+        assert looks == []
+
+        agent.adapter.health = EngineHealth.READY
+        async for event in start.events():
+            ended = isinstance(event.payload, LifecycleDone)
+            assert looks == ([Residency.AWAKE] if ended else [])
+        assert ended
+
+
+@in_virtual_time
 async def test_a_stop_calls_off_the_start_that_is_under_way(tmp_path: Path) -> None:
     async with an_agent(tmp_path) as agent:
         start = await loading(agent)

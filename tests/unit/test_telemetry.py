@@ -142,6 +142,25 @@ async def test_a_look_is_a_sample_of_this_moment_however_far_the_next_one_is(tmp
             assert telemetry.status is looked
 
 
+async def test_a_sample_can_be_had_soon_without_waiting_for_it(tmp_path: Path) -> None:
+    source = FakeSource()
+    async with running(tmp_path, source, interval_s=3600.0) as telemetry:
+        source.sample = GpuSample(gpus=(gpu(GpuProcess(7)),))
+        telemetry.look_soon()
+        await first(telemetry, lambda status: status.gpus[0].processes == (GpuProcess(7),))
+        assert telemetry.sample_age_s < 600.0
+
+
+async def test_a_sample_is_as_old_as_its_reading_not_as_its_telling(tmp_path: Path) -> None:
+    source = FakeSource()
+    async with running(tmp_path, source, stale_after_s=0.1) as telemetry:
+        source.answering.clear()
+        hung = await first(telemetry, lambda status: bool(status.warnings))
+        await first(telemetry, lambda status: status.sample_time_s > hung.sample_time_s)
+        assert telemetry.sample_age_s > 0.1
+        source.answering.set()
+
+
 async def test_a_look_at_a_driver_that_hangs_is_the_last_sample(tmp_path: Path) -> None:
     source = FakeSource()
     async with running(tmp_path, source, interval_s=3600.0) as telemetry:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from rung import v1
 from rung.codec._deployment import deployment_from_proto, deployment_to_proto
-from rung.codec._values import EnumCodec, timestamp_from_proto, timestamp_to_proto
+from rung.codec._values import (
+    EnumCodec,
+    duration_from_proto,
+    duration_to_proto,
+    timestamp_from_proto,
+    timestamp_to_proto,
+)
 from rung.types import (
     FleetSnapshot,
     Gpu,
@@ -123,6 +129,7 @@ def node_status_to_proto(value: NodeStatus) -> v1.NodeStatus:
         driver_version=value.driver_version,
         simulated=value.simulated,
         warnings=value.warnings,
+        sample_age=None if value.sample_age_s is None else duration_to_proto(value.sample_age_s),
     )
 
 
@@ -137,6 +144,7 @@ def node_status_from_proto(message: v1.NodeStatus) -> NodeStatus:
         driver_version=message.driver_version,
         simulated=message.simulated,
         warnings=tuple(message.warnings),
+        sample_age_s=duration_from_proto(message.sample_age) if message.HasField("sample_age") else None,
     )
 
 

@@ -128,7 +128,10 @@ class HostStatus(Struct, frozen=True, kw_only=True):
 
 
 class NodeStatus(Struct, frozen=True, kw_only=True):
-    """What an agent measures, once a second."""
+    """What an agent measures, once a second and after each operation.
+
+    `sample_age_s` is the time since it began to be measured, when it was sent; None if that is not told.
+    """
 
     sample_time_s: float
     gpus: tuple[Gpu, ...]
@@ -138,6 +141,7 @@ class NodeStatus(Struct, frozen=True, kw_only=True):
     driver_version: str = ""
     simulated: bool = False
     warnings: tuple[str, ...] = ()
+    sample_age_s: float | None = None
 
 
 class Node(Struct, frozen=True, kw_only=True):

@@ -366,6 +366,8 @@ class TranscriptionInput(_message.Message):
     CONTENT_TYPE_FIELD_NUMBER: _builtins.int
     LANGUAGE_FIELD_NUMBER: _builtins.int
     PROMPT_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    TRANSLATE_FIELD_NUMBER: _builtins.int
     audio: _builtins.bytes
     """The audio file."""
     content_type: _builtins.str
@@ -374,6 +376,12 @@ class TranscriptionInput(_message.Message):
     """Language as a BCP 47 tag; empty to detect it."""
     prompt: _builtins.str
     """Text that came before, or words that are to be expected."""
+    format: _builtins.str
+    """`text` for text as it comes, which an empty one means, too; `verbose_json`, `srt` or `vtt` for a file with
+    times, from engines that make one.
+    """
+    translate: _builtins.bool
+    """Translate into English."""
     def __init__(
         self,
         *,
@@ -381,14 +389,42 @@ class TranscriptionInput(_message.Message):
         content_type: _builtins.str = ...,
         language: _builtins.str = ...,
         prompt: _builtins.str = ...,
+        format: _builtins.str = ...,
+        translate: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audio", b"audio", "content_type", b"content_type", "language", b"language", "prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audio", b"audio", "content_type", b"content_type", "format", b"format", "language", b"language", "prompt", b"prompt", "translate", b"translate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TranscriptionInput: _TypeAlias = TranscriptionInput  # noqa: Y015
+
+@_typing.final
+class Voice(_message.Message):
+    """Voice is one that speech may be made with."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    LANGUAGE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name, as `SpeechInput.voice` takes it."""
+    language: _builtins.str
+    """Language as a BCP 47 tag; empty if the voice has none of its own, or it is not known."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        language: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["language", b"language", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Voice: _TypeAlias = Voice  # noqa: Y015
 
 @_typing.final
 class MeshInput(_message.Message):

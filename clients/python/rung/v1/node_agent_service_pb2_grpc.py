@@ -88,6 +88,11 @@ class NodeAgentServiceStub:
                 request_serializer=rung_dot_v1_dot_node__agent__service__pb2.RunGenerationRequest.SerializeToString,
                 response_deserializer=rung_dot_v1_dot_node__agent__service__pb2.RunGenerationResponse.FromString,
                 _registered_method=True)
+        self.ListVoices = channel.unary_unary(
+                '/rung.v1.NodeAgentService/ListVoices',
+                request_serializer=rung_dot_v1_dot_node__agent__service__pb2.ListVoicesRequest.SerializeToString,
+                response_deserializer=rung_dot_v1_dot_node__agent__service__pb2.ListVoicesResponse.FromString,
+                _registered_method=True)
         self.ReadEngineLog = channel.unary_stream(
                 '/rung.v1.NodeAgentService/ReadEngineLog',
                 request_serializer=rung_dot_v1_dot_node__agent__service__pb2.ReadEngineLogRequest.SerializeToString,
@@ -218,6 +223,15 @@ class NodeAgentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListVoices(self, request, context):
+        """ListVoices asks an engine that speaks which voices it has now.
+
+        Errors: as RunGeneration.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReadEngineLog(self, request, context):
         """ReadEngineLog streams the newest lines of an engine's output, and follows it if asked.
         """
@@ -291,6 +305,11 @@ def add_NodeAgentServiceServicer_to_server(servicer, server):
                     servicer.RunGeneration,
                     request_deserializer=rung_dot_v1_dot_node__agent__service__pb2.RunGenerationRequest.FromString,
                     response_serializer=rung_dot_v1_dot_node__agent__service__pb2.RunGenerationResponse.SerializeToString,
+            ),
+            'ListVoices': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListVoices,
+                    request_deserializer=rung_dot_v1_dot_node__agent__service__pb2.ListVoicesRequest.FromString,
+                    response_serializer=rung_dot_v1_dot_node__agent__service__pb2.ListVoicesResponse.SerializeToString,
             ),
             'ReadEngineLog': grpc.unary_stream_rpc_method_handler(
                     servicer.ReadEngineLog,
@@ -582,6 +601,33 @@ class NodeAgentService:
             '/rung.v1.NodeAgentService/RunGeneration',
             rung_dot_v1_dot_node__agent__service__pb2.RunGenerationRequest.SerializeToString,
             rung_dot_v1_dot_node__agent__service__pb2.RunGenerationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListVoices(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rung.v1.NodeAgentService/ListVoices',
+            rung_dot_v1_dot_node__agent__service__pb2.ListVoicesRequest.SerializeToString,
+            rung_dot_v1_dot_node__agent__service__pb2.ListVoicesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -102,6 +102,11 @@ class NodeAgentServiceStub:
     such generation, or refused it: the message says what is wrong with what), UNAVAILABLE (the engine
     cannot be reached). What breaks after the first message is `failed`.
     """
+    ListVoices: _grpc.UnaryUnaryMultiCallable[_node_agent_service_pb2.ListVoicesRequest, _node_agent_service_pb2.ListVoicesResponse]
+    """ListVoices asks an engine that speaks which voices it has now.
+
+    Errors: as RunGeneration.
+    """
     ReadEngineLog: _grpc.UnaryStreamMultiCallable[_node_agent_service_pb2.ReadEngineLogRequest, _node_agent_service_pb2.ReadEngineLogResponse]
     """ReadEngineLog streams the newest lines of an engine's output, and follows it if asked."""
     PullArtifact: _grpc.UnaryStreamMultiCallable[_node_agent_service_pb2.PullArtifactRequest, _node_agent_service_pb2.PullArtifactResponse]
@@ -182,6 +187,11 @@ class NodeAgentServiceAsyncStub(NodeAgentServiceStub):
     Errors: NOT_FOUND (deployment), FAILED_PRECONDITION (not awake), INVALID_ARGUMENT (the engine has no
     such generation, or refused it: the message says what is wrong with what), UNAVAILABLE (the engine
     cannot be reached). What breaks after the first message is `failed`.
+    """
+    ListVoices: _aio.UnaryUnaryMultiCallable[_node_agent_service_pb2.ListVoicesRequest, _node_agent_service_pb2.ListVoicesResponse]  # type: ignore[assignment]
+    """ListVoices asks an engine that speaks which voices it has now.
+
+    Errors: as RunGeneration.
     """
     ReadEngineLog: _aio.UnaryStreamMultiCallable[_node_agent_service_pb2.ReadEngineLogRequest, _node_agent_service_pb2.ReadEngineLogResponse]  # type: ignore[assignment]
     """ReadEngineLog streams the newest lines of an engine's output, and follows it if asked."""
@@ -320,6 +330,17 @@ class NodeAgentServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors: NOT_FOUND (deployment), FAILED_PRECONDITION (not awake), INVALID_ARGUMENT (the engine has no
         such generation, or refused it: the message says what is wrong with what), UNAVAILABLE (the engine
         cannot be reached). What breaks after the first message is `failed`.
+        """
+
+    @_abc_1.abstractmethod
+    def ListVoices(
+        self,
+        request: _node_agent_service_pb2.ListVoicesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_agent_service_pb2.ListVoicesResponse, _abc.Awaitable[_node_agent_service_pb2.ListVoicesResponse]]:
+        """ListVoices asks an engine that speaks which voices it has now.
+
+        Errors: as RunGeneration.
         """
 
     @_abc_1.abstractmethod

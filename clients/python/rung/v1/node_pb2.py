@@ -22,32 +22,33 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12rung/v1/node.proto\x12\x07rung.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe9\x01\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12!\n\x05state\x18\x03 \x01(\x0e\x32\x12.rung.v1.NodeState\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12)\n\townership\x18\x05 \x01(\x0e\x32\x16.rung.v1.NodeOwnership\x12#\n\x06status\x18\x06 \x01(\x0b\x32\x13.rung.v1.NodeStatus\x12\x32\n\x0elast_seen_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x65poch\x18\x08 \x01(\x03\"\xe1\x01\n\nNodeStatus\x12/\n\x0bsample_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1a\n\x04gpus\x18\x02 \x03(\x0b\x32\x0c.rung.v1.Gpu\x12!\n\x04host\x18\x03 \x01(\x0b\x32\x13.rung.v1.HostStatus\x12\x15\n\ragent_version\x18\x04 \x01(\t\x12\x0f\n\x07host_id\x18\x05 \x01(\t\x12\x16\n\x0e\x64river_version\x18\x06 \x01(\t\x12\x11\n\tsimulated\x18\x07 \x01(\x08\x12\x10\n\x08warnings\x18\x08 \x03(\t\"\xc1\x01\n\nHostStatus\x12\x1a\n\x12memory_total_bytes\x18\x01 \x01(\x03\x12\x1e\n\x16memory_available_bytes\x18\x02 \x01(\x03\x12\x18\n\x10\x64isk_total_bytes\x18\x03 \x01(\x03\x12\x17\n\x0f\x64isk_free_bytes\x18\x04 \x01(\x03\x12\x11\n\tcpu_count\x18\x05 \x01(\x05\x12\x1f\n\x17\x63pu_utilization_percent\x18\x06 \x01(\x01\x12\x10\n\x08hostname\x18\x07 \x01(\t\"\x88\x05\n\x03Gpu\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04uuid\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\"\n\x06health\x18\x04 \x01(\x0e\x32\x12.rung.v1.GpuHealth\x12,\n\rmemory_source\x18\x05 \x01(\x0e\x32\x15.rung.v1.MemorySource\x12\x1a\n\x12memory_total_bytes\x18\x06 \x01(\x03\x12\x19\n\x11memory_used_bytes\x18\x07 \x01(\x03\x12\x19\n\x11memory_free_bytes\x18\x08 \x01(\x03\x12\"\n\x15memory_reserved_bytes\x18\t \x01(\x03H\x00\x88\x01\x01\x12 \n\x13utilization_percent\x18\n \x01(\x01H\x01\x88\x01\x01\x12\'\n\x1amemory_utilization_percent\x18\x0b \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x0bpower_watts\x18\x0c \x01(\x01H\x03\x88\x01\x01\x12\x1e\n\x11power_limit_watts\x18\r \x01(\x01H\x04\x88\x01\x01\x12 \n\x13temperature_celsius\x18\x0e \x01(\x01H\x05\x88\x01\x01\x12\x18\n\x10throttle_reasons\x18\x0f \x03(\t\x12&\n\tprocesses\x18\x10 \x03(\x0b\x32\x13.rung.v1.GpuProcess\x12\x16\n\x0eunified_memory\x18\x11 \x01(\x08\x42\x18\n\x16_memory_reserved_bytesB\x16\n\x14_utilization_percentB\x1d\n\x1b_memory_utilization_percentB\x0e\n\x0c_power_wattsB\x14\n\x12_power_limit_wattsB\x16\n\x14_temperature_celsius\"\\\n\nGpuProcess\x12\x0b\n\x03pid\x18\x01 \x01(\x03\x12\x19\n\x0cmemory_bytes\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x15\n\rdeployment_id\x18\x03 \x01(\tB\x0f\n\r_memory_bytes*\xa5\x01\n\tNodeState\x12\x1a\n\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15NODE_STATE_CONNECTING\x10\x01\x12\x14\n\x10NODE_STATE_READY\x10\x02\x12\x17\n\x13NODE_STATE_DRAINING\x10\x03\x12\x16\n\x12NODE_STATE_DRAINED\x10\x04\x12\x1a\n\x16NODE_STATE_UNREACHABLE\x10\x05*d\n\rNodeOwnership\x12\x1e\n\x1aNODE_OWNERSHIP_UNSPECIFIED\x10\x00\x12\x18\n\x14NODE_OWNERSHIP_OWNED\x10\x01\x12\x19\n\x15NODE_OWNERSHIP_RENTED\x10\x02*z\n\x0cMemorySource\x12\x1d\n\x19MEMORY_SOURCE_UNSPECIFIED\x10\x00\x12\x16\n\x12MEMORY_SOURCE_NVML\x10\x01\x12\x16\n\x12MEMORY_SOURCE_HOST\x10\x02\x12\x1b\n\x17MEMORY_SOURCE_SIMULATED\x10\x03*h\n\tGpuHealth\x12\x1a\n\x16GPU_HEALTH_UNSPECIFIED\x10\x00\x12\x11\n\rGPU_HEALTH_OK\x10\x01\x12\x17\n\x13GPU_HEALTH_DEGRADED\x10\x02\x12\x13\n\x0fGPU_HEALTH_LOST\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12rung/v1/node.proto\x12\x07rung.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe9\x01\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12!\n\x05state\x18\x03 \x01(\x0e\x32\x12.rung.v1.NodeState\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12)\n\townership\x18\x05 \x01(\x0e\x32\x16.rung.v1.NodeOwnership\x12#\n\x06status\x18\x06 \x01(\x0b\x32\x13.rung.v1.NodeStatus\x12\x32\n\x0elast_seen_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x65poch\x18\x08 \x01(\x03\"\x90\x02\n\nNodeStatus\x12/\n\x0bsample_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1a\n\x04gpus\x18\x02 \x03(\x0b\x32\x0c.rung.v1.Gpu\x12!\n\x04host\x18\x03 \x01(\x0b\x32\x13.rung.v1.HostStatus\x12\x15\n\ragent_version\x18\x04 \x01(\t\x12\x0f\n\x07host_id\x18\x05 \x01(\t\x12\x16\n\x0e\x64river_version\x18\x06 \x01(\t\x12\x11\n\tsimulated\x18\x07 \x01(\x08\x12\x10\n\x08warnings\x18\x08 \x03(\t\x12-\n\nsample_age\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\"\xc1\x01\n\nHostStatus\x12\x1a\n\x12memory_total_bytes\x18\x01 \x01(\x03\x12\x1e\n\x16memory_available_bytes\x18\x02 \x01(\x03\x12\x18\n\x10\x64isk_total_bytes\x18\x03 \x01(\x03\x12\x17\n\x0f\x64isk_free_bytes\x18\x04 \x01(\x03\x12\x11\n\tcpu_count\x18\x05 \x01(\x05\x12\x1f\n\x17\x63pu_utilization_percent\x18\x06 \x01(\x01\x12\x10\n\x08hostname\x18\x07 \x01(\t\"\x88\x05\n\x03Gpu\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04uuid\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\"\n\x06health\x18\x04 \x01(\x0e\x32\x12.rung.v1.GpuHealth\x12,\n\rmemory_source\x18\x05 \x01(\x0e\x32\x15.rung.v1.MemorySource\x12\x1a\n\x12memory_total_bytes\x18\x06 \x01(\x03\x12\x19\n\x11memory_used_bytes\x18\x07 \x01(\x03\x12\x19\n\x11memory_free_bytes\x18\x08 \x01(\x03\x12\"\n\x15memory_reserved_bytes\x18\t \x01(\x03H\x00\x88\x01\x01\x12 \n\x13utilization_percent\x18\n \x01(\x01H\x01\x88\x01\x01\x12\'\n\x1amemory_utilization_percent\x18\x0b \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x0bpower_watts\x18\x0c \x01(\x01H\x03\x88\x01\x01\x12\x1e\n\x11power_limit_watts\x18\r \x01(\x01H\x04\x88\x01\x01\x12 \n\x13temperature_celsius\x18\x0e \x01(\x01H\x05\x88\x01\x01\x12\x18\n\x10throttle_reasons\x18\x0f \x03(\t\x12&\n\tprocesses\x18\x10 \x03(\x0b\x32\x13.rung.v1.GpuProcess\x12\x16\n\x0eunified_memory\x18\x11 \x01(\x08\x42\x18\n\x16_memory_reserved_bytesB\x16\n\x14_utilization_percentB\x1d\n\x1b_memory_utilization_percentB\x0e\n\x0c_power_wattsB\x14\n\x12_power_limit_wattsB\x16\n\x14_temperature_celsius\"\\\n\nGpuProcess\x12\x0b\n\x03pid\x18\x01 \x01(\x03\x12\x19\n\x0cmemory_bytes\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x15\n\rdeployment_id\x18\x03 \x01(\tB\x0f\n\r_memory_bytes*\xa5\x01\n\tNodeState\x12\x1a\n\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15NODE_STATE_CONNECTING\x10\x01\x12\x14\n\x10NODE_STATE_READY\x10\x02\x12\x17\n\x13NODE_STATE_DRAINING\x10\x03\x12\x16\n\x12NODE_STATE_DRAINED\x10\x04\x12\x1a\n\x16NODE_STATE_UNREACHABLE\x10\x05*d\n\rNodeOwnership\x12\x1e\n\x1aNODE_OWNERSHIP_UNSPECIFIED\x10\x00\x12\x18\n\x14NODE_OWNERSHIP_OWNED\x10\x01\x12\x19\n\x15NODE_OWNERSHIP_RENTED\x10\x02*z\n\x0cMemorySource\x12\x1d\n\x19MEMORY_SOURCE_UNSPECIFIED\x10\x00\x12\x16\n\x12MEMORY_SOURCE_NVML\x10\x01\x12\x16\n\x12MEMORY_SOURCE_HOST\x10\x02\x12\x1b\n\x17MEMORY_SOURCE_SIMULATED\x10\x03*h\n\tGpuHealth\x12\x1a\n\x16GPU_HEALTH_UNSPECIFIED\x10\x00\x12\x11\n\rGPU_HEALTH_OK\x10\x01\x12\x17\n\x13GPU_HEALTH_DEGRADED\x10\x02\x12\x13\n\x0fGPU_HEALTH_LOST\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rung.v1.node_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_NODESTATE']._serialized_start=1470
-  _globals['_NODESTATE']._serialized_end=1635
-  _globals['_NODEOWNERSHIP']._serialized_start=1637
-  _globals['_NODEOWNERSHIP']._serialized_end=1737
-  _globals['_MEMORYSOURCE']._serialized_start=1739
-  _globals['_MEMORYSOURCE']._serialized_end=1861
-  _globals['_GPUHEALTH']._serialized_start=1863
-  _globals['_GPUHEALTH']._serialized_end=1967
-  _globals['_NODE']._serialized_start=65
-  _globals['_NODE']._serialized_end=298
-  _globals['_NODESTATUS']._serialized_start=301
-  _globals['_NODESTATUS']._serialized_end=526
-  _globals['_HOSTSTATUS']._serialized_start=529
-  _globals['_HOSTSTATUS']._serialized_end=722
-  _globals['_GPU']._serialized_start=725
-  _globals['_GPU']._serialized_end=1373
-  _globals['_GPUPROCESS']._serialized_start=1375
-  _globals['_GPUPROCESS']._serialized_end=1467
+  _globals['_NODESTATE']._serialized_start=1549
+  _globals['_NODESTATE']._serialized_end=1714
+  _globals['_NODEOWNERSHIP']._serialized_start=1716
+  _globals['_NODEOWNERSHIP']._serialized_end=1816
+  _globals['_MEMORYSOURCE']._serialized_start=1818
+  _globals['_MEMORYSOURCE']._serialized_end=1940
+  _globals['_GPUHEALTH']._serialized_start=1942
+  _globals['_GPUHEALTH']._serialized_end=2046
+  _globals['_NODE']._serialized_start=97
+  _globals['_NODE']._serialized_end=330
+  _globals['_NODESTATUS']._serialized_start=333
+  _globals['_NODESTATUS']._serialized_end=605
+  _globals['_HOSTSTATUS']._serialized_start=608
+  _globals['_HOSTSTATUS']._serialized_end=801
+  _globals['_GPU']._serialized_start=804
+  _globals['_GPU']._serialized_end=1452
+  _globals['_GPUPROCESS']._serialized_start=1454
+  _globals['_GPUPROCESS']._serialized_end=1546
 # @@protoc_insertion_point(module_scope)

@@ -5,6 +5,7 @@ Nodes: machines with an agent, and what is measured on them."""
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -204,6 +205,7 @@ class NodeStatus(_message.Message):
     DRIVER_VERSION_FIELD_NUMBER: _builtins.int
     SIMULATED_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    SAMPLE_AGE_FIELD_NUMBER: _builtins.int
     agent_version: _builtins.str
     """Version of the agent."""
     host_id: _builtins.str
@@ -228,6 +230,10 @@ class NodeStatus(_message.Message):
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Something a person should know about the telemetry, such as an NVML that does not answer."""
 
+    @_builtins.property
+    def sample_age(self) -> _duration_pb2.Duration:
+        """Time since this began to be measured, when it was sent; unset by whoever passes it on later."""
+
     def __init__(
         self,
         *,
@@ -239,10 +245,11 @@ class NodeStatus(_message.Message):
         driver_version: _builtins.str = ...,
         simulated: _builtins.bool = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        sample_age: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "sample_time", b"sample_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "sample_age", b"sample_age", "sample_time", b"sample_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "driver_version", b"driver_version", "gpus", b"gpus", "host", b"host", "host_id", b"host_id", "sample_time", b"sample_time", "simulated", b"simulated", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "driver_version", b"driver_version", "gpus", b"gpus", "host", b"host", "host_id", b"host_id", "sample_age", b"sample_age", "sample_time", b"sample_time", "simulated", b"simulated", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
