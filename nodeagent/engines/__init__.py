@@ -16,6 +16,7 @@ from nodeagent.engines._base import (
     RunKind,
     ShrinkControl,
     SleepControl,
+    VoiceControl,
 )
 from nodeagent.engines._choose import adapter_for
 from nodeagent.engines._comfyui import ComfyUiAdapter, ComfyUiDevice, ComfyUiQueue
@@ -52,5 +53,6 @@ __all__ = [
     "ShrinkControl",
     "SleepControl",
     "VllmAdapter",
+    "VoiceControl",
     "adapter_for",
 ]

@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 from msgspec import Struct
 
 from rung.codec import GenerationEvent
-from rung.types import DeploymentSpec, EngineInput
+from rung.types import DeploymentSpec, EngineInput, Voice
 
 
 class RunKind(StrEnum):
@@ -282,5 +282,18 @@ class GenerateControl(Protocol):
                 message says what is wrong with what.
             EngineUnreachableError, EngineTimeoutError, EngineProtocolError: as the engine client does.
             EngineFailedError: it tried, and failed.
+        """
+        ...
+
+
+@runtime_checkable
+class VoiceControl(Protocol):
+    """What an adapter has whose engine speaks with voices that it can list."""
+
+    async def voices(self, base_url: str, spec: DeploymentSpec) -> tuple[Voice, ...]:
+        """The voices that it has now, by name.
+
+        Raises:
+            EngineUnreachableError, EngineTimeoutError, EngineProtocolError: as the engine client does.
         """
         ...

@@ -148,6 +148,7 @@ _PAIRS: dict[str, Any] = {
     "route_explanation": RouteExplanation,
     "served": rung.types.Served,
     "usage": rung.types.Usage,
+    "voice": rung.types.Voice,
     "workflow": rung.types.Workflow,
 }
 

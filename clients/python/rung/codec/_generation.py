@@ -28,6 +28,7 @@ from rung.types import (
     SpeechInput,
     TokenDelta,
     TranscriptionInput,
+    Voice,
     Workflow,
     WorkflowFile,
     WorkflowInput,
@@ -66,6 +67,8 @@ def write_generation_input(value: EngineInput, message: _Inputs) -> None:
                     content_type=value.content_type,
                     language=value.language,
                     prompt=value.prompt,
+                    format=value.format,
+                    translate=value.translate,
                 )
             )
         case MeshInput():
@@ -167,6 +170,16 @@ def image_part_from_proto(message: v1.ImagePart) -> ImagePart:
     return ImagePart(content_type=message.content_type, data=message.data)
 
 
+def voice_to_proto(value: Voice) -> v1.Voice:
+    """Encode a voice."""
+    return v1.Voice(name=value.name, language=value.language)
+
+
+def voice_from_proto(message: v1.Voice) -> Voice:
+    """Decode a voice."""
+    return Voice(name=message.name, language=message.language)
+
+
 def workflow_to_proto(value: Workflow) -> v1.Workflow:
     """Encode a template."""
     return v1.Workflow(
@@ -261,6 +274,8 @@ def _transcription_from_proto(message: v1.TranscriptionInput) -> TranscriptionIn
         content_type=message.content_type or "audio/wav",
         language=message.language,
         prompt=message.prompt,
+        format=message.format or "text",
+        translate=message.translate,
     )
 
 

@@ -126,16 +126,18 @@ class EngineClient:
         idle_timeout_s: float,
         api_key: str = "",
         headers: Headers = (),
+        content_type: str = "application/json",
     ) -> EngineReply:
-        """Send a JSON body and return once the head of the answer is there.
+        """Send a body and return once the head of the answer is there.
 
         Args:
             url: engine endpoint; never made from what a client sends.
-            body: JSON.
+            body: JSON, unless `content_type` says otherwise.
             what: name of the engine, for messages.
             idle_timeout_s: longest silence, for the head and between pieces of the body.
             api_key: bearer token of the engine; empty for none.
             headers: further ones, for those who want them; configured, as the URL is.
+            content_type: of the body; the adapter's own, never a caller's.
 
         Raises:
             EngineUnreachableError: no connection, or it broke before an answer.
@@ -145,8 +147,9 @@ class EngineClient:
         route = self._routes.get(("POST", url, api_key, headers))
         if route is None:
             route = self._route("POST", url, api_key, headers)
-        request = b"%bContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (
+        request = b"%bContent-Type: %b\r\nContent-Length: %d\r\n\r\n%b" % (
             route.request_head,
+            content_type.encode("latin-1"),
             len(body),
             body,
         )
@@ -165,6 +168,14 @@ class EngineClient:
     async def get(self, url: str, *, what: str, timeout_s: float, api_key: str = "") -> EngineReply:
         """Ask the engine something small; `timeout_s` bounds all of it, the body too. Raises as `post`."""
         route = self._routes.get(("GET", url, api_key, ())) or self._route("GET", url, api_key, ())
+        return await self._ask(route, url, what=what, timeout_s=timeout_s)
+
+    async def delete(self, url: str, *, what: str, timeout_s: float, api_key: str = "") -> EngineReply:
+        """Have the engine let go of something; as `get`."""
+        route = self._routes.get(("DELETE", url, api_key, ())) or self._route("DELETE", url, api_key, ())
+        return await self._ask(route, url, what=what, timeout_s=timeout_s)
+
+    async def _ask(self, route: _Route, url: str, *, what: str, timeout_s: float) -> EngineReply:
         # Always a new connection: a probe is to find out whether there is somebody who accepts one.
         connection = await self._connect(route, what, url, timeout_s)
         request = route.request_head + b"\r\n"

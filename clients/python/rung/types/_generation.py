@@ -65,12 +65,24 @@ class TranscriptionInput(Struct, frozen=True, kw_only=True):
         content_type: its media type.
         language: a BCP 47 tag; empty to detect it.
         prompt: text that came before, or words that are to be expected.
+        format: `text` for text as it comes; `verbose_json`, `srt` or `vtt` for a file with times, from
+            engines that make one.
+        translate: into English.
     """
 
     audio: bytes
     content_type: str = "audio/wav"
     language: str = ""
     prompt: str = ""
+    format: str = "text"
+    translate: bool = False
+
+
+class Voice(Struct, frozen=True, kw_only=True):
+    """A voice that speech may be made with; `language` is a BCP 47 tag, empty where it is not known."""
+
+    name: str
+    language: str = ""
 
 
 class MeshInput(Struct, frozen=True, kw_only=True):
