@@ -17,14 +17,16 @@ MAX_QUEUED = 1024
 
 
 class _Lane:
-    __slots__ = ("active", "emptied", "holds", "limit", "waiting")
+    __slots__ = ("active", "emptied", "holds", "limit", "parked", "resumed", "waiting")
 
     def __init__(self) -> None:
         self.active = 0
         self.holds = 0
         self.limit = 1
+        self.parked = 0
         self.waiting: deque[asyncio.Future[None]] = deque()
         self.emptied = Signal()
+        self.resumed = Signal()
 
 
 class Slots:
@@ -108,6 +110,7 @@ class Slots:
         lane.active -= 1
         if lane.active == 0:
             self._released_s[deployment_id] = time.monotonic()
+        if lane.active <= lane.parked:
             lane.emptied.fire()
         self._admit(deployment_id, lane)
 
@@ -121,12 +124,32 @@ class Slots:
         lane.holds += 1
         self._weigh(deployment_id, lane)
         try:
-            while lane.active:
+            while lane.active > lane.parked:
                 await lane.emptied.wait()
             yield
         finally:
             lane.holds -= 1
+            if not lane.holds:
+                lane.resumed.fire()
             self._admit(deployment_id, lane)
+
+    @asynccontextmanager
+    async def parked(self, deployment_id: str) -> AsyncIterator[None]:
+        """Keep a slot that is held, and do nothing with the engine: a drain does not wait for it meanwhile.
+
+        Leaving waits until what the engine was drained for is over; it may not be awake any more then. So
+        who waits for memory with a slot in hand holds up nobody who needs that engine drained to give some.
+        """
+        lane = self._lanes[deployment_id]
+        lane.parked += 1
+        if lane.active <= lane.parked:
+            lane.emptied.fire()
+        try:
+            yield
+            while lane.holds:
+                await lane.resumed.wait()
+        finally:
+            lane.parked -= 1
 
     def _admit(self, deployment_id: str, lane: _Lane) -> None:
         """Give what slots are free to those who wait; let go of a lane that nobody uses."""

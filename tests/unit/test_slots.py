@@ -189,3 +189,71 @@ async def test_one_that_is_being_drained_has_no_free_slot() -> None:
     async with slots.drained("d"):
         assert (slots.pressure, slots.full) == ({"d": 1.0}, {"d"})
     assert (slots.pressure, slots.full) == ({}, set())
+
+
+async def test_a_drain_does_not_wait_for_who_has_parked_its_slot_and_that_one_waits_for_the_drain() -> None:
+    slots = Slots()
+    slots.try_acquire("d", 1)
+    said: list[str] = []
+
+    async def hold() -> None:
+        async with slots.parked("d"):
+            said.append("parked")
+            await asyncio.sleep(0)
+        said.append("goes on")
+
+    async def drain() -> None:
+        async with slots.drained("d"):
+            said.append("drained")
+            await _settle()
+            said.append("over")
+
+    async with asyncio.timeout(5), asyncio.TaskGroup() as tasks:
+        tasks.create_task(drain())
+        await _settle()
+        assert said == []
+        tasks.create_task(hold())
+
+    assert said == ["parked", "drained", "over", "goes on"]
+    assert not slots.try_acquire("d", 1)
+    slots.release("d")
+    assert slots.load("d") == (0, 0)
+
+
+async def test_a_drain_still_waits_for_others_than_the_one_that_has_parked() -> None:
+    slots = Slots()
+    slots.try_acquire("d", 2)
+    slots.try_acquire("d", 2)
+    drained = asyncio.Event()
+
+    async def drain() -> None:
+        async with slots.drained("d"):
+            drained.set()
+
+    async with asyncio.timeout(5), asyncio.TaskGroup() as tasks, slots.parked("d"):
+        tasks.create_task(drain())
+        await _settle()
+        assert not drained.is_set()
+        slots.release("d")
+        await drained.wait()
+    slots.release("d")
+    assert slots.load("d") == (0, 0)
+
+
+async def test_who_is_cancelled_while_parked_does_not_wait_for_the_drain() -> None:
+    slots = Slots()
+    slots.try_acquire("d", 1)
+
+    async def hold() -> None:
+        try:
+            async with slots.parked("d"):
+                await asyncio.Event().wait()
+        finally:
+            slots.release("d")
+
+    holding = asyncio.create_task(hold())
+    await _settle()
+    async with asyncio.timeout(5), slots.drained("d"):
+        holding.cancel()
+        await asyncio.gather(holding, return_exceptions=True)
+        assert slots.load("d") == (0, 0)
