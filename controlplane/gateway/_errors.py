@@ -36,7 +36,7 @@ def error_body(error: RungError) -> bytes:
             "error": {
                 "message": error.message,
                 "type": kind,
-                "param": "model" if reason == "UNKNOWN_MODEL" else None,
+                "param": "model" if reason == "UNKNOWN_MODEL" else error.metadata.get("param"),
                 "code": error.metadata.get("engine_code") or _CODES.get(reason) or reason.lower(),
                 "rung": {"reason": reason, **error.metadata},
             }

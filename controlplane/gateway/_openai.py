@@ -72,8 +72,8 @@ class OpenAiRoutes:
         try:
             body = await self._pipelines.answer(begun)
         except RungError as error:
-            return error_response(error, _headers(begun))
-        return web.Response(body=body, content_type="application/json", headers=_headers(begun))
+            return error_response(error, job_headers(begun))
+        return web.Response(body=body, content_type="application/json", headers=job_headers(begun))
 
     async def _stream(self, request: web.Request, begun: Begun, *, keep_usage: bool) -> web.StreamResponse:
         """Relay a stream.
@@ -84,7 +84,7 @@ class OpenAiRoutes:
         response = web.StreamResponse()
 
         async def prepare() -> None:
-            response.headers.update(_headers(begun))
+            response.headers.update(job_headers(begun))
             response.headers["Content-Type"] = "text/event-stream; charset=utf-8"
             response.headers["Cache-Control"] = "no-cache"
             response.headers["X-Accel-Buffering"] = "no"
@@ -104,7 +104,7 @@ class OpenAiRoutes:
             await self._pipelines.stream(begun, on_bytes, keep_usage=keep_usage, on_wait=on_wait)
         except RungError as error:
             if not response.prepared:
-                return error_response(error, _headers(begun))
+                return error_response(error, job_headers(begun))
             error.metadata["delivered_characters"] = str(begun.job.delivered_characters)
             await on_bytes(b"data: " + error_body(error) + b"\n\n")
         await on_bytes(_DONE)
@@ -150,7 +150,8 @@ def read_request_id(request: web.Request) -> str:
     return found
 
 
-def _headers(begun: Begun) -> dict[str, str]:
+def job_headers(begun: Begun) -> dict[str, str]:
+    """Which job it is, where the ladder put it, and, once that is known, who answers."""
     job, route = begun.job, begun.route
     headers = {"X-Rung-Job": job.id}
     if route.rung:

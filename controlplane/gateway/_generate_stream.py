@@ -1,0 +1,251 @@
+"""`POST /generate/stream`: a picture, with a line for everything that happens until it is there."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from aiohttp import web
+from msgspec import Struct
+from msgspec.structs import replace
+
+from controlplane.artifacts import Artifacts
+from controlplane.gateway._artifacts import artifact_url
+from controlplane.gateway._generations import (
+    KEEP_ALIVE_S,
+    Followed,
+    Follower,
+    artifact_base64,
+)
+from controlplane.gateway._openai import read_policy, read_request_id
+from controlplane.gateway._pictures import check_side, picture_from_text
+from controlplane.pipelines import Wish
+from rung.errors import InvalidRequestError, RungError
+from rung.types import (
+    Artifact,
+    ArtifactChunk,
+    ImageInput,
+    JobCancelled,
+    JobDone,
+    JobEvent,
+    JobFailed,
+    JobKind,
+    Phase,
+    PhaseProgress,
+)
+
+#: Pictures in one job; more are more jobs, between which others get their turn.
+MAX_COUNT = 16
+
+
+class _Body(Struct, forbid_unknown_fields=True):
+    """What is asked for; as `ImageInput`, whose fields say more.
+
+    `images` are base64 or `data:` URLs; `response_format` is `url`, or `b64_json` for pictures in the last
+    line, too; a `detached` job goes on when its caller goes away.
+    """
+
+    prompt: str = ""
+    tier: str = ""
+    negative_prompt: str = ""
+    width: int = 0
+    height: int = 0
+    seed: int | None = None
+    operation: str = "generate"
+    images: list[str] = []
+    parameters: dict[str, Any] = {}
+    effort: int | None = None
+    local_only: bool = False
+    count: int = 1
+    previews: bool = False
+    model: str = ""
+    detached: bool = False
+    response_format: str = "url"
+
+
+_decoder = msgspec.json.Decoder(_Body)
+_encode = msgspec.json.encode
+
+
+class GenerateStreamRoutes:
+    """Handlers of `/generate`."""
+
+    def __init__(self, follower: Follower, artifacts: Artifacts) -> None:
+        self._follower = follower
+        self._artifacts = artifacts
+
+    async def stream(self, request: web.Request) -> web.StreamResponse:
+        """`POST /generate/stream`: NDJSON, or server-sent events if the caller accepts them.
+
+        The last line has the phase `done`, `failed` or `cancelled`; before it there is one at least once a
+        second. What is wrong with a request is answered with a status instead.
+        """
+        body = _read_body(await request.read())
+        wish = _wish(body, request)
+        sse = "text/event-stream" in request.headers.get("Accept", "")
+        async with await self._follower.begin(wish, with_data=body.previews) as followed:
+            response = web.StreamResponse(
+                headers={**followed.headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            )
+            response.content_type = "text/event-stream" if sse else "application/x-ndjson"
+            response.charset = "utf-8"
+            await response.prepare(request)
+            await self._write(response, followed, sse=sse, inline=body.response_format == "b64_json")
+            await response.write_eof()
+        return response
+
+    async def _write(
+        self, response: web.StreamResponse, followed: Followed, *, sse: bool, inline: bool
+    ) -> None:
+        told_s = 0.0
+        async for event in followed.events():
+            line = await self._line(event, followed, inline=inline)
+            if line is None:
+                if event.elapsed_s - told_s < KEEP_ALIVE_S or followed.progress is None:
+                    continue
+                # Much happens of which there is nothing to tell: that, too, is no silence.
+                line = progress_line(followed.progress, event.elapsed_s)
+            told_s = event.elapsed_s
+            await response.write(_sse(event, line) if sse else _encode(line) + b"\n")
+
+    async def _line(self, event: JobEvent, followed: Followed, *, inline: bool) -> dict[str, object] | None:
+        match event.payload:
+            case PhaseProgress() as progress:
+                return progress_line(progress, event.elapsed_s)
+            case ArtifactChunk(preview=True, content_type=content_type, data=data) if data:
+                progress = followed.progress or PhaseProgress(Phase.SAMPLING)
+                preview = {"content_type": content_type, "b64_json": base64.b64encode(data).decode()}
+                return progress_line(progress, event.elapsed_s) | {"preview": preview}
+            case JobDone():
+                images = [await self._image(artifact, inline=inline) for artifact in followed.artifacts]
+                detail = _made_words(followed.artifacts)
+                return {
+                    "phase": "done",
+                    "elapsed_s": _tenths(event.elapsed_s),
+                    "detail": detail,
+                    "images": images,
+                }
+            case JobFailed(reason, detail):
+                return {
+                    "phase": "failed",
+                    "elapsed_s": _tenths(event.elapsed_s),
+                    "reason": reason.value,
+                    "detail": detail,
+                }
+            case JobCancelled(by):
+                return {"phase": "cancelled", "elapsed_s": _tenths(event.elapsed_s), "by": by}
+            case _:
+                return None
+
+    async def _image(self, artifact: Artifact, *, inline: bool) -> dict[str, object]:
+        image: dict[str, object] = {
+            "url": artifact_url(artifact.id),
+            "content_type": artifact.content_type,
+            "size_bytes": artifact.size_bytes,
+            "sha256": artifact.sha256,
+        }
+        if inline:
+            try:
+                image["b64_json"] = await artifact_base64(self._artifacts, artifact)
+            except RungError as error:
+                # The job did well and says so; only this copy of its picture cannot be had.
+                image["error"] = error.message
+        return image
+
+
+def progress_line(progress: PhaseProgress, elapsed_s: float) -> dict[str, object]:
+    """A phase as `/generate/stream` tells it: `elapsed_s` is since the job began."""
+    line: dict[str, object] = {"phase": progress.phase.value, "elapsed_s": _tenths(elapsed_s)}
+    if progress.detail or progress.step is None:
+        line["detail"] = progress.detail or progress.phase.value.replace("_", " ").capitalize()
+    if progress.step is not None:
+        line["step"] = progress.step
+    if progress.total is not None:
+        line["total"] = progress.total
+    if progress.percent is not None:
+        line["percent"] = round(progress.percent)
+    if progress.remaining_s is not None:
+        line["remaining_s"] = _tenths(progress.remaining_s)
+    if progress.job_remaining_s is not None:
+        line["job_remaining_s"] = _tenths(progress.job_remaining_s)
+    return line
+
+
+def _sse(event: JobEvent, line: dict[str, object]) -> bytes:
+    # The id is the place in the job's log, from which `/v1/jobs/{id}/events` goes on.
+    identity = f"id: {event.sequence}\n".encode() if event.sequence else b""
+    return identity + b"data: " + _encode(line) + b"\n\n"
+
+
+def _tenths(seconds: float) -> float:
+    return round(seconds, 1)
+
+
+def _made_words(artifacts: Sequence[Artifact]) -> str:
+    stills = all(artifact.content_type.startswith("image/") for artifact in artifacts)
+    return f"{len(artifacts)} {'image' if stills else 'file'}(s) generated"
+
+
+def _read_body(text: bytes) -> _Body:
+    try:
+        body = _decoder.decode(text)
+    except msgspec.DecodeError as error:
+        raise InvalidRequestError(f"the request body is not valid: {error}") from None
+    if body.response_format not in ("url", "b64_json"):
+        raise InvalidRequestError(
+            f"response_format is {body.response_format[:40]!r}; it must be url or b64_json",
+            param="response_format",
+        )
+    return body
+
+
+def _wish(body: _Body, request: web.Request) -> Wish:
+    policy = read_policy(request)
+    return Wish(
+        kind=JobKind.IMAGE,
+        model=body.model,
+        input=checked(
+            ImageInput(
+                prompt=body.prompt,
+                negative_prompt=body.negative_prompt,
+                operation=body.operation or "generate",
+                tier=body.tier,
+                width_pixels=body.width,
+                height_pixels=body.height,
+                seed=body.seed,
+                images=tuple(
+                    picture_from_text(text, f"images[{place}]") for place, text in enumerate(body.images)
+                ),
+                parameters=body.parameters,
+                count=body.count,
+                previews=body.previews,
+            )
+        ),
+        policy=replace(
+            policy, local_only=policy.local_only or body.local_only, detached=policy.detached or body.detached
+        ),
+        effort=check_effort(body.effort),
+        request_id=read_request_id(request),
+    )
+
+
+def checked(wanted: ImageInput) -> ImageInput:
+    """An input as it came, if any engine could make it. Raises InvalidRequestError."""
+    if not wanted.prompt.strip() and not wanted.images:
+        raise InvalidRequestError("prompt is empty; say what to draw", param="prompt")
+    if not 1 <= wanted.count <= MAX_COUNT:
+        raise InvalidRequestError(f"count is {wanted.count}; it must be 1 to {MAX_COUNT}", param="count")
+    if wanted.seed is not None and not 0 <= wanted.seed < 2**63:
+        raise InvalidRequestError(f"seed is {wanted.seed}; it must be 0 to 2^63 - 1", param="seed")
+    check_side("width", wanted.width_pixels)
+    check_side("height", wanted.height_pixels)
+    return wanted
+
+
+def check_effort(effort: int | None) -> int | None:
+    """An effort as it came. Raises InvalidRequestError for one that is not 1 to 10."""
+    if effort is not None and not 1 <= effort <= 10:
+        raise InvalidRequestError(f"effort is {effort}; it must be 1 to 10", param="effort")
+    return effort
