@@ -16,6 +16,7 @@ import uvloop
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
 from controlplane.api import build_services
+from controlplane.artifacts import Artifacts
 from controlplane.cloud import CloudSpend, CloudTargets
 from controlplane.config import Config
 from controlplane.fleet import DrainMarks, Fleet, MemoryAlerts, NodeSchedulers
@@ -23,7 +24,7 @@ from controlplane.gateway import Gateway
 from controlplane.jobs import Jobs
 from controlplane.pipelines import Pipelines, Slots
 from controlplane.profiles import Profiles
-from controlplane.store import CloudCalls, FleetMarks, JobStore, ProfileStates
+from controlplane.store import ArtifactRows, CloudCalls, FleetMarks, JobStore, ProfileStates
 from rung.errors import RungError
 from rung.service import CallInterceptor, EngineClient, GrpcServer, ServerOptions, configure_logging
 
@@ -59,7 +60,15 @@ async def serve(config: Config) -> None:
     async with AsyncExitStack() as stack:
         store = await JobStore.open(server.state_dir / "rung.db")
         stack.push_async_callback(store.aclose)
-        jobs = Jobs(store, retention_s=server.job_retention_s)
+        artifacts = Artifacts(
+            server.state_dir / "artifacts",
+            ArtifactRows(store),
+            retention_s=config.artifacts.retention_s,
+            max_bytes=config.artifacts.max_bytes,
+        )
+        await artifacts.start()
+        stack.push_async_callback(artifacts.aclose)
+        jobs = Jobs(store, retention_s=server.job_retention_s, artifacts=artifacts)
         await jobs.start()
         slots = Slots()
         marks = FleetMarks(store)
@@ -106,7 +115,7 @@ async def serve(config: Config) -> None:
             cloud=CloudTargets(providers, client, spend, registry) if providers else None,
             engine_idle_timeout_s=server.engine_idle_timeout_s,
         )
-        services = build_services(fleet, schedulers, jobs, pipelines, profiles)
+        services = build_services(fleet, schedulers, jobs, pipelines, profiles, artifacts)
         grpc_server = GrpcServer(
             ServerOptions(
                 host=server.host, port=server.grpc_port, max_request_bytes=server.max_request_bytes
@@ -123,6 +132,7 @@ async def serve(config: Config) -> None:
             fleet=fleet,
             jobs=jobs,
             pipelines=pipelines,
+            artifacts=artifacts,
             registry=registry,
         )
         await gateway.start()

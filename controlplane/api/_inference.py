@@ -5,14 +5,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc.aio
 from msgspec.structs import replace
 
 from controlplane.api._paging import decode_token, encode_token, page_size
-from controlplane.api._ports import JobsPort, PipelinesPort
+from controlplane.api._ports import ArtifactsPort, JobsPort, PipelinesPort
 from controlplane.api._wish import wish_from_embed, wish_from_generate
+from controlplane.jobs import HEARTBEAT_S
 from rung import codec, v1
 from rung.errors import InvalidRequestError
 from rung.types import JobState
@@ -22,15 +24,15 @@ if TYPE_CHECKING:
 
 _JOBS_ON_A_PAGE = 50
 _HEARTBEAT_BOUNDS_S = (0.1, 60.0)
-_DEFAULT_HEARTBEAT_S = 1.0
 
 
 class InferenceServicer:
     """Decodes, calls, encodes. What is not here answers UNIMPLEMENTED (see `add_service`)."""
 
-    def __init__(self, jobs: JobsPort, pipelines: PipelinesPort) -> None:
+    def __init__(self, jobs: JobsPort, pipelines: PipelinesPort, artifacts: ArtifactsPort) -> None:
         self._jobs = jobs
         self._pipelines = pipelines
+        self._artifacts = artifacts
 
     async def Generate(
         self, request: v1.GenerateRequest, context: Context
@@ -43,7 +45,7 @@ class InferenceServicer:
             context.add_done_callback(
                 lambda _: job.request_cancel("caller_disconnected")  # type: ignore[arg-type]  # wrong in the stubs
             )
-        async for event in self._jobs.watch(job.id):
+        async for event in self._jobs.watch(job.id, with_data=True):
             response = v1.GenerateResponse()
             codec.write_job_event(event, response.event)
             yield response
@@ -75,7 +77,8 @@ class InferenceServicer:
         if request.after_sequence < 0:
             raise InvalidRequestError("after_sequence is negative")
         heartbeat_s = _heartbeat_s(request)
-        async for event in self._jobs.watch(request.job_id, request.after_sequence, heartbeat_s):
+        events = self._jobs.watch(request.job_id, request.after_sequence, heartbeat_s, with_data=True)
+        async for event in events:
             response = v1.WatchJobResponse()
             codec.write_job_event(event, response.event)
             yield response
@@ -83,6 +86,16 @@ class InferenceServicer:
     async def CancelJob(self, request: v1.CancelJobRequest, context: Context) -> v1.CancelJobResponse:
         """Ask a job to end."""
         return v1.CancelJobResponse(job=codec.job_to_proto(await self._jobs.cancel(request.job_id, "caller")))
+
+    async def GetArtifact(
+        self, request: v1.GetArtifactRequest, context: Context
+    ) -> AsyncIterator[v1.GetArtifactResponse]:
+        """An artifact from an offset on."""
+        if request.offset_bytes < 0:
+            raise InvalidRequestError("offset_bytes is negative")
+        async with aclosing(self._artifacts.chunks(request.artifact_id, request.offset_bytes)) as chunks:
+            async for chunk in chunks:
+                yield v1.GetArtifactResponse(chunk=codec.artifact_chunk_to_proto(chunk))
 
     async def Embed(self, request: v1.EmbedRequest, context: Context) -> v1.EmbedResponse:
         """Vectors for texts."""
@@ -112,7 +125,7 @@ def _states(numbers: Collection[int]) -> frozenset[JobState]:
 
 def _heartbeat_s(request: v1.WatchJobRequest) -> float:
     if not request.HasField("heartbeat_interval"):
-        return _DEFAULT_HEARTBEAT_S
+        return HEARTBEAT_S
     seconds = codec.duration_from_proto(request.heartbeat_interval)
     least_s, most_s = _HEARTBEAT_BOUNDS_S
     if not least_s <= seconds <= most_s:

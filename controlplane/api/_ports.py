@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from typing import Protocol
 
+from controlplane.jobs import HEARTBEAT_S
 from controlplane.pipelines._wish import Wish
-from rung.types import Embeddings, Job, JobEvent, JobState, Model, RouteExplanation
+from rung.types import ArtifactChunk, Embeddings, Job, JobEvent, JobState, Model, RouteExplanation
 
 
 class RunningJob(Protocol):
@@ -40,9 +41,25 @@ class JobsPort(Protocol):
         ...
 
     def watch(
-        self, job_id: str, after_sequence: int = 0, heartbeat_s: float = 1.0
+        self,
+        job_id: str,
+        after_sequence: int = 0,
+        heartbeat_s: float = HEARTBEAT_S,
+        *,
+        with_data: bool = False,
     ) -> AsyncIterator[JobEvent]:
         """Events after a sequence to the terminal one. Raises UnknownJobError, OutOfRangeError."""
+        ...
+
+
+class ArtifactsPort(Protocol):
+    """The artifacts, as `controlplane.artifacts.Artifacts` has them."""
+
+    def chunks(self, artifact_id: str, offset_bytes: int = 0) -> AsyncGenerator[ArtifactChunk, None]:
+        """One from a place on; the last piece has its SHA-256.
+
+        Raises UnknownArtifactError, OutOfRangeError.
+        """
         ...
 
 

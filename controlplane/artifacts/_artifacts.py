@@ -6,17 +6,19 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Sequence
+from contextlib import aclosing
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import structlog
+from msgspec.structs import replace
 
 from controlplane.artifacts import _files
 from controlplane.artifacts._collector import PIECE_BYTES, Collector
 from controlplane.jobs import LiveJob
-from rung.errors import RungError, UnavailableError, UnknownArtifactError
-from rung.types import Artifact
+from rung.errors import OutOfRangeError, RungError, UnavailableError, UnknownArtifactError
+from rung.types import Artifact, ArtifactChunk
 
 T = TypeVar("T")
 
@@ -157,6 +159,38 @@ class Artifacts:
                 left -= len(piece)
         finally:
             os.close(descriptor)
+
+    async def chunks(self, artifact_id: str, offset_bytes: int = 0) -> AsyncGenerator[ArtifactChunk, None]:
+        """A whole artifact from a place on, at least one piece of it; the last one has the SHA-256.
+
+        Raises:
+            UnknownArtifactError: there is none; with the first piece.
+            OutOfRangeError: it has no such place.
+            UnavailableError: the disk does not give it.
+        """
+        artifact = await self.get(artifact_id)
+        size_bytes = artifact.size_bytes
+        if offset_bytes > size_bytes:
+            raise OutOfRangeError(
+                f"artifact {artifact_id} has {size_bytes} bytes; there is no byte {offset_bytes}",
+                size_bytes=str(size_bytes),
+            )
+        ended = ArtifactChunk(
+            artifact_id=artifact_id, content_type=artifact.content_type, size_bytes=size_bytes
+        )
+        async with aclosing(self.pieces(artifact_id, offset_bytes, size_bytes - offset_bytes)) as pieces:
+            async for data in pieces:
+                end = offset_bytes + len(data)
+                sha256 = artifact.sha256 if end == size_bytes else ""
+                yield replace(
+                    ended, offset_bytes=offset_bytes, data=data, length_bytes=len(data), sha256=sha256
+                )
+                offset_bytes = end
+                if sha256:
+                    return
+        if offset_bytes < size_bytes:
+            raise UnavailableError(f"artifact {artifact_id} was cut short on disk")
+        yield replace(ended, offset_bytes=offset_bytes, sha256=artifact.sha256)
 
     async def expire(self) -> None:
         """Delete what is too old, or whose job was deleted; then the oldest, while they are too large.

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from controlplane.cloud import CloudProvider
+from controlplane.config._artifacts import ArtifactsConfig
 from controlplane.config._cloud import CloudProviderConfig, check_cloud
 from controlplane.config._ladder import LadderConfig, check_targets
 from controlplane.config._profiles import ProfileConfig, check_profiles
@@ -418,6 +419,7 @@ class Config(_Model):
     profiles: tuple[ProfileConfig, ...] = ()
     cloud: tuple[CloudProviderConfig, ...] = ()
     ladder: LadderConfig | None = None
+    artifacts: ArtifactsConfig = ArtifactsConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -10,7 +10,9 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
+from controlplane.artifacts import Artifacts
 from controlplane.fleet import Fleet
+from controlplane.gateway._artifacts import ArtifactRoutes
 from controlplane.gateway._errors import error_response
 from controlplane.gateway._jobs import JobRoutes
 from controlplane.gateway._openai import OpenAiRoutes
@@ -44,6 +46,7 @@ class Gateway:
         fleet: Fleet,
         jobs: Jobs,
         pipelines: Pipelines,
+        artifacts: Artifacts,
         registry: CollectorRegistry,
     ) -> None:
         require_loopback(host, "the HTTP gateway")
@@ -55,6 +58,7 @@ class Gateway:
         app = web.Application(client_max_size=max_request_bytes, middlewares=[self._guard])
         openai = OpenAiRoutes(pipelines)
         job_routes = JobRoutes(jobs, pipelines)
+        artifact_routes = ArtifactRoutes(artifacts, jobs)
         app.add_routes(
             [
                 web.post("/v1/chat/completions", openai.chat),
@@ -66,6 +70,8 @@ class Gateway:
                 web.get("/v1/jobs/{id}", job_routes.show),
                 web.post("/v1/jobs/{id}/cancel", job_routes.cancel),
                 web.get("/v1/jobs/{id}/events", job_routes.events),
+                web.get("/v1/jobs/{id}/artifacts", artifact_routes.of_job),
+                web.get("/v1/artifacts/{id}", artifact_routes.fetch),
                 web.get("/healthz", self._health),
                 web.get("/readyz", self._ready),
                 web.get("/metrics", self._metrics),

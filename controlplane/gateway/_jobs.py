@@ -6,11 +6,12 @@ import msgspec
 from aiohttp import web
 from msgspec import Struct
 
+from controlplane.gateway._artifacts import artifact_url, break_off
 from controlplane.gateway._openai import read_request_id
 from controlplane.jobs import Jobs
 from controlplane.pipelines import Pipelines, Wish, parse_kind
-from rung.errors import InvalidRequestError
-from rung.types import JobEvent, JobState, Policy
+from rung.errors import InvalidRequestError, RungError
+from rung.types import ArtifactChunk, JobEvent, JobState, Policy
 
 _PAGE_BOUNDS = (1, 1000)
 
@@ -89,34 +90,47 @@ class JobRoutes:
         """`GET /v1/jobs/{id}/events`: the log from any place to its end, with a heartbeat a second.
 
         Server-sent events if the caller accepts them, NDJSON otherwise. Resumes after `?after=` or
-        `Last-Event-ID`. Heartbeats have sequence 0 and no SSE id.
+        `Last-Event-ID`. Heartbeats have sequence 0 and no SSE id. Pieces of artifacts have the URL of the
+        whole, and their data only with `?data=inline`.
         """
         job_id = request.match_info["id"]
         await self._jobs.get(job_id)
         sse = "text/event-stream" in request.headers.get("Accept", "")
         after = read_number(request, "after", 0, header="Last-Event-ID")
         write = sse_event if sse else ndjson_event
-        events = self._jobs.watch(job_id, after)
+        inline = request.query.get("data", "url")
+        if inline not in ("inline", "url"):
+            raise InvalidRequestError(f"data is {inline[:40]!r}; it must be inline or url")
+        events = self._jobs.watch(job_id, after, with_data=inline == "inline")
         # What is wrong with the place to resume from is known with the first event, before any byte.
         first = await anext(events, None)
         response = web.StreamResponse(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         response.content_type = "text/event-stream" if sse else "application/x-ndjson"
         response.charset = "utf-8"
         await response.prepare(request)
-        if first is not None:
-            await response.write(write(first))
-            async for event in events:
-                await response.write(write(event))
-        await response.write_eof()
+        try:
+            if first is not None:
+                await response.write(write(first))
+                async for event in events:
+                    await response.write(write(event))
+        except RungError:
+            # The reader resumes from where it is.
+            break_off(request)
+        else:
+            await response.write_eof()
         return response
 
 
 def event_fields(event: JobEvent) -> bytes:
-    """An event as one flat JSON object: sequence, times, then the fields of its kind."""
+    """An event as one flat JSON object: sequence, times, then the fields of its kind; bytes are base64."""
     head = _encode(
         {"sequence": event.sequence, "elapsed_s": round(event.elapsed_s, 3), "time_s": event.time_s}
     )
-    return head[:-1] + b"," + _encode(event.payload)[1:]
+    payload = event.payload
+    fields = head[:-1] + b"," + _encode(payload)[1:]
+    if isinstance(payload, ArtifactChunk) and not payload.preview:
+        return fields[:-1] + b',"url":' + _encode(artifact_url(payload.artifact_id)) + b"}"
+    return fields
 
 
 def ndjson_event(event: JobEvent) -> bytes:

@@ -11,11 +11,19 @@ from typing import Protocol
 import msgspec
 import structlog
 
-from controlplane.jobs._live import LiveJob
+from controlplane.jobs._live import LiveJob, without_data
 from controlplane.store import StoredSegment
-from rung.errors import DrainingError, OutOfRangeError, RungError, UnavailableError, UnknownJobError
+from rung.errors import (
+    DrainingError,
+    OutOfRangeError,
+    RungError,
+    UnavailableError,
+    UnknownArtifactError,
+    UnknownJobError,
+)
 from rung.types import (
     TERMINAL_EVENTS,
+    ArtifactChunk,
     EventPayload,
     FailureReason,
     Job,
@@ -28,6 +36,8 @@ from rung.types import (
 
 _log = structlog.get_logger("rung.jobs")
 
+#: Whoever watches a job hears something at least so often: below a second, so that none is silent.
+HEARTBEAT_S = 0.9
 #: Events are stored in one transaction this often: a token is not a row, and a crash costs at most this.
 STORE_INTERVAL_S = 0.05
 #: After a crash a job's sequence jumps by this much, so that no number that a subscriber may have
@@ -86,6 +96,18 @@ class Store(Protocol):
         ...
 
 
+class KeptArtifacts(Protocol):
+    """The artifacts of jobs, kept elsewhere."""
+
+    async def read(self, artifact_id: str, offset_bytes: int, length_bytes: int) -> bytes:
+        """Some bytes of one, also while it is made. Raises UnknownArtifactError, UnavailableError."""
+        ...
+
+    async def expire(self) -> None:
+        """Delete what is too old, too much, or whose job was deleted. Raises UnavailableError."""
+        ...
+
+
 class Jobs:
     """The life of jobs and the fan-out of their events.
 
@@ -93,8 +115,15 @@ class Jobs:
     from the store when they are far behind), so that a slow one holds up nobody.
     """
 
-    def __init__(self, store: Store, *, retention_s: float = 7 * 24 * 3600.0) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        retention_s: float = 7 * 24 * 3600.0,
+        artifacts: KeptArtifacts | None = None,
+    ) -> None:
         self._store = store
+        self._artifacts = artifacts
         self._retention_s = retention_s
         self._live: dict[str, LiveJob] = {}
         self._by_request_id: dict[str, LiveJob] = {}
@@ -194,15 +223,28 @@ class Jobs:
         return await self.get(job_id)
 
     async def watch(
-        self, job_id: str, after_sequence: int = 0, heartbeat_s: float = 1.0
+        self,
+        job_id: str,
+        after_sequence: int = 0,
+        heartbeat_s: float = HEARTBEAT_S,
+        *,
+        with_data: bool = False,
     ) -> AsyncIterator[JobEvent]:
         """Events after a sequence, then new ones as they come, to the terminal one.
 
         When nothing happens for `heartbeat_s`, a heartbeat (sequence 0) says what is under way.
 
+        Args:
+            job_id: which.
+            after_sequence: the last event that is known already.
+            heartbeat_s: the longest silence.
+            with_data: pieces of artifacts come with their data, as long as the artifact is kept; of previews
+                only the newest has any.
+
         Raises:
             UnknownJobError: no such job.
             OutOfRangeError: the job has ended before `after_sequence`.
+            UnavailableError: the store or an artifact cannot be read.
         """
         sequence = after_sequence
         while True:
@@ -215,7 +257,10 @@ class Jobs:
                     await self._refuse_beyond_end(job_id, after_sequence)
                     return
             for event in events:
-                yield event
+                if type(event.payload) is ArtifactChunk:
+                    yield await self._filled(event, event.payload) if with_data else without_data(event)
+                else:
+                    yield event
                 sequence = event.sequence
                 if isinstance(event.payload, TERMINAL_EVENTS):
                     return
@@ -227,6 +272,16 @@ class Jobs:
                 return
             if not await _arrives(live, heartbeat_s):
                 yield live.heartbeat()
+
+    async def _filled(self, event: JobEvent, chunk: ArtifactChunk) -> JobEvent:
+        """A piece with its data, read for this one reader, so that nothing is held for slow ones."""
+        if chunk.preview or not chunk.length_bytes or self._artifacts is None:
+            return event
+        try:
+            data = await self._artifacts.read(chunk.artifact_id, chunk.offset_bytes, chunk.length_bytes)
+        except UnknownArtifactError:
+            return event
+        return msgspec.structs.replace(event, payload=msgspec.structs.replace(chunk, data=data))
 
     async def _stored_after(self, job_id: str, sequence: int) -> Sequence[JobEvent]:
         events: list[JobEvent] = []
@@ -298,6 +353,8 @@ class Jobs:
                 deleted = await self._store.delete_ended_before(time.time() - self._retention_s)
                 if deleted:
                     _log.info("old_jobs_deleted", jobs=deleted)
+                if self._artifacts is not None:
+                    await self._artifacts.expire()
             except RungError as error:
                 _log.error("old_jobs_not_deleted", error=error.message)
             await asyncio.sleep(_RETENTION_INTERVAL_S)
@@ -330,7 +387,7 @@ def _new_id() -> str:
 
 
 def _segment(job_id: str, create_time_s: float, events: Sequence[JobEvent]) -> StoredSegment:
-    stored = [(event.sequence, event.elapsed_s, event.payload) for event in events]
+    stored = [(event.sequence, event.elapsed_s, without_data(event).payload) for event in events]
     return StoredSegment(
         job_id=job_id,
         first_sequence=events[0].sequence,

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 import grpc.aio
 from prometheus_client import CollectorRegistry
 
 from controlplane.api import build_services
+from controlplane.artifacts import Artifacts
 from controlplane.fleet import Fleet, MemoryAlerts, NodeSchedulers
 from controlplane.profiles import Profiles
 from rung.service import CallInterceptor, GrpcServer, ServerOptions
 from rung.transport import ChannelOptions, open_channel
 from rung.types import DeploymentSpec, NodeOwnership, Profile
 from tests.fakes.agent_server import ScriptedAgent
+from tests.fakes.artifacts import some_artifacts
 from tests.fakes.jobs import FakeJobs, FakePipelines
 from tests.fakes.store import MemoryProfileStore
 
@@ -36,6 +38,7 @@ class ApiServer:
     server: GrpcServer
     channel: grpc.aio.Channel
     profiles: Profiles
+    artifacts: Artifacts
 
 
 @asynccontextmanager
@@ -61,7 +64,9 @@ async def an_api_server(
     fleet.make_awake = schedulers.make_awake
     all_profiles = Profiles(fleet=fleet, store=profile_store or MemoryProfileStore(), profiles=profiles)
     await all_profiles.start()
-    services = build_services(fleet, schedulers, jobs, pipelines, all_profiles)
+    stack = AsyncExitStack()
+    artifacts = await stack.enter_async_context(some_artifacts())
+    services = build_services(fleet, schedulers, jobs, pipelines, all_profiles, artifacts)
     server = GrpcServer(
         ServerOptions(port=0, max_request_bytes=max_request_bytes),
         services=services.descriptors,
@@ -74,10 +79,11 @@ async def an_api_server(
     schedulers.start()
     channel = open_channel(ChannelOptions(address=f"127.0.0.1:{server.port}"))
     try:
-        yield ApiServer(fleet, jobs, pipelines, load, server, channel, all_profiles)
+        yield ApiServer(fleet, jobs, pipelines, load, server, channel, all_profiles, artifacts)
     finally:
         await channel.close()
         await server.stop(0)
         await all_profiles.aclose()
         await schedulers.aclose()
         await fleet.aclose()
+        await stack.aclose()

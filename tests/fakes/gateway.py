@@ -11,6 +11,7 @@ import aiohttp
 import openai
 from prometheus_client import CollectorRegistry
 
+from controlplane.artifacts import Artifacts
 from controlplane.fleet import NodeSchedulers, log_alert
 from controlplane.gateway import Gateway
 from controlplane.jobs import Jobs
@@ -18,6 +19,7 @@ from controlplane.ladder import Ladder
 from controlplane.pipelines import Cloud, Pipelines, Slots
 from rung.service import EngineClient
 from rung.types import Job
+from tests.fakes.artifacts import some_artifacts
 from tests.fakes.engine_server import EngineServer
 from tests.fakes.fleet_view import FakeFleet, deployment_view
 from tests.fakes.store import MemoryStore
@@ -28,6 +30,7 @@ class Plane:
     url: str
     fleet: FakeFleet
     jobs: Jobs
+    artifacts: Artifacts
     slots: Slots
     engine: EngineServer
     gateway: Gateway
@@ -52,9 +55,13 @@ async def a_plane(
     *, ladder: Ladder | None = None, cloud: Cloud | None = None, ask_judge: bool = False
 ) -> AsyncIterator[Plane]:
     """A gateway with one deployment, `tiny-1` of the model `tiny`, served by the plane's engine."""
-    async with EngineServer() as engine, aiohttp.ClientSession() as http:
+    async with (
+        EngineServer() as engine,
+        aiohttp.ClientSession() as http,
+        some_artifacts() as artifacts,
+    ):
         fleet = FakeFleet(deployment_view("tiny-1", engine.url))
-        jobs, slots, client = Jobs(MemoryStore()), Slots(), EngineClient()
+        jobs, slots, client = Jobs(MemoryStore(), artifacts=artifacts), Slots(), EngineClient()
         await jobs.start()
         registry = CollectorRegistry()
         schedulers = NodeSchedulers(fleet, idle_s=slots.idle_s, alert=log_alert)
@@ -77,10 +84,11 @@ async def a_plane(
             fleet=fleet,
             jobs=jobs,
             pipelines=pipelines,
+            artifacts=artifacts,
             registry=registry,
         )
         await gateway.start()
-        yield Plane(f"http://127.0.0.1:{gateway.port}", fleet, jobs, slots, engine, gateway, http)
+        yield Plane(f"http://127.0.0.1:{gateway.port}", fleet, jobs, artifacts, slots, engine, gateway, http)
         await jobs.drain(0.0)
         await pipelines.aclose()
         await gateway.aclose()

@@ -86,7 +86,7 @@ class FakeJobs:
         return job.record()
 
     async def watch(
-        self, job_id: str, after_sequence: int = 0, heartbeat_s: float = 1.0
+        self, job_id: str, after_sequence: int = 0, heartbeat_s: float = 1.0, *, with_data: bool = False
     ) -> AsyncIterator[JobEvent]:
         job = self._job(job_id)
         if after_sequence > len(job.events):

@@ -11,6 +11,7 @@ from rung.types._chat import (
     Tool,
     ToolCall,
 )
+from rung.types._file_names import artifact_file_name
 from rung.types._fleet import (
     ComfyUiEngine,
     Deployment,
@@ -215,5 +216,6 @@ __all__ = [
     "WorkflowFile",
     "WorkflowInput",
     "WorkflowParameter",
+    "artifact_file_name",
     "default_slots",
 ]
