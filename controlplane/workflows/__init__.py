@@ -5,9 +5,10 @@ Pure, but for reading templates from files.
 
 from controlplane.workflows._build import build
 from controlplane.workflows._effort import image_effort
+from controlplane.workflows._folder import Problem, read_file
 from controlplane.workflows._template import Parameter, ParameterType, Template, Variant
 from controlplane.workflows._tiers import DEFAULT_TIERS, Tier, find_tier, tier_of_effort
-from controlplane.workflows._workflows import Problem, Workflows
+from controlplane.workflows._workflows import Workflows
 
 __all__ = [
     "DEFAULT_TIERS",
@@ -21,5 +22,6 @@ __all__ = [
     "build",
     "find_tier",
     "image_effort",
+    "read_file",
     "tier_of_effort",
 ]

@@ -13,20 +13,18 @@ from msgspec import UNSET
 
 from controlplane.workflows._parameters import check_value, unknown_parameter
 from controlplane.workflows._pictures import has_alpha, suffix_of
-from controlplane.workflows._template import PLACE, Graph, Template
+from controlplane.workflows._template import PLACE, Graph, Template, is_link
 from controlplane.workflows._tiers import Tier
 from rung.errors import InvalidRequestError
 from rung.types import FILE_PREFIX, ImageInput, WorkflowFile, WorkflowInput
 
 _MIN_SIDE_PIXELS = 64
 _MAX_SIDE_PIXELS = 4096
-_SIDE_STEP_PIXELS = 8
 _MAX_COUNT = 8
 _MAX_SEED = 2**63 - 1
 _MEGAPIXEL = 1024 * 1024
 #: The mask may be the picture itself: what is transparent there is drawn anew.
 _MASK = "mask"
-_FILES = frozenset({"image", _MASK})
 
 
 def build(template: Template, wanted: ImageInput, tier: Tier, seed: int) -> WorkflowInput:
@@ -47,12 +45,12 @@ def build(template: Template, wanted: ImageInput, tier: Tier, seed: int) -> Work
     _check_prompt(template, wanted, places)
     _check_count(template, wanted, places)
     files, file_values = _files(template, wanted)
-    values = _values_of_tier(tier) | _values_of_wish(wanted, tier, seed)
+    values = _values_of_tier(tier) | _values_of_wish(template, wanted, tier, seed)
     values |= _given(template, wanted.parameters)
     values |= file_values
     values |= _derived(wanted, values)
     graph = _graph_for(template, tier, values)
-    graph = {node_id: _filled(node, values, template.name) for node_id, node in graph.items()}
+    graph = _Filling(template, values).of(graph)
     if template.loras:
         graph = _with_loras(graph, template.loras, values["loras"])
     return WorkflowInput(graph_json=msgspec.json.encode(graph), files=files, previews=wanted.previews)
@@ -79,11 +77,11 @@ def _check_count(template: Template, wanted: ImageInput, places: frozenset[str])
         raise InvalidRequestError(f"count is {wanted.count}; {template.name} makes one at a time")
 
 
-def _side(name: str, given: int, default: int) -> int:
+def _side(name: str, given: int, default: int, step: int) -> int:
     pixels = given or default
-    if not _MIN_SIDE_PIXELS <= pixels <= _MAX_SIDE_PIXELS or pixels % _SIDE_STEP_PIXELS:
+    if not _MIN_SIDE_PIXELS <= pixels <= _MAX_SIDE_PIXELS or pixels % step:
         raise InvalidRequestError(
-            f"{name} is {pixels}; it must be a multiple of {_SIDE_STEP_PIXELS} from {_MIN_SIDE_PIXELS} to "
+            f"{name} is {pixels}; it must be a multiple of {step} from {_MIN_SIDE_PIXELS} to "
             f"{_MAX_SIDE_PIXELS}"
         )
     return pixels
@@ -103,21 +101,22 @@ def _values_of_tier(tier: Tier) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value != ""}
 
 
-def _values_of_wish(wanted: ImageInput, tier: Tier, seed: int) -> dict[str, Any]:
+def _values_of_wish(template: Template, wanted: ImageInput, tier: Tier, seed: int) -> dict[str, Any]:
     if not 0 <= seed <= _MAX_SEED:
         raise InvalidRequestError(f"seed is {seed}; it must be 0 to {_MAX_SEED}")
+    step = template.size_step_pixels
     return {
         "prompt": wanted.prompt,
         "negative_prompt": wanted.negative_prompt,
         "seed": seed,
         "count": wanted.count,
-        "width": _side("width_pixels", wanted.width_pixels, tier.width_pixels),
-        "height": _side("height_pixels", wanted.height_pixels, tier.height_pixels),
+        "width": _side("width_pixels", wanted.width_pixels, tier.width_pixels, step),
+        "height": _side("height_pixels", wanted.height_pixels, tier.height_pixels, step),
     }
 
 
 def _given(template: Template, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The template's parameters: as the caller gave them, or their defaults, where those are not the tier's."""
+    """Parameters as the caller gave them, or their defaults; those of the tier are left out."""
     known = {parameter.name: parameter for parameter in template.parameters}
     for name in parameters:
         if name not in known:
@@ -155,7 +154,7 @@ def _files(template: Template, wanted: ImageInput) -> tuple[tuple[WorkflowFile, 
         and has_alpha(pictures[0].data)
     ):
         pictures.append(pictures[0])
-    if len(pictures) < len(names):
+    if len(pictures) < len(names) - template.optional_images:
         missing = names[len(pictures)]
         hint = ", or a picture that is transparent where to draw" if missing == _MASK else ""
         raise InvalidRequestError(
@@ -167,10 +166,10 @@ def _files(template: Template, wanted: ImageInput) -> tuple[tuple[WorkflowFile, 
             content_type=picture.content_type,
             data=picture.data,
         )
-        for name, picture in zip(names, pictures, strict=True)
+        for name, picture in zip(names, pictures, strict=False)
     )
-    values: dict[str, Any] = {name: FILE_PREFIX + file.name for name, file in zip(names, files, strict=True)}
-    if _MASK in names:
+    values: dict[str, Any] = {name: FILE_PREFIX + file.name for name, file in zip(names, files, strict=False)}
+    if _MASK in values:
         # A mask without transparency is white where to draw.
         alpha = has_alpha(files[names.index(_MASK)].data)
         values["mask_channel"] = "alpha" if alpha else "red"
@@ -216,40 +215,40 @@ def _merged(target: Any, patch: Any) -> Any:
     return merged
 
 
-def _filled(value: Any, values: Mapping[str, Any], operation: str) -> Any:
-    match value:
-        case str():
-            return _filled_text(value, values, operation)
-        case dict():
-            return {name: _filled(each, values, operation) for name, each in value.items()}
-        case list():
-            return [_filled(each, values, operation) for each in value]
-    return value
+class _Filling:
+    """Fills places in."""
 
+    def __init__(self, template: Template, values: Mapping[str, Any]) -> None:
+        self._template = template
+        self._values = values
 
-def _filled_text(text: str, values: Mapping[str, Any], operation: str) -> Any:
-    whole = PLACE.fullmatch(text)
-    if whole:
-        return _plain(_value(values, whole[1], operation), whole[1])
-    # Once, from left to right: what is filled in is not looked at again.
-    filled = PLACE.sub(lambda place: str(_value(values, place[1], operation)), text)
-    return _plain(filled, "") if filled != text else text
+    def of(self, value: Any) -> Any:
+        """A graph, or a part of one, filled in."""
+        match value:
+            case str():
+                return self._text(value)
+            case dict():
+                return {name: self.of(each) for name, each in value.items()}
+            case list():
+                return [self.of(each) for each in value]
+        return value
 
+    def _text(self, text: str) -> Any:
+        whole = PLACE.fullmatch(text)
+        if whole and whole[1] in self._template.images:
+            return self._value(whole[1])
+        # Once, from left to right: what is filled in is not looked at again.
+        filled = self._value(whole[1]) if whole else PLACE.sub(lambda at: str(self._value(at[1])), text)
+        # Only our own pictures are files.
+        return f" {filled}" if isinstance(filled, str) and filled.startswith(FILE_PREFIX) else filled
 
-def _value(values: Mapping[str, Any], name: str, operation: str) -> Any:
-    if name not in values:
-        raise InvalidRequestError(
-            f"{name} has no value: {operation} needs it from the request, or from images.tiers in the "
-            "configuration"
-        )
-    return values[name]
-
-
-def _plain(value: Any, name: str) -> Any:
-    """A value that nobody takes for a file: only our own pictures are files."""
-    if isinstance(value, str) and value.startswith(FILE_PREFIX) and name not in _FILES:
-        return f" {value}"
-    return value
+    def _value(self, name: str) -> Any:
+        if name not in self._values:
+            raise InvalidRequestError(
+                f"{name} has no value: {self._template.name} needs it from the request, or from images.tiers "
+                "in the configuration"
+            )
+        return self._values[name]
 
 
 def _with_loras(graph: Graph, source: str, loras: Iterable[Mapping[str, Any]]) -> Graph:
@@ -279,14 +278,10 @@ def _with_loras(graph: Graph, source: str, loras: Iterable[Mapping[str, Any]]) -
 
 def _relinked(node: dict[str, Any], behind: Mapping[tuple[str, int], list[Any]]) -> dict[str, Any]:
     inputs = {
-        name: behind.get((value[0], value[1]), value) if _is_link(value) else value
+        name: behind.get((value[0], value[1]), value) if is_link(value) else value
         for name, value in node["inputs"].items()
     }
     return node | {"inputs": inputs}
-
-
-def _is_link(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and type(value[1]) is int
 
 
 def _listed(names: tuple[str, ...]) -> str:

@@ -84,7 +84,7 @@ class Variant(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     given: tuple[str, ...] = ()
 
 
-class Template(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Template(Struct, frozen=True, kw_only=True):
     """A graph to fill in.
 
     Attributes:
@@ -93,6 +93,8 @@ class Template(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         description: one line for a person.
         video: it makes moving pictures.
         images: pictures that it starts from, in order.
+        optional_images: how many of them, counted from the last, may be left out.
+        size_step_pixels: width and height are multiples of it.
         parameters: what a caller may give beside prompt, size, seed and count.
         some_of: parameters of which one at least must not be 0.
         families: models that it is for; empty for any.
@@ -105,6 +107,8 @@ class Template(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     description: str = ""
     video: bool = False
     images: tuple[str, ...] = ()
+    optional_images: int = 0
+    size_step_pixels: int = 8
     parameters: tuple[Parameter, ...] = ()
     some_of: tuple[str, ...] = ()
     families: tuple[str, ...] = ()
@@ -113,11 +117,12 @@ class Template(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def listed(self) -> Workflow:
         """As callers see it."""
+        needed = len(self.images) - self.optional_images
         return Workflow(
             name=self.name,
             description=self.description,
             video=self.video,
-            images=self.images,
+            images=(*self.images[:needed], *(f"{name}?" for name in self.images[needed:])),
             parameters=tuple(parameter.listed() for parameter in self.parameters),
         )
 
@@ -140,3 +145,8 @@ def places_in(value: object) -> Iterator[str]:
         case list():
             for each in value:
                 yield from places_in(each)
+
+
+def is_link(value: object) -> bool:
+    """Whether an input comes from another node: `["4", 0]`."""
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and type(value[1]) is int

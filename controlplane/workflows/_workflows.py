@@ -1,25 +1,18 @@
-"""The templates that there are: those of the package, and users' own from a folder."""
+"""The templates that there are: those of the package, and users' own."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib import resources
-from typing import Any
+from pathlib import Path
 
-import msgspec
-from msgspec import Struct
-
+from controlplane.workflows._folder import Problem, read_folder
+from controlplane.workflows._read import built_in_template
 from controlplane.workflows._template import Template
 from rung.errors import InvalidRequestError
 from rung.types import Workflow
-
-
-class Problem(Struct, frozen=True):
-    """A file of a user that is no template, and why."""
-
-    file: str
-    what: str
 
 
 class Workflows:
@@ -34,6 +27,11 @@ class Workflows:
         self._templates: Mapping[str, Template] = built_in() | {each.name: each for each in own}
         self.problems = tuple(problems)
 
+    @classmethod
+    def of_folder(cls, folder: Path | None) -> Workflows:
+        """The built-in templates and those of a folder. Never raises; see `problems`."""
+        return cls() if folder is None else cls(*read_folder(folder))
+
     def get(self, name: str) -> Template:
         """A template.
 
@@ -43,7 +41,7 @@ class Workflows:
         template = self._templates.get(name)
         if template is None:
             near = difflib.get_close_matches(name, self._templates, 1)
-            guess = f"; did you mean {near[0]}?" if near else ""
+            guess = f"; did you mean {near[0]}?" if near else "."
             known = ", ".join(sorted(self._templates))
             raise InvalidRequestError(f"there is no operation {name!r}{guess} Operations are: {known}")
         return template
@@ -53,12 +51,16 @@ class Workflows:
         return tuple(self._templates[name].listed() for name in sorted(self._templates))
 
 
+@cache
+def _built_in() -> tuple[Template, ...]:
+    files = resources.files("controlplane.workflows") / "templates"
+    return tuple(
+        built_in_template(file.name.removesuffix(".json"), file.read_bytes())
+        for file in files.iterdir()
+        if file.name.endswith(".json")
+    )
+
+
 def built_in() -> dict[str, Template]:
     """The templates of the package, by name."""
-    files = resources.files("controlplane.workflows") / "templates"
-    found: dict[str, Template] = {}
-    for file in sorted(files.iterdir(), key=lambda each: each.name):
-        name = file.name.removesuffix(".json")
-        value: dict[str, Any] = msgspec.json.decode(file.read_bytes())
-        found[name] = msgspec.convert(value | {"name": name}, Template)
-    return found
+    return {template.name: template for template in _built_in()}
