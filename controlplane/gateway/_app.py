@@ -14,6 +14,9 @@ from controlplane.artifacts import Artifacts
 from controlplane.fleet import Fleet
 from controlplane.gateway._artifacts import ArtifactRoutes
 from controlplane.gateway._errors import error_response
+from controlplane.gateway._generate_stream import GenerateStreamRoutes
+from controlplane.gateway._generations import Follower
+from controlplane.gateway._images import ImageRoutes
 from controlplane.gateway._jobs import JobRoutes
 from controlplane.gateway._openai import OpenAiRoutes
 from controlplane.jobs import Jobs
@@ -59,10 +62,16 @@ class Gateway:
         openai = OpenAiRoutes(pipelines)
         job_routes = JobRoutes(jobs, pipelines)
         artifact_routes = ArtifactRoutes(artifacts, jobs)
+        follower = Follower(jobs, pipelines)
+        image_routes = ImageRoutes(follower, artifacts)
         app.add_routes(
             [
                 web.post("/v1/chat/completions", openai.chat),
                 web.post("/v1/embeddings", openai.embeddings),
+                web.post("/v1/images/generations", image_routes.generations),
+                web.post("/v1/images/edits", image_routes.edits),
+                web.post("/v1/images/variations", image_routes.variations),
+                web.post("/generate/stream", GenerateStreamRoutes(follower, artifacts).stream),
                 web.get("/v1/models", openai.models),
                 web.get("/v1/models/{model:.+}", openai.model),
                 web.post("/v1/jobs", job_routes.create),

@@ -4,33 +4,18 @@ from __future__ import annotations
 
 import msgspec
 from aiohttp import web
-from msgspec import Struct
 
 from controlplane.gateway._artifacts import artifact_url, break_off
+from controlplane.gateway._job_wish import read_job_wish
 from controlplane.gateway._openai import read_request_id
 from controlplane.jobs import Jobs
-from controlplane.pipelines import Pipelines, Wish, parse_kind
+from controlplane.pipelines import Pipelines
 from rung.errors import InvalidRequestError, RungError
-from rung.types import ArtifactChunk, JobEvent, JobState, Policy
+from rung.types import ArtifactChunk, JobEvent, JobState
 
 _PAGE_BOUNDS = (1, 1000)
 
 
-class _CreateJob(Struct, forbid_unknown_fields=True):
-    """Body of `POST /v1/jobs`: `request` is the body of the OpenAI route of its kind."""
-
-    request: msgspec.Raw
-    kind: str = "chat"
-    model: str = ""
-    request_id: str = ""
-    policy: Policy = Policy()
-
-
-class _Model(Struct):
-    model: str = ""
-
-
-_create_decoder = msgspec.json.Decoder(_CreateJob)
 _encode = msgspec.json.encode
 
 
@@ -46,19 +31,8 @@ class JobRoutes:
 
         The same `request_id` is the same job.
         """
-        try:
-            wanted = _create_decoder.decode(await request.read())
-            model = wanted.model or msgspec.json.decode(wanted.request, type=_Model).model
-        except msgspec.DecodeError as error:
-            raise InvalidRequestError(f"the request body is not valid: {error}") from None
-        wish = Wish(
-            kind=parse_kind(wanted.kind),
-            model=model,
-            body=bytes(wanted.request),
-            policy=msgspec.structs.replace(wanted.policy, detached=True),
-            request_id=wanted.request_id or read_request_id(request),
-        )
-        job = await self._pipelines.create_detached(wish)
+        wish = read_job_wish(await request.read(), read_request_id(request))
+        job = await self._pipelines.create_detached(await self._pipelines.prepare(wish))
         return web.Response(
             status=201,
             body=_encode(job),

@@ -2,7 +2,7 @@
 
 from controlplane.pipelines._begun import Begun
 from controlplane.pipelines._openai import RequestHead, read_head
-from controlplane.pipelines._pipelines import Cloud, Pipelines, parse_kind
+from controlplane.pipelines._pipelines import Cloud, Pipelines
 from controlplane.pipelines._slots import MAX_QUEUED, Slots
 from controlplane.pipelines._wish import GENERATION_KINDS, Wish
 
@@ -15,6 +15,5 @@ __all__ = [
     "RequestHead",
     "Slots",
     "Wish",
-    "parse_kind",
     "read_head",
 ]

@@ -321,10 +321,3 @@ class _Ending:
             _log.error("pipeline_defect", job=job.id, exc_info=error)
             job.failed(FailureReason.INTERNAL, "internal error; the server's log has the details")
             raise RungError("internal error; the server's log has the details") from error
-
-
-def parse_kind(kind: str) -> JobKind:
-    """The kind of a job, by name. Raises InvalidRequestError for one that this version has not."""
-    if kind in (JobKind.CHAT, JobKind.EMBEDDING):
-        return JobKind(kind)
-    raise InvalidRequestError(f"kind is {kind!r}; this version has chat and embedding")

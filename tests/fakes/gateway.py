@@ -30,6 +30,7 @@ class Plane:
     url: str
     fleet: FakeFleet
     jobs: Jobs
+    pipelines: Pipelines
     artifacts: Artifacts
     slots: Slots
     engine: EngineServer
@@ -88,7 +89,17 @@ async def a_plane(
             registry=registry,
         )
         await gateway.start()
-        yield Plane(f"http://127.0.0.1:{gateway.port}", fleet, jobs, artifacts, slots, engine, gateway, http)
+        yield Plane(
+            f"http://127.0.0.1:{gateway.port}",
+            fleet,
+            jobs,
+            pipelines,
+            artifacts,
+            slots,
+            engine,
+            gateway,
+            http,
+        )
         await jobs.drain(0.0)
         await pipelines.aclose()
         await gateway.aclose()
