@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from controlplane.cloud import CloudProvider
 from controlplane.config._artifacts import ArtifactsConfig
 from controlplane.config._cloud import CloudProviderConfig, check_cloud
+from controlplane.config._images import ImagesConfig
 from controlplane.config._ladder import LadderConfig, check_targets
 from controlplane.config._profiles import ProfileConfig, check_profiles
 from controlplane.config._swap_slots import check_ports
@@ -420,6 +421,7 @@ class Config(_Model):
     cloud: tuple[CloudProviderConfig, ...] = ()
     ladder: LadderConfig | None = None
     artifacts: ArtifactsConfig = ArtifactsConfig()
+    images: ImagesConfig = ImagesConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -43,9 +43,9 @@ _DETAIL = (
     r"poster|plakat|billboard|book cover|album cover|wallpaper|oil painting|ölgemälde|portrait|porträt"
 )
 _TEXT = (
-    r"\"[^\"\n]{1,120}\"|“[^”\n]{1,120}”|„[^“\n]{1,120}“|«[^»\n]{1,120}»|"  # noqa: RUF001
-    r"(?:that|which) (?:says|reads)|saying|reading ['‘\"]|with the (?:text|words?|title|caption|slogan|name)|"  # noqa: RUF001
-    r"lettering|typograph\w*|speech bubble|infographic\w*|mit (?:der aufschrift|dem (?:text|wort|titel))"
+    r"\"[^\"\n]{1,120}\"|“[^”\n]{1,120}”|„[^“\n]{1,120}“|«[^»\n]{1,120}»|"
+    r"(?:that|which) (?:says|reads)|saying|reading (?=['‘\"])|"  # noqa: RUF001
+    r"with the (?:text|words?|title|caption|slogan|name)|lettering|typograph\w*|speech bubble|infographic\w*|mit (?:der aufschrift|dem (?:text|wort|titel))"
 )
 _HARD = (
     r"hands?|fingers|crowds?|group of|holding|shaking hands|hugging|dancing|playing (?:the|a)|"
@@ -77,7 +77,7 @@ def image_effort(wanted: ImageInput) -> tuple[int, str]:
 
 
 def _features(wanted: ImageInput) -> Iterator[tuple[float, str]]:
-    prompt = wanted.prompt[:_MOST_CHARACTERS]
+    prompt = _unquoted(wanted.prompt[:_MOST_CHARACTERS].strip())
     detail = _found(_DETAIL_TERMS, prompt)
     if detail:
         weight = _DETAIL_WEIGHTS[min(len(detail), len(_DETAIL_WEIGHTS)) - 1]
@@ -105,3 +105,9 @@ def _features(wanted: ImageInput) -> Iterator[tuple[float, str]]:
 def _found(terms: re.Pattern[str], prompt: str) -> list[str]:
     """The different terms that are in a prompt, in their order."""
     return list(dict.fromkeys(match[0].lower() for match in terms.finditer(prompt)))
+
+
+def _unquoted(prompt: str) -> str:
+    """A prompt that is quoted as a whole asks for no text."""
+    quoted = len(prompt) > 2 and prompt[0] == prompt[-1] == '"' and prompt.count('"') == 2
+    return prompt[1:-1] if quoted else prompt

@@ -99,6 +99,14 @@ _QUALITY: dict[str, Any] = {
     "sampler": "dpmpp_2m",
     "scheduler": "karras",
 }
+#: AnimateDiff takes memory for all pictures of a film at once, and has no motion model for Flux.
+_ANIMATE: dict[str, Any] = {
+    **_QUALITY,
+    "vram_bytes": 16 * _GIB,
+    "grade": ReclaimGrade.FULL,
+    "models": {"motion_model": _SDXL_MODELS["motion_model"]},
+}
+_OPERATIONS = {"animate": _ANIMATE, "upscale": _UPSCALE, "video": _LTX}
 
 #: The tiers of a 32 GB card, by name.
 DEFAULT_TIERS: dict[str, Tier] = {
@@ -115,7 +123,7 @@ DEFAULT_TIERS: dict[str, Tier] = {
             vram_bytes=6 * _GIB,
             grade=ReclaimGrade.QUICK,
             models=_SDXL_MODELS,
-            operations={"upscale": _UPSCALE, "video": _LTX},
+            operations=_OPERATIONS,
         ),
         Tier(
             name="quality",
@@ -123,7 +131,7 @@ DEFAULT_TIERS: dict[str, Tier] = {
             vram_bytes=12 * _GIB,
             grade=ReclaimGrade.STANDARD,
             models=_SDXL_MODELS,
-            operations={"upscale": _UPSCALE, "video": _LTX},
+            operations=_OPERATIONS,
         ),
         Tier(
             name="ultra",
@@ -137,16 +145,7 @@ DEFAULT_TIERS: dict[str, Tier] = {
             vram_bytes=20 * _GIB,
             grade=ReclaimGrade.FULL,
             models={"controlnet": "flux.1-dev-controlnet-union-pro.safetensors"},
-            operations={
-                "upscale": _UPSCALE,
-                "video": _LTX,
-                # AnimateDiff has no motion model for Flux.
-                "animate": {
-                    **_QUALITY,
-                    "vram_bytes": 16 * _GIB,
-                    "models": {"motion_model": _SDXL_MODELS["motion_model"]},
-                },
-            },
+            operations=_OPERATIONS,
         ),
     )
 }
