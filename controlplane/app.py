@@ -103,6 +103,9 @@ async def serve(config: Config) -> None:
         providers = config.cloud_providers()
         spend = await CloudSpend.open(providers, CloudCalls(store))
         stack.push_async_callback(spend.aclose)
+        workflows = config.images.workflows()
+        for problem in workflows.problems:
+            _log.warning("workflow_unusable", file=problem.file, problem=problem.what)
         pipelines = Pipelines(
             jobs=jobs,
             fleet=fleet,
@@ -115,7 +118,7 @@ async def serve(config: Config) -> None:
             cloud=CloudTargets(providers, client, spend, registry) if providers else None,
             engine_idle_timeout_s=server.engine_idle_timeout_s,
         )
-        services = build_services(fleet, schedulers, jobs, pipelines, profiles, artifacts)
+        services = build_services(fleet, schedulers, jobs, pipelines, profiles, artifacts, workflows)
         grpc_server = GrpcServer(
             ServerOptions(
                 host=server.host, port=server.grpc_port, max_request_bytes=server.max_request_bytes
@@ -133,6 +136,7 @@ async def serve(config: Config) -> None:
             jobs=jobs,
             pipelines=pipelines,
             artifacts=artifacts,
+            workflows=workflows,
             registry=registry,
         )
         await gateway.start()

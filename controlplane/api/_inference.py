@@ -12,7 +12,7 @@ import grpc.aio
 from msgspec.structs import replace
 
 from controlplane.api._paging import decode_token, encode_token, page_size
-from controlplane.api._ports import ArtifactsPort, JobsPort, PipelinesPort
+from controlplane.api._ports import ArtifactsPort, JobsPort, PipelinesPort, WorkflowsPort
 from controlplane.api._wish import wish_from_embed, wish_from_generate
 from controlplane.jobs import HEARTBEAT_S
 from rung import codec, v1
@@ -29,10 +29,17 @@ _HEARTBEAT_BOUNDS_S = (0.1, 60.0)
 class InferenceServicer:
     """Decodes, calls, encodes. What is not here answers UNIMPLEMENTED (see `add_service`)."""
 
-    def __init__(self, jobs: JobsPort, pipelines: PipelinesPort, artifacts: ArtifactsPort) -> None:
+    def __init__(
+        self,
+        jobs: JobsPort,
+        pipelines: PipelinesPort,
+        artifacts: ArtifactsPort,
+        workflows: WorkflowsPort,
+    ) -> None:
         self._jobs = jobs
         self._pipelines = pipelines
         self._artifacts = artifacts
+        self._workflows = workflows
 
     async def Generate(
         self, request: v1.GenerateRequest, context: Context
@@ -105,6 +112,14 @@ class InferenceServicer:
         """Names that a request may use."""
         return v1.ListModelsResponse(
             models=[codec.model_to_proto(found) for found in self._pipelines.models()]
+        )
+
+    async def ListWorkflows(
+        self, request: v1.ListWorkflowsRequest, context: Context
+    ) -> v1.ListWorkflowsResponse:
+        """Templates that pictures are drawn from."""
+        return v1.ListWorkflowsResponse(
+            workflows=[codec.workflow_to_proto(each) for each in self._workflows.listed()]
         )
 
     async def ExplainRoute(

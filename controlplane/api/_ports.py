@@ -7,7 +7,7 @@ from typing import Protocol
 
 from controlplane.jobs import HEARTBEAT_S
 from controlplane.pipelines._wish import Wish
-from rung.types import ArtifactChunk, Embeddings, Job, JobEvent, JobState, Model, RouteExplanation
+from rung.types import ArtifactChunk, Embeddings, Job, JobEvent, JobState, Model, RouteExplanation, Workflow
 
 
 class RunningJob(Protocol):
@@ -88,4 +88,12 @@ class PipelinesPort(Protocol):
 
     def explain(self, wish: Wish) -> RouteExplanation:
         """Who would answer, and why; starts nothing."""
+        ...
+
+
+class WorkflowsPort(Protocol):
+    """The templates, as `controlplane.workflows.Workflows` has them."""
+
+    def listed(self) -> Sequence[Workflow]:
+        """All by name."""
         ...

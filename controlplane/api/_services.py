@@ -10,7 +10,7 @@ from google.protobuf.descriptor_pool import Default
 
 from controlplane.api._fleet import FleetServicer
 from controlplane.api._inference import InferenceServicer
-from controlplane.api._ports import ArtifactsPort, JobsPort, PipelinesPort
+from controlplane.api._ports import ArtifactsPort, JobsPort, PipelinesPort, WorkflowsPort
 from controlplane.api._vram import VramServicer
 from controlplane.fleet import Fleet, NodeSchedulers
 from controlplane.profiles import Profiles
@@ -49,10 +49,11 @@ def build_services(
     pipelines: PipelinesPort,
     profiles: Profiles,
     artifacts: ArtifactsPort,
+    workflows: WorkflowsPort,
 ) -> Services:
     """All services of the control plane."""
     servicers: dict[str, object] = {
-        "rung.v1.InferenceService": InferenceServicer(jobs, pipelines, artifacts),
+        "rung.v1.InferenceService": InferenceServicer(jobs, pipelines, artifacts, workflows),
         "rung.v1.FleetService": FleetServicer(fleet, profiles),
         "rung.v1.VramService": VramServicer(fleet, schedulers),
     }

@@ -19,8 +19,10 @@ from controlplane.gateway._generations import Follower
 from controlplane.gateway._images import ImageRoutes
 from controlplane.gateway._jobs import JobRoutes
 from controlplane.gateway._openai import OpenAiRoutes
+from controlplane.gateway._workflows import WorkflowRoutes
 from controlplane.jobs import Jobs
 from controlplane.pipelines import Pipelines
+from controlplane.workflows import Workflows
 from rung.errors import (
     InvalidRequestError,
     NotAllowedError,
@@ -50,6 +52,7 @@ class Gateway:
         jobs: Jobs,
         pipelines: Pipelines,
         artifacts: Artifacts,
+        workflows: Workflows,
         registry: CollectorRegistry,
     ) -> None:
         require_loopback(host, "the HTTP gateway")
@@ -81,6 +84,7 @@ class Gateway:
                 web.get("/v1/jobs/{id}/events", job_routes.events),
                 web.get("/v1/jobs/{id}/artifacts", artifact_routes.of_job),
                 web.get("/v1/artifacts/{id}", artifact_routes.fetch),
+                web.get("/v1/workflows", WorkflowRoutes(workflows).index),
                 web.get("/healthz", self._health),
                 web.get("/readyz", self._ready),
                 web.get("/metrics", self._metrics),

@@ -45,7 +45,8 @@ _DETAIL = (
 _TEXT = (
     r"\"[^\"\n]{1,120}\"|“[^”\n]{1,120}”|„[^“\n]{1,120}“|«[^»\n]{1,120}»|"
     r"(?:that|which) (?:says|reads)|saying|reading (?=['‘\"])|"  # noqa: RUF001
-    r"with the (?:text|words?|title|caption|slogan|name)|lettering|typograph\w*|speech bubble|infographic\w*|mit (?:der aufschrift|dem (?:text|wort|titel))"
+    r"with the (?:text|words?|title|caption|slogan|name)|lettering|typograph\w*|speech bubble|infographic\w*|"
+    r"mit (?:der aufschrift|dem (?:text|wort|titel))"
 )
 _HARD = (
     r"hands?|fingers|crowds?|group of|holding|shaking hands|hugging|dancing|playing (?:the|a)|"
@@ -83,7 +84,7 @@ def _features(wanted: ImageInput) -> Iterator[tuple[float, str]]:
         weight = _DETAIL_WEIGHTS[min(len(detail), len(_DETAIL_WEIGHTS)) - 1]
         yield weight, f"asks for detail ({', '.join(detail[:3])})"
     if text := _found(_TEXT_TERMS, prompt):
-        yield 6.0, f"has text in it ({text[0][:40]})"
+        yield 6.0, f"has text in it ({text[0][:40].strip()})"
     count = len(prompt.split())
     if count > 12:
         yield (3.0 if count > 50 else 2.0 if count > 25 else 1.0), f"is described in {count} words"

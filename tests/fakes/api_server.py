@@ -13,6 +13,7 @@ from controlplane.api import build_services
 from controlplane.artifacts import Artifacts
 from controlplane.fleet import Fleet, MemoryAlerts, NodeSchedulers
 from controlplane.profiles import Profiles
+from controlplane.workflows import Workflows
 from rung.service import CallInterceptor, GrpcServer, ServerOptions
 from rung.transport import ChannelOptions, open_channel
 from rung.types import DeploymentSpec, NodeOwnership, Profile
@@ -66,7 +67,7 @@ async def an_api_server(
     await all_profiles.start()
     stack = AsyncExitStack()
     artifacts = await stack.enter_async_context(some_artifacts())
-    services = build_services(fleet, schedulers, jobs, pipelines, all_profiles, artifacts)
+    services = build_services(fleet, schedulers, jobs, pipelines, all_profiles, artifacts, Workflows())
     server = GrpcServer(
         ServerOptions(port=0, max_request_bytes=max_request_bytes),
         services=services.descriptors,

@@ -17,6 +17,7 @@ from controlplane.gateway import Gateway
 from controlplane.jobs import Jobs
 from controlplane.ladder import Ladder
 from controlplane.pipelines import Cloud, Pipelines, Slots
+from controlplane.workflows import Workflows
 from rung.service import EngineClient
 from rung.types import Job
 from tests.fakes.artifacts import some_artifacts
@@ -86,6 +87,7 @@ async def a_plane(
             jobs=jobs,
             pipelines=pipelines,
             artifacts=artifacts,
+            workflows=Workflows(),
             registry=registry,
         )
         await gateway.start()
