@@ -20,12 +20,15 @@ from nodeagent.engines._base import (
 )
 from nodeagent.engines._choose import adapter_for
 from nodeagent.engines._comfyui import ComfyUiAdapter, ComfyUiDevice, ComfyUiQueue
+from nodeagent.engines._hunyuan3d import Hunyuan3dAdapter
 from nodeagent.engines._llama_router import LlamaRouterAdapter
 from nodeagent.engines._llamacpp import LlamaCppAdapter
 from nodeagent.engines._ollama import OllamaAdapter, OllamaModel
 from nodeagent.engines._openai_compatible import OpenAiCompatibleAdapter
 from nodeagent.engines._probe_only import ProbeOnlyAdapter
+from nodeagent.engines._sana import SanaAdapter
 from nodeagent.engines._vllm import VllmAdapter
+from nodeagent.engines._worker import WorkerAdapter, WorkerMemory
 
 __all__ = [
     "DEEPEST_LEVEL",
@@ -39,6 +42,7 @@ __all__ = [
     "FreeControl",
     "GenerateControl",
     "Generation",
+    "Hunyuan3dAdapter",
     "LlamaCppAdapter",
     "LlamaRouterAdapter",
     "LoadProgress",
@@ -50,9 +54,12 @@ __all__ = [
     "PullControl",
     "PullProgress",
     "RunKind",
+    "SanaAdapter",
     "ShrinkControl",
     "SleepControl",
     "VllmAdapter",
     "VoiceControl",
+    "WorkerAdapter",
+    "WorkerMemory",
     "adapter_for",
 ]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from nodeagent.engines._base import EngineAdapter
 from nodeagent.engines._comfyui import ComfyUiAdapter
+from nodeagent.engines._hunyuan3d import Hunyuan3dAdapter
 from nodeagent.engines._llama_router import LlamaRouterAdapter
 from nodeagent.engines._llamacpp import LlamaCppAdapter
 from nodeagent.engines._ollama import OllamaAdapter
 from nodeagent.engines._openai_compatible import OpenAiCompatibleAdapter
 from nodeagent.engines._probe_only import ProbeOnlyAdapter
+from nodeagent.engines._sana import SanaAdapter
 from nodeagent.engines._vllm import VllmAdapter
 from rung.errors import NotImplementedYetError
 from rung.service import EngineClient
@@ -23,7 +25,7 @@ from rung.types import (
 )
 
 #: By dialect, a route that answers 200 when the server is ready.
-_SERVICE_HEALTH = {"speaches": "/health", "piper": "/voices", "xtts": "/languages", "hunyuan3d": "/health"}
+_SERVICE_HEALTH = {"speaches": "/health", "piper": "/voices", "xtts": "/languages"}
 
 
 def adapter_for(engine: Engine, client: EngineClient) -> EngineAdapter:
@@ -46,6 +48,10 @@ def adapter_for(engine: Engine, client: EngineClient) -> EngineAdapter:
             return OpenAiCompatibleAdapter(client)
         case ComfyUiEngine():
             return ComfyUiAdapter(client)
+        case ServiceEngine(dialect="hunyuan3d"):
+            return Hunyuan3dAdapter(client)
+        case ServiceEngine(dialect="sana"):
+            return SanaAdapter(client)
         case ServiceEngine(dialect=dialect):
             health_path = _SERVICE_HEALTH.get(dialect)
             if health_path is None:

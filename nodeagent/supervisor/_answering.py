@@ -6,17 +6,19 @@ import asyncio
 
 import msgspec
 
-from nodeagent.engines import EngineAdapter, RunKind
+from nodeagent.engines import EngineAdapter, EngineHealth, RunKind
 from rung.errors import EngineFailedError, RungError
 from rung.types import DeploymentSpec
 
+#: What has only these has no tokens. One generation of it is no small question.
+_TOKENLESS = frozenset({"image", "video", "speech", "transcription", "mesh", "prediction"})
 #: The first request after a wake is slower than others: caches are cold, kernels are chosen anew.
 ANSWER_TIMEOUT_S = 30.0
 _SHOWN_CHARACTERS = 300
 
 
 async def require_answer(adapter: EngineAdapter, base_url: str, spec: DeploymentSpec) -> None:
-    """Ask the engine for one token.
+    """Ask the engine for one token; one that has none, how it is.
 
     It tells an engine that hangs or fails from one that works. Whether what it says makes sense is more than
     a token can tell. A refusal of the question (4xx) comes from its server and says nothing of the engine.
@@ -24,6 +26,13 @@ async def require_answer(adapter: EngineAdapter, base_url: str, spec: Deployment
     Raises:
         EngineFailedError: it does not answer in time, not at all, or with a failure.
     """
+    if spec.capabilities and _TOKENLESS.issuperset(spec.capabilities):
+        probe = await adapter.probe(base_url, spec)
+        if probe.health is not EngineHealth.READY:
+            raise EngineFailedError(
+                f"{spec.id} says that it is awake, but asked how it is: {probe.detail or probe.health}"
+            )
+        return
     kind, question = _question(spec)
     try:
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
