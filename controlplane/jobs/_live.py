@@ -46,6 +46,7 @@ class LiveJob:
         "_cancel",
         "_events",
         "_first_kept",
+        "_monotonic_s",
         "_on_change",
         "_phase",
         "_phase_started",
@@ -77,6 +78,7 @@ class LiveJob:
         policy: Policy,
         request_id: str,
         on_change: Callable[[LiveJob], None],
+        monotonic_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.id = job_id
         self.kind = kind
@@ -92,7 +94,8 @@ class LiveJob:
         self.stored_sequence = 0
         self.delivered_characters = 0
         self.cancel_requested_by = ""
-        self._started = time.monotonic()
+        self._monotonic_s = monotonic_s
+        self._started = monotonic_s()
         self._events: list[JobEvent] = []
         self._first_kept = 1
         self._waiters: list[asyncio.Future[None]] = []
@@ -105,7 +108,7 @@ class LiveJob:
 
     def append(self, payload: EventPayload) -> JobEvent:
         """Add an event to the log and wake who waits for it."""
-        now = time.monotonic()
+        now = self._monotonic_s()
         elapsed_s = now - self._started
         self.last_sequence += 1
         event = JobEvent(self.id, self.last_sequence, self.create_time_s + elapsed_s, elapsed_s, payload)
@@ -157,7 +160,7 @@ class LiveJob:
         job_remaining_s: float | None = None,
     ) -> None:
         """Say that a phase began, moved on, or still goes on."""
-        now = time.monotonic()
+        now = self._monotonic_s()
         if self._phase is None or self._phase.phase is not phase:
             self._phase_started = now
         self._phase = PhaseProgress(
@@ -175,7 +178,7 @@ class LiveJob:
     def begin_generating(self, served: Served) -> None:
         """Say who answers; from here on the engine is at work."""
         self._phase = PhaseProgress(phase=Phase.GENERATING, detail=f"{served.target} is answering")
-        self._phase_started = time.monotonic()
+        self._phase_started = self._monotonic_s()
         self.routed(served)
 
     def routed(self, served: Served) -> None:
@@ -238,11 +241,13 @@ class LiveJob:
     @property
     def elapsed_s(self) -> float:
         """Time since the job was accepted, until its terminal event if it has one."""
-        return self._events[-1].elapsed_s if self.terminal is not None else time.monotonic() - self._started
+        return (
+            self._events[-1].elapsed_s if self.terminal is not None else self._monotonic_s() - self._started
+        )
 
     def heartbeat(self) -> JobEvent:
         """What is under way now, as an event outside the log."""
-        now = time.monotonic()
+        now = self._monotonic_s()
         phase = self._phase or PhaseProgress(phase=Phase.ROUTE)
         since_s = now - self._phase_started
         passed_s = since_s - phase.phase_elapsed_s

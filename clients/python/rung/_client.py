@@ -6,12 +6,14 @@ import os
 import uuid
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
 import msgspec
 
 from rung import codec, v1
+from rung._client_artifacts import get_artifact, save_artifact
 from rung._client_calls import Connection
 from rung._client_fleet import operate, watch_snapshots
 from rung._client_jobs import JobStream, watch_events
@@ -252,6 +254,32 @@ class AsyncClient:
             self._connection.stubs.inference.CancelJob, v1.CancelJobRequest(job_id=job_id)
         )
         return codec.job_from_proto(response.job)
+
+    async def get_artifact(self, artifact_id: str) -> bytes:
+        """The whole of an artifact, through lost connections, its SHA-256 checked.
+
+        Raises:
+            UnknownArtifactError: there is none, or no longer.
+            ArtifactDamagedError: it did not arrive as it was stored.
+            UnavailableError: the server cannot be reached, or not again.
+        """
+        return await get_artifact(self._connection, artifact_id)
+
+    async def save_artifact(self, artifact_id: str, path: str | os.PathLike[str]) -> Path:
+        """Write an artifact to a file, which is there once it is whole; returns its path.
+
+        A piece at a time is in memory. What an earlier attempt left in `<artifact_id>.part` is not fetched
+        again.
+
+        Args:
+            artifact_id: artifact.
+            path: file to make or replace, or a folder to put one into, under a name of its kind.
+
+        Raises:
+            OSError: the file cannot be written.
+            UnknownArtifactError, ArtifactDamagedError, UnavailableError: as `get_artifact`.
+        """
+        return await save_artifact(self._connection, artifact_id, Path(path))
 
     async def embed(
         self,

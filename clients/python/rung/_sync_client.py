@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import os
 import threading
 import weakref
 from collections.abc import (
@@ -16,6 +17,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import AbstractAsyncContextManager, contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -325,6 +327,14 @@ class Client:
     def cancel_job(self, job_id: str) -> Job:
         """See `AsyncClient.cancel_job`."""
         return self._thread.run(self._client.cancel_job(job_id))
+
+    def get_artifact(self, artifact_id: str) -> bytes:
+        """See `AsyncClient.get_artifact`."""
+        return self._thread.run(self._client.get_artifact(artifact_id))
+
+    def save_artifact(self, artifact_id: str, path: str | os.PathLike[str]) -> Path:
+        """See `AsyncClient.save_artifact`."""
+        return self._thread.run(self._client.save_artifact(artifact_id, path))
 
     def embed(
         self,

@@ -246,6 +246,12 @@ class UnavailableError(RungError):
     http_status = 503
 
 
+class ArtifactDamagedError(UnavailableError):
+    """What arrived of an artifact is not what was stored; fetching it again may help."""
+
+    reason = "ARTIFACT_DAMAGED"
+
+
 class NoTargetError(UnavailableError):
     """No target can serve the request now; the message names each and why not."""
 
