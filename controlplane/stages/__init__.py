@@ -1,5 +1,6 @@
 """What a wish passes before it is generated: the safety filter, and the enhancement of its prompt."""
 
+from controlplane.stages._enhancer import LadderEnhancer
 from controlplane.stages._ports import (
     AUTO_MODEL,
     Answer,
@@ -11,6 +12,7 @@ from controlplane.stages._ports import (
     StageRequest,
     Verdict,
 )
+from controlplane.stages._rules import RuleFilter
 from controlplane.stages._settings import (
     Blocked,
     EnhancementSettings,
@@ -27,9 +29,11 @@ __all__ = [
     "Blocked",
     "Enhanced",
     "EnhancementSettings",
+    "LadderEnhancer",
     "Message",
     "Moderation",
     "PromptEnhancer",
+    "RuleFilter",
     "SafetyFilter",
     "SafetyPolicy",
     "SafetySettings",

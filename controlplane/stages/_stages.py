@@ -95,7 +95,7 @@ def load_stages(safety: SafetySettings, enhancement: EnhancementSettings, ask: A
 def _plugin(group: str, name: str, what: str, field: str) -> Callable[..., Any]:
     found = {each.name: each for each in entry_points(group=group)}
     if name not in found:
-        there = ", ".join(sorted(found)) or "none"
+        there = ", ".join(sorted(found)) or "none; Rung has to be installed anew after it was updated"
         raise ConfigError(f"{field}: there is no {what} {name!r}; installed are: {there}")
     try:
         plugin: Callable[..., Any] = found[name].load()
