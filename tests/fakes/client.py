@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from rung import AsyncClient, HeldLease, JobStream, Policy
-from rung._client import Messages
+from rung._client_generation import Messages
 from rung.errors import RungError
 from rung.types import (
     ChatMessage,

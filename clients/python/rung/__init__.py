@@ -6,16 +6,19 @@
 
     with rung.Client() as client:
         print(client.chat("Why is the sky blue?").text())
+        client.image("a cat", tier="quality").result().images[0].save("cat.png")
 
 All values are `rung.types`, all failures `rung.errors`; the ones that most callers need are here.
 """
 
 from rung import errors, types
 from rung._client import AsyncClient
+from rung._client_generation import GenerationStream
 from rung._client_jobs import JobStream
 from rung._client_leases import HeldLease
 from rung._failure import error_of_failure, reason_of_error
-from rung._sync_client import Client, Stream, SyncJobStream
+from rung._sync_calls import Stream, SyncGenerationStream, SyncJobStream
+from rung._sync_client import Client
 from rung.errors import (
     InvalidRequestError,
     JobCancelledError,
@@ -26,11 +29,14 @@ from rung.errors import (
 )
 from rung.transport import TlsOptions
 from rung.types import (
+    ArtifactFile,
     ChatMessage,
     ChatResult,
     Deployment,
     Embeddings,
     FleetSnapshot,
+    GenerationResult,
+    ImageInput,
     ImagePart,
     Job,
     JobEvent,
@@ -46,6 +52,7 @@ from rung.types import (
 )
 
 __all__ = [
+    "ArtifactFile",
     "AsyncClient",
     "ChatMessage",
     "ChatResult",
@@ -53,7 +60,10 @@ __all__ = [
     "Deployment",
     "Embeddings",
     "FleetSnapshot",
+    "GenerationResult",
+    "GenerationStream",
     "HeldLease",
+    "ImageInput",
     "ImagePart",
     "InvalidRequestError",
     "Job",
@@ -69,6 +79,7 @@ __all__ = [
     "Priority",
     "RungError",
     "Stream",
+    "SyncGenerationStream",
     "SyncJobStream",
     "TlsOptions",
     "Tool",

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
-
-import msgspec
 
 from rung import codec, v1
 from rung._client_artifacts import get_artifact, save_artifact
 from rung._client_calls import Connection
 from rung._client_fleet import operate, watch_snapshots
+from rung._client_generation import (
+    GenerationCalls,
+    Messages,
+    OpenAiBody,
+    conversation_of,
+    generate_request,
+)
 from rung._client_jobs import JobStream, watch_events
 from rung._client_leases import HeldLease, LeaseStep, acquire, held, release, renew
 from rung._client_profiles import list_profiles, switch
 from rung.errors import InvalidRequestError
 from rung.transport import ChannelOptions, TlsOptions
 from rung.types import (
-    ChatMessage,
-    Conversation,
     Deployment,
     Embeddings,
     FleetSnapshot,
     Footprint,
+    GenerationInput,
     Infeasible,
     Job,
     JobEvent,
@@ -45,6 +48,7 @@ from rung.types import (
     ReclaimPlan,
     RouteExplanation,
     Tool,
+    Workflow,
 )
 
 DEFAULT_ADDRESS = "127.0.0.1:8151"
@@ -55,11 +59,8 @@ DEFAULT_RECONNECT_S = 120.0
 #: An engine may have to start before it can embed.
 EMBED_TIMEOUT_S = 600.0
 
-Messages: TypeAlias = str | Sequence[ChatMessage]
-OpenAiBody: TypeAlias = bytes | Mapping[str, Any]
 
-
-class AsyncClient:
+class AsyncClient(GenerationCalls):
     """A client of one control plane. Close it, or use it as an async context manager.
 
     It connects with its first call and belongs to the event loop of that call. All failures are
@@ -132,10 +133,10 @@ class AsyncClient:
             policy: where it may go and how it may be treated.
             request_id: the caller's own id; appears in logs.
         """
-        conversation = _conversation(messages, tools, max_tokens, temperature)
+        conversation = conversation_of(messages, tools, max_tokens, temperature)
         return JobStream(
             self._connection,
-            _generate(conversation, model, effort=effort, policy=policy, request_id=request_id),
+            generate_request(conversation, model, effort=effort, policy=policy, request_id=request_id),
         )
 
     def generate_openai(
@@ -160,7 +161,8 @@ class AsyncClient:
             InvalidRequestError: `body` is no JSON object.
         """
         return JobStream(
-            self._connection, _generate(body, model, effort=effort, policy=policy, request_id=request_id)
+            self._connection,
+            generate_request(body, model, effort=effort, policy=policy, request_id=request_id),
         )
 
     async def create_job(
@@ -168,6 +170,7 @@ class AsyncClient:
         messages: Messages | None = None,
         *,
         body: OpenAiBody | None = None,
+        wanted: GenerationInput | None = None,
         model: str = "",
         effort: int | None = None,
         tools: Sequence[Tool] = (),
@@ -181,6 +184,7 @@ class AsyncClient:
         Args:
             messages: as `chat`.
             body: an OpenAI chat-completions request instead of `messages`, `tools` and the rest.
+            wanted: pictures, speech and so on instead, as `generate`.
             model: as `chat`.
             effort: as `chat`.
             tools: as `chat`.
@@ -190,13 +194,15 @@ class AsyncClient:
             request_id: the same id returns the same job.
 
         Raises:
-            InvalidRequestError: neither or both of `messages` and `body`.
+            InvalidRequestError: not exactly one of `messages`, `body` and `wanted`.
         """
-        if (messages is None) == (body is None):
-            raise InvalidRequestError("give either messages or body")
-        content = body if messages is None else _conversation(messages, tools, max_tokens, temperature)
-        assert content is not None
-        request = _generate(content, model, effort=effort, policy=policy, request_id=request_id)
+        conversation = None
+        if messages is not None:
+            conversation = conversation_of(messages, tools, max_tokens, temperature)
+        given = [each for each in (conversation, body, wanted) if each is not None]
+        if len(given) != 1:
+            raise InvalidRequestError("give either messages, body or wanted")
+        request = generate_request(given[0], model, effort=effort, policy=policy, request_id=request_id)
         response = await self._connection.unary(
             self._connection.stubs.inference.CreateJob, v1.CreateJobRequest(generate=request)
         )
@@ -309,6 +315,13 @@ class AsyncClient:
         )
         return tuple(codec.model_from_proto(model) for model in response.models)
 
+    async def list_workflows(self) -> tuple[Workflow, ...]:
+        """Templates that pictures are drawn from, by name; their names are operations of `ImageInput`."""
+        response = await self._connection.unary(
+            self._connection.stubs.inference.ListWorkflows, v1.ListWorkflowsRequest()
+        )
+        return tuple(codec.workflow_from_proto(workflow) for workflow in response.workflows)
+
     async def explain_route(
         self,
         messages: Messages = "",
@@ -318,8 +331,8 @@ class AsyncClient:
         policy: Policy = Policy(),  # noqa: B008 - frozen
     ) -> RouteExplanation:
         """Who would answer, and why. Starts nothing."""
-        request = _generate(
-            _conversation(messages, (), None, None), model, effort=effort, policy=policy, request_id=""
+        request = generate_request(
+            conversation_of(messages, (), None, None), model, effort=effort, policy=policy, request_id=""
         )
         response = await self._connection.unary(
             self._connection.stubs.inference.ExplainRoute, v1.ExplainRouteRequest(generate=request)
@@ -617,34 +630,3 @@ def _acquire(
 
 def _operation(operation_id: str) -> str:
     return operation_id or str(uuid.uuid4())
-
-
-def _conversation(
-    messages: Messages, tools: Sequence[Tool], max_tokens: int | None, temperature: float | None
-) -> Conversation:
-    turns = (ChatMessage("user", messages),) if isinstance(messages, str) else tuple(messages)
-    return Conversation(messages=turns, tools=tuple(tools), max_tokens=max_tokens, temperature=temperature)
-
-
-class _Body(msgspec.Struct):
-    """What is read of an OpenAI body; the rest is the engine's."""
-
-    model: str = ""
-
-
-def _generate(
-    content: Conversation | OpenAiBody, model: str, *, effort: int | None, policy: Policy, request_id: str
-) -> v1.GenerateRequest:
-    if isinstance(content, Conversation):
-        chat = v1.ChatInput(conversation=codec.conversation_to_proto(content))
-    else:
-        body = content if isinstance(content, bytes) else msgspec.json.encode(content)
-        chat = v1.ChatInput(openai_json=body)
-        if not model:
-            try:
-                model = msgspec.json.decode(body, type=_Body).model
-            except msgspec.MsgspecError as error:
-                raise InvalidRequestError(f"the body is not an OpenAI request: {error}") from error
-    return v1.GenerateRequest(
-        request_id=request_id, model=model, effort=effort, policy=codec.policy_to_proto(policy), chat=chat
-    )

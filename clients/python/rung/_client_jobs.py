@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from rung import codec, v1
 from rung._client_calls import Connection, Reconnect
@@ -20,6 +20,7 @@ from rung.types import (
     JobFailed,
     Routed,
     Served,
+    Terminal,
     TokenDelta,
     ToolCall,
     ToolCallDelta,
@@ -40,7 +41,6 @@ class _Answer:
         self._calls: dict[int, tuple[str, str, list[str]]] = {}
         self._usage: Usage | None = None
         self._served: Served | None = None
-        self.end: JobDone | JobFailed | JobCancelled | None = None
 
     def add(self, event: JobEvent) -> None:
         match event.payload:
@@ -55,8 +55,6 @@ class _Answer:
                 self._served = served
             case UsageReported(usage):
                 self._usage = usage
-            case JobDone() | JobFailed() | JobCancelled() as end:
-                self.end = end
             case _:
                 pass
 
@@ -75,12 +73,12 @@ class _Answer:
         )
 
 
-class JobStream:
-    """The events of one generation, as they come.
+class EventStream:
+    """The events of one job, as they come.
 
-    The request is sent when the stream is first read. Read it once: by `async for`, by `text` or by
-    `result`; the latter two also work after a part was read by `async for`. Leave it early through
-    `aclose` (or `async with`), which cancels the job unless its policy says `detached`.
+    The request is sent when the stream is first read. Read it once: by `async for` or by `result`; the
+    latter also works after a part was read by `async for`. Leave it early through `aclose` (or `async
+    with`), which cancels the job unless its policy says `detached`.
 
     A lost connection is an `UnavailableError`, except for a detached job, which is followed again
     from where its stream broke.
@@ -99,7 +97,7 @@ class JobStream:
         self._reading = False
         self._job_id = ""
         self._last_sequence = 0
-        self._answer = _Answer()
+        self._end: Terminal | None = None
         self._detached = request.policy.detached
         self._events = self._follow(request)
 
@@ -108,7 +106,7 @@ class JobStream:
         """Id of the job; empty before its first event."""
         return self._job_id
 
-    def __aiter__(self) -> JobStream:
+    def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> JobEvent:
@@ -123,14 +121,15 @@ class JobStream:
             raise
         finally:
             self._reading = False
-        self._answer.add(event)
+        if isinstance(event.payload, TERMINAL_EVENTS):
+            self._end = event.payload
+        self._take(event)
         return event
 
-    async def text(self) -> str:
-        """The text of the whole answer. Raises as `result`."""
-        return (await self.result()).text
+    def _take(self, event: JobEvent) -> None:
+        """Note what an event adds to the result."""
 
-    async def result(self) -> ChatResult:
+    async def _finish(self) -> JobDone:
         """Read to the end.
 
         Raises:
@@ -139,14 +138,14 @@ class JobStream:
         """
         async for _ in self:
             pass
-        match self._answer.end:
-            case JobDone(finish_reason, served):
-                return self._answer.result(self._job_id, finish_reason, served)
+        match self._end:
+            case JobDone() as done:
+                return done
             case JobFailed() as failed:
                 raise error_of_failure(failed)
             case JobCancelled(by):
                 raise JobCancelledError(f"the job was cancelled by {by}", by=by)
-            case _:
+            case None:
                 raise JobCancelledError("the stream was closed before the job ended")
 
     async def aclose(self) -> None:
@@ -157,7 +156,7 @@ class JobStream:
         if not self._reading:
             await self._events.aclose()
 
-    async def __aenter__(self) -> JobStream:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(
@@ -197,6 +196,31 @@ class JobStream:
         self._call = call
         if self._closed:
             call.cancel()
+
+
+class JobStream(EventStream):
+    """The events of an answer to a conversation, as they come; see `EventStream`."""
+
+    def __init__(self, connection: Connection, request: v1.GenerateRequest) -> None:
+        super().__init__(connection, request)
+        self._answer = _Answer()
+
+    async def text(self) -> str:
+        """The text of the whole answer. Raises as `result`."""
+        return (await self.result()).text
+
+    async def result(self) -> ChatResult:
+        """Read to the end.
+
+        Raises:
+            JobCancelledError: the job was cancelled, or this stream closed.
+            RungError: the job failed, by the reason of its last event; or as the stream itself.
+        """
+        done = await self._finish()
+        return self._answer.result(self._job_id, done.finish_reason, done.served)
+
+    def _take(self, event: JobEvent) -> None:
+        self._answer.add(event)
 
 
 async def watch_events(

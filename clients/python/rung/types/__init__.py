@@ -105,6 +105,7 @@ from rung.types._profile import (
     ProfilePlan,
     ProfileStep,
 )
+from rung.types._result import ArtifactFile, GenerationResult
 from rung.types._vram import (
     Footprint,
     Infeasible,
@@ -120,6 +121,7 @@ __all__ = [
     "TERMINAL_EVENTS",
     "Artifact",
     "ArtifactChunk",
+    "ArtifactFile",
     "ChatMessage",
     "ChatResult",
     "ComfyUiEngine",
@@ -141,6 +143,7 @@ __all__ = [
     "FleetSnapshot",
     "Footprint",
     "GenerationInput",
+    "GenerationResult",
     "Gpu",
     "GpuHealth",
     "GpuProcess",
