@@ -72,6 +72,15 @@ def is_scheduled(found: DeploymentView) -> bool:
     return not external and pool_of(found) is not None
 
 
+def held_bytes(found: DeploymentView) -> int | None:
+    """What a deployment was measured to hold of its pool; None where nobody can tell."""
+    pool_id, status = pool_of(found), found.node.status
+    if pool_id is None or status is None:
+        return None
+    gpu = next(gpu for gpu in status.gpus if pool_id == f"{found.node.id}/{gpu.index}")
+    return _measured_bytes(found, gpu, len(status.gpus))
+
+
 def ledger_of(
     view: FleetView,
     pool_id: str,

@@ -47,10 +47,7 @@ _FRESH_S = 4.0
 class LeasingJob(Protocol):
     """What is told of each step."""
 
-    @property
-    def id(self) -> str:
-        """Of the job."""
-        ...
+    id: str
 
     def progress(self, phase: Phase, detail: str = "", *, remaining_s: float | None = None) -> None:
         """A phase began, or moved on."""
