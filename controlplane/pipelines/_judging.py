@@ -20,8 +20,9 @@ from controlplane.pipelines._asking import LadderAsk
 from controlplane.pipelines._openai import offers_tools
 from controlplane.pipelines._router import Judged, Router
 from controlplane.pipelines._wish import Wish
+from controlplane.workflows import image_effort
 from rung.errors import RungError
-from rung.types import JobKind
+from rung.types import ImageInput, JobKind
 
 _log = structlog.get_logger("rung.pipelines")
 
@@ -75,6 +76,8 @@ def classified_request(body: bytes) -> ClassifiedRequest:
 
 def judge_by_rule(wish: Wish) -> Judged:
     """The effort by rule: of a conversation by the classifier, with the features that weighed most."""
+    if isinstance(wish.input, ImageInput):
+        return Judged(*image_effort(wish.input))
     if wish.input is not None:
         return Judged(_USUAL_EFFORT, "nothing says how much effort it is worth")
     return _judged(classify(classified_request(wish.body)))

@@ -101,6 +101,11 @@ class Pipelines:
         """Tries one target after the other: for pipelines that are added."""
         return self._engager
 
+    @property
+    def ask(self) -> LadderAsk:
+        """Asks a chat model one thing through the ladder: for the stages."""
+        return self._ask
+
     def add(self, pipeline: GenerationPipeline, *kinds: JobKind) -> None:
         """Have jobs of these kinds carried out by a pipeline."""
         for kind in kinds:
@@ -140,11 +145,7 @@ class Pipelines:
         """As `start`, for who also tells its caller the route. Raises as `begin`."""
         if wish.input is None:
             read_head(wish.body)
-        elif wish.kind not in self._generations:
-            raise InvalidRequestError(f"this control plane has no pipeline for {wish.kind}")
-        else:
-            wish = self._generations[wish.kind].prepared(wish)
-        begun = self.begin(wish)
+        begun = self.begin(self._prepared(wish))
         task = asyncio.create_task(self._logged(begun), name=begun.job.id)
         self._tasks.add(task)
 
@@ -176,7 +177,7 @@ class Pipelines:
 
     def explain(self, wish: Wish) -> RouteExplanation:
         """Who would answer, and why; starts nothing. Raises UnknownModelError, InvalidRequestError."""
-        return self._router.explain(wish)
+        return self._router.explain(self._prepared(wish))
 
     def models(self) -> tuple[Model, ...]:
         """What a request may ask for by name."""
@@ -216,6 +217,15 @@ class Pipelines:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._engager.aclose()
+
+    def _prepared(self, wish: Wish) -> Wish:
+        """The wish as the pipeline of its kind wants to begin it. Raises InvalidRequestError."""
+        if wish.input is None:
+            return wish
+        pipeline = self._generations.get(wish.kind)
+        if pipeline is None:
+            raise InvalidRequestError(f"this control plane has no pipeline for {wish.kind}")
+        return pipeline.prepared(wish)
 
     async def _logged(self, begun: Begun) -> None:
         """Work whose outcome is read from the log of its job, and nowhere else."""
