@@ -143,7 +143,7 @@ class Artifacts:
 
         Raises:
             UnknownArtifactError: there is none; with the first piece.
-            UnavailableError: the disk does not give it.
+            UnavailableError: the disk does not give it, or less than `length_bytes`.
         """
         path = self._path(artifact_id)
         descriptor = await _from_disk(artifact_id, partial(_files.open_artifact, path), unwanted=os.close)
@@ -152,8 +152,10 @@ class Artifacts:
             while left > 0:
                 read = partial(os.pread, descriptor, min(PIECE_BYTES, left), offset_bytes)
                 piece = await _from_disk(artifact_id, read)
-                if not piece:
+                if not piece and length_bytes is None:
                     return
+                if not piece:
+                    raise UnavailableError(f"artifact {artifact_id} was cut short on disk")
                 yield piece
                 offset_bytes += len(piece)
                 left -= len(piece)
@@ -188,8 +190,6 @@ class Artifacts:
                 offset_bytes = end
                 if sha256:
                     return
-        if offset_bytes < size_bytes:
-            raise UnavailableError(f"artifact {artifact_id} was cut short on disk")
         yield replace(ended, offset_bytes=offset_bytes, sha256=artifact.sha256)
 
     async def expire(self) -> None:

@@ -10,6 +10,7 @@ import grpc.aio
 from prometheus_client import CollectorRegistry
 
 from controlplane.api import build_services
+from controlplane.api._ports import ArtifactsPort
 from controlplane.artifacts import Artifacts
 from controlplane.fleet import Fleet, MemoryAlerts, NodeSchedulers
 from controlplane.profiles import Profiles
@@ -50,6 +51,7 @@ async def an_api_server(
     max_request_bytes: int = 1024 * 1024,
     profiles: Sequence[Profile] = (),
     profile_store: MemoryProfileStore | None = None,
+    served_artifacts: ArtifactsPort | None = None,
 ) -> AsyncIterator[ApiServer]:
     load: dict[str, tuple[int, int]] = {}
     fleet = Fleet(
@@ -67,7 +69,9 @@ async def an_api_server(
     await all_profiles.start()
     stack = AsyncExitStack()
     artifacts = await stack.enter_async_context(some_artifacts())
-    services = build_services(fleet, schedulers, jobs, pipelines, all_profiles, artifacts, Workflows())
+    services = build_services(
+        fleet, schedulers, jobs, pipelines, all_profiles, served_artifacts or artifacts, Workflows()
+    )
     server = GrpcServer(
         ServerOptions(port=0, max_request_bytes=max_request_bytes),
         services=services.descriptors,

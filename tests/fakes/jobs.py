@@ -64,6 +64,7 @@ class FakeJobs:
     live: dict[str, FakeJob] = field(default_factory=dict)
     records: list[Job] = field(default_factory=list)
     asked_states: list[frozenset[JobState]] = field(default_factory=list)
+    asked_data: list[bool] = field(default_factory=list)
 
     def _job(self, job_id: str) -> FakeJob:
         if job_id not in self.live:
@@ -88,6 +89,7 @@ class FakeJobs:
     async def watch(
         self, job_id: str, after_sequence: int = 0, heartbeat_s: float = 1.0, *, with_data: bool = False
     ) -> AsyncIterator[JobEvent]:
+        self.asked_data.append(with_data)
         job = self._job(job_id)
         if after_sequence > len(job.events):
             raise OutOfRangeError(f"job {job_id} has no event {after_sequence}")
