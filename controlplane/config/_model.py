@@ -17,6 +17,7 @@ from controlplane.config._cloud import CloudProviderConfig, check_cloud
 from controlplane.config._images import ImagesConfig
 from controlplane.config._ladder import LadderConfig, check_targets
 from controlplane.config._profiles import ProfileConfig, check_profiles
+from controlplane.config._stages import PromptEnhancementConfig, SafetyConfig, check_asked
 from controlplane.config._swap_slots import check_ports
 from controlplane.vram import Reserve
 from rung import types
@@ -422,6 +423,8 @@ class Config(_Model):
     ladder: LadderConfig | None = None
     artifacts: ArtifactsConfig = ArtifactsConfig()
     images: ImagesConfig = ImagesConfig()
+    safety: SafetyConfig = SafetyConfig()
+    prompt_enhancement: PromptEnhancementConfig = PromptEnhancementConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -446,6 +449,8 @@ class Config(_Model):
         check_profiles(self.profiles, self._specs(), self.nodes)
         if self.ladder is not None:
             check_targets(self.ladder, self._targets())
+        ladder = self.ladder.value() if self.ladder is not None else None
+        check_asked(self.safety, self.prompt_enhancement, self._targets().keys(), ladder)
         return self
 
     def deployment_specs(self) -> tuple[types.DeploymentSpec, ...]:

@@ -8,5 +8,16 @@ from controlplane.estimates._estimates import (
     Observations,
     relative_error,
 )
+from controlplane.estimates._keeper import WRITE_EVERY_S, EstimateKeeper, EstimateStore
 
-__all__ = ["KEPT_OBSERVATIONS", "Estimate", "Estimates", "Key", "Observations", "relative_error"]
+__all__ = [
+    "KEPT_OBSERVATIONS",
+    "WRITE_EVERY_S",
+    "Estimate",
+    "EstimateKeeper",
+    "EstimateStore",
+    "Estimates",
+    "Key",
+    "Observations",
+    "relative_error",
+]

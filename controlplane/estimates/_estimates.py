@@ -93,12 +93,14 @@ class Estimates:
         )
 
     def restore(self, stored: Iterable[Observations]) -> None:
-        """Take over what was stored, least recently observed first; it does not count as a change."""
+        """Take over what was stored, least recently observed first.
+
+        Nothing of it counts as changed, but for what there is no room for.
+        """
         for each in stored:
             sane = [value for value in each.seconds_per_unit if 0 < value <= _LONGEST_S]
             if sane:
                 self._at((each.deployment_id, each.step)).extend(sane)
-        self._changed.clear()
 
     def take_changed(self) -> tuple[list[Observations], list[Key]]:
         """What has to be stored, and the keys that are to be forgotten; asked again, only what is new."""

@@ -1,6 +1,7 @@
 """What a wish passes before it is generated: the safety filter, and the enhancement of its prompt."""
 
 from controlplane.stages._enhancer import LadderEnhancer
+from controlplane.stages._matching import RuleError, compile_matcher
 from controlplane.stages._ports import (
     AUTO_MODEL,
     Answer,
@@ -33,6 +34,7 @@ __all__ = [
     "Message",
     "Moderation",
     "PromptEnhancer",
+    "RuleError",
     "RuleFilter",
     "SafetyFilter",
     "SafetyPolicy",
@@ -40,5 +42,6 @@ __all__ = [
     "StageRequest",
     "Stages",
     "Verdict",
+    "compile_matcher",
     "load_stages",
 ]

@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 SAFETY_FILTERS = "rung.safety_filters"
 PROMPT_ENHANCERS = "rung.prompt_enhancers"
+#: An enhancer that keeps to its time can still say that nobody answered in it.
+_GRACE_S = 1.0
 
 
 class Stages:
@@ -88,7 +90,7 @@ def load_stages(safety: SafetySettings, enhancement: EnhancementSettings, ask: A
             enhancement, ask
         ),
         safety_timeout_s=safety.timeout_s,
-        enhancement_timeout_s=enhancement.timeout_s,
+        enhancement_timeout_s=enhancement.timeout_s + _GRACE_S,
     )
 
 

@@ -81,3 +81,14 @@ artifacts = Table(
     Index("artifacts_by_job", "job_id", "id"),
     sqlite_with_rowid=False,
 )
+
+#: How long steps took at deployments: the last `Observations` of each, as MessagePack.
+estimates = Table(
+    "estimates",
+    metadata,
+    Column("deployment_id", String(128), primary_key=True),
+    Column("step", String(128), primary_key=True),
+    Column("observed_time_s", Double, nullable=False),
+    Column("seconds_per_unit", LargeBinary, nullable=False),
+    sqlite_with_rowid=False,
+)
