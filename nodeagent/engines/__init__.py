@@ -25,10 +25,12 @@ from nodeagent.engines._llama_router import LlamaRouterAdapter
 from nodeagent.engines._llamacpp import LlamaCppAdapter
 from nodeagent.engines._ollama import OllamaAdapter, OllamaModel
 from nodeagent.engines._openai_compatible import OpenAiCompatibleAdapter
-from nodeagent.engines._probe_only import ProbeOnlyAdapter
+from nodeagent.engines._piper import PiperAdapter
 from nodeagent.engines._sana import SanaAdapter
+from nodeagent.engines._speaches import SpeachesAdapter
 from nodeagent.engines._vllm import VllmAdapter
 from nodeagent.engines._worker import WorkerAdapter, WorkerMemory
+from nodeagent.engines._xtts import XttsAdapter
 
 __all__ = [
     "DEEPEST_LEVEL",
@@ -49,17 +51,19 @@ __all__ = [
     "OllamaAdapter",
     "OllamaModel",
     "OpenAiCompatibleAdapter",
+    "PiperAdapter",
     "Probe",
-    "ProbeOnlyAdapter",
     "PullControl",
     "PullProgress",
     "RunKind",
     "SanaAdapter",
     "ShrinkControl",
     "SleepControl",
+    "SpeachesAdapter",
     "VllmAdapter",
     "VoiceControl",
     "WorkerAdapter",
     "WorkerMemory",
+    "XttsAdapter",
     "adapter_for",
 ]

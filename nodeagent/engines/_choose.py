@@ -9,9 +9,11 @@ from nodeagent.engines._llama_router import LlamaRouterAdapter
 from nodeagent.engines._llamacpp import LlamaCppAdapter
 from nodeagent.engines._ollama import OllamaAdapter
 from nodeagent.engines._openai_compatible import OpenAiCompatibleAdapter
-from nodeagent.engines._probe_only import ProbeOnlyAdapter
+from nodeagent.engines._piper import PiperAdapter
 from nodeagent.engines._sana import SanaAdapter
+from nodeagent.engines._speaches import SpeachesAdapter
 from nodeagent.engines._vllm import VllmAdapter
+from nodeagent.engines._xtts import XttsAdapter
 from rung.errors import NotImplementedYetError
 from rung.service import EngineClient
 from rung.types import (
@@ -24,15 +26,9 @@ from rung.types import (
     VllmEngine,
 )
 
-#: By dialect, a route that answers 200 when the server is ready.
-_SERVICE_HEALTH = {"speaches": "/health", "piper": "/voices", "xtts": "/languages"}
-
 
 def adapter_for(engine: Engine, client: EngineClient) -> EngineAdapter:
     """The adapter that speaks the engine's dialect.
-
-    Services that somebody else runs can be probed, and no more. Starting one raises NotImplementedYetError
-    from `command_line`.
 
     Raises:
         NotImplementedYetError: a service with an unknown dialect.
@@ -52,8 +48,11 @@ def adapter_for(engine: Engine, client: EngineClient) -> EngineAdapter:
             return Hunyuan3dAdapter(client)
         case ServiceEngine(dialect="sana"):
             return SanaAdapter(client)
+        case ServiceEngine(dialect="speaches"):
+            return SpeachesAdapter(client)
+        case ServiceEngine(dialect="piper"):
+            return PiperAdapter(client)
+        case ServiceEngine(dialect="xtts"):
+            return XttsAdapter(client)
         case ServiceEngine(dialect=dialect):
-            health_path = _SERVICE_HEALTH.get(dialect)
-            if health_path is None:
-                raise NotImplementedYetError(f"this version knows no engine of the dialect {dialect!r}")
-            return ProbeOnlyAdapter(client, name=dialect, health_path=health_path)
+            raise NotImplementedYetError(f"this version knows no engine of the dialect {dialect!r}")

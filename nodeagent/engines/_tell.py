@@ -25,3 +25,10 @@ async def tell(
                 return Answer(reply.status, await reply.read())
     except TimeoutError as error:
         raise EngineTimeoutError(f"{what} has not answered {path} within {timeout_s:g} s") from error
+
+
+async def drop(client: EngineClient, base_url: str, path: str, *, what: str, timeout_s: float) -> Answer:
+    """DELETE, and read the answer to its end. As `tell`."""
+    reply = await client.delete(base_url.rstrip("/") + path, what=what, timeout_s=timeout_s)
+    async with reply:
+        return Answer(reply.status, await reply.read())

@@ -16,9 +16,11 @@ from nodeagent.engines import (
     LoadProgress,
     OllamaAdapter,
     OpenAiCompatibleAdapter,
-    ProbeOnlyAdapter,
+    PiperAdapter,
     RunKind,
+    SpeachesAdapter,
     VllmAdapter,
+    XttsAdapter,
     adapter_for,
 )
 from rung.errors import EngineUnreachableError, InvalidRequestError, NotImplementedYetError
@@ -29,7 +31,6 @@ from rung.types import (
     DockerRuntime,
     Engine,
     EngineSpec,
-    ExternalRuntime,
     LlamaCppEngine,
     LlamaCppServer,
     Mount,
@@ -188,19 +189,13 @@ async def test_a_generic_server_is_told_its_port_by_the_environment(client: Engi
         (VllmEngine(model="m"), VllmAdapter),
         (OllamaEngine(model="m"), OllamaAdapter),
         (ComfyUiEngine(), ComfyUiAdapter),
-        (ServiceEngine(dialect="piper"), ProbeOnlyAdapter),
+        (ServiceEngine(dialect="speaches"), SpeachesAdapter),
+        (ServiceEngine(dialect="piper"), PiperAdapter),
+        (ServiceEngine(dialect="xtts"), XttsAdapter),
     ],
 )
 async def test_each_engine_has_its_adapter(client: EngineClient, engine: Engine, kind: type[object]) -> None:
     assert isinstance(adapter_for(engine, client), kind)
-
-
-async def test_what_cannot_be_started_yet_says_so(client: EngineClient) -> None:
-    engine = ServiceEngine(dialect="speaches")
-    adapter = adapter_for(engine, client)
-
-    with pytest.raises(NotImplementedYetError, match="d1: this version cannot start speaches"):
-        adapter.command_line(spec_of(engine), listen_host="127.0.0.1", listen_port=1)
 
 
 async def test_an_unknown_dialect_has_no_adapter(client: EngineClient) -> None:
@@ -432,18 +427,6 @@ async def test_a_key_that_is_configured_but_not_set_is_unwell(client: EngineClie
 
     assert probe.health is EngineHealth.UNWELL
     assert "ENGINE_KEY" in probe.detail
-
-
-async def test_engines_without_openai_routes_can_be_probed_only(client: EngineClient) -> None:
-    app = web.Application()
-    route(app, "/voices", body={})
-    spec = spec_of(ServiceEngine(dialect="piper"), ExternalRuntime(base_url="http://127.0.0.1:1"))
-    adapter = adapter_for(spec.engine.engine, client)
-
-    async with served(app) as url:
-        assert (await adapter.probe(url, spec)).health is EngineHealth.READY
-    with pytest.raises(InvalidRequestError, match="piper has no route"):
-        adapter.run("http://127.0.0.1:1", spec, RunKind.EMBEDDINGS, b"{}", idle_timeout_s=1)
 
 
 # Generations.

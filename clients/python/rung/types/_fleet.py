@@ -299,14 +299,14 @@ class EngineSpec(Struct, frozen=True, kw_only=True):
 #: Requests that an engine serves at once unless it was said; one that makes images has one GPU for each.
 LLM_SLOTS = 16
 IMAGE_SLOTS = 1
-#: Services that have one GPU for each picture or mesh.
-_PAINTERS = frozenset({"hunyuan3d", "sana"})
+#: Services that do one thing at a time.
+_SERIAL = frozenset({"hunyuan3d", "sana", "xtts"})
 
 
 def default_slots(engine: Engine) -> int:
     """How many requests an engine serves at once if nobody says."""
-    paints = isinstance(engine, ServiceEngine) and engine.dialect in _PAINTERS
-    return IMAGE_SLOTS if paints or isinstance(engine, ComfyUiEngine) else LLM_SLOTS
+    serial = isinstance(engine, ServiceEngine) and engine.dialect in _SERIAL
+    return IMAGE_SLOTS if serial or isinstance(engine, ComfyUiEngine) else LLM_SLOTS
 
 
 class DeploymentSpec(Struct, frozen=True, kw_only=True):
