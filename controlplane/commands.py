@@ -12,6 +12,7 @@ from typing import Annotated, Literal, TypeAlias
 import typer
 
 from rung.cli import ExitCode, default_state_dir, make_console
+from rung.cli.views import print_workflow
 from rung.errors import ConfigError
 
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
@@ -245,6 +246,12 @@ def check(
         raise typer.Exit(ExitCode.FAILED) from None
     server = loaded.server
     counts = f"{_count(len(loaded.nodes), 'node')}, {_count(len(loaded.deployment_specs()), 'deployment')}"
+    problems = loaded.images.workflows().problems
+    if problems:
+        # A server starts all the same, without these.
+        for problem in problems:
+            typer.echo(str(problem), err=True)
+        raise typer.Exit(ExitCode.FAILED)
     typer.echo(f"{path}: OK: {counts}; gRPC {server.grpc_port}, HTTP {server.http_port}")
 
 
@@ -279,6 +286,35 @@ def init(
         typer.echo(f"error: {file} is there already; --force replaces it", err=True)
         raise typer.Exit(ExitCode.FAILED) from None
     typer.echo(f"wrote {file}; next: edit it, `rung config check {file}`, `rung serve --config {file}`")
+
+
+def check_workflow(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Graphs in ComfyUI's API format.")],
+) -> None:
+    """Say whether workflows of your own can be used, and if not, why.
+
+    A `NAME.yaml` beside `NAME.json` is looked at, too. What nodes and models ComfyUI has is not: it says
+    so itself when the workflow is run.
+
+    Example: `rung workflow check workflows/*.json`
+    """
+    from controlplane.workflows import read_file, remarks
+
+    out = make_console()
+    failed = False
+    for file in files:
+        try:
+            template = read_file(file)
+        except ValueError as error:
+            failed = True
+            typer.echo(f"{file}: {error}", err=True)
+            continue
+        typer.echo(f"{file}: OK")
+        for remark in remarks(template):
+            typer.echo(f"  note: {remark}")
+        print_workflow(out, template.listed())
+    if failed:
+        raise typer.Exit(ExitCode.FAILED)
 
 
 def find_config() -> Path | None:

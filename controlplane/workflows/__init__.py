@@ -6,6 +6,7 @@ Pure, but for reading templates from files.
 from controlplane.workflows._build import build
 from controlplane.workflows._effort import image_effort
 from controlplane.workflows._folder import Problem, read_file
+from controlplane.workflows._read import remarks
 from controlplane.workflows._template import Parameter, ParameterType, Template, Variant
 from controlplane.workflows._tiers import DEFAULT_TIERS, Tier, find_tier, tier_of_effort
 from controlplane.workflows._workflows import Workflows
@@ -23,5 +24,6 @@ __all__ = [
     "find_tier",
     "image_effort",
     "read_file",
+    "remarks",
     "tier_of_effort",
 ]

@@ -146,6 +146,19 @@ def user_template(name: str, graph: object, sidecar: object = None) -> Template:
     )
 
 
+def remarks(template: Template) -> tuple[str, ...]:
+    """What a user may not have meant, though the template can be used."""
+    places = template.places()
+    found = []
+    if "prompt" not in places:
+        found.append("no prompt goes into it; write {{prompt}} where one should")
+    if "seed" not in places:
+        found.append(
+            "the seed is fixed: ComfyUI gives the same result again; write {{seed}} where one should be"
+        )
+    return tuple(found)
+
+
 def _checked_graph(graph: object) -> Graph:
     if not isinstance(graph, dict):
         raise ValueError("is no graph: a JSON object of nodes by id is wanted")

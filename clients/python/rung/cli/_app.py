@@ -14,6 +14,7 @@ from rung.cli import (
     _chat,
     _deployments,
     _doctor,
+    _image,
     _jobs,
     _leases,
     _models,
@@ -21,6 +22,7 @@ from rung.cli import (
     _profiles,
     _routes,
     _status,
+    _workflows,
 )
 from rung.cli._failures import DEBUG_VARIABLE, ExitCode, Failure, failure_of, wants_debug
 from rung.cli._plugins import add_plugins, install_words
@@ -112,9 +114,11 @@ def build_app() -> typer.Typer:
     app.callback(invoke_without_command=True, epilog=_EPILOG)(_root)
     for commands in (
         _chat,
+        _image,
         _status,
         _models,
         _routes,
+        _workflows,
         _jobs,
         _deployments,
         _nodes,

@@ -16,7 +16,9 @@ _PANEL = "Servers"
 _EXTRAS = {"agent": "agent", "demo": "server,agent", "up": "server,agent"}
 
 
-def add_plugins(app: typer.Typer, found: Iterable[EntryPoint] | None = None) -> None:
+def add_plugins(
+    app: typer.Typer, found: Iterable[EntryPoint] | None = None, *, panel: str | None = _PANEL
+) -> None:
     """Add every command of the entry-point group; one that cannot be imported says what it needs."""
     entries = entry_points(group=GROUP) if found is None else found
     for entry in sorted(entries, key=lambda entry: entry.name):
@@ -27,15 +29,15 @@ def add_plugins(app: typer.Typer, found: Iterable[EntryPoint] | None = None) -> 
             app.command(
                 entry.name,
                 help=f"Needs {install_words(entry.name)}.",
-                rich_help_panel=_PANEL,
+                rich_help_panel=panel,
                 add_help_option=False,
                 context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
             )(command)
             continue
         if isinstance(command, typer.Typer):
-            app.add_typer(command, name=entry.name, rich_help_panel=_PANEL)
+            app.add_typer(command, name=entry.name, rich_help_panel=panel)
         else:
-            app.command(entry.name, rich_help_panel=_PANEL)(command)
+            app.command(entry.name, rich_help_panel=panel)(command)
 
 
 def install_words(command: str) -> str:

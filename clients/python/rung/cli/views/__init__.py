@@ -13,6 +13,7 @@ from rung.cli.views._profiles import print_profile, print_switch_plan, profiles_
 from rung.cli.views._reclaim import leases_table, print_reclaim, wait_words
 from rung.cli.views._routes import print_route
 from rung.cli.views._words import format_age, format_bytes, format_duration, format_part, printable
+from rung.cli.views._workflows import print_workflow, workflows_table
 
 __all__ = [
     "Answer",
@@ -36,6 +37,7 @@ __all__ = [
     "print_reclaim",
     "print_route",
     "print_switch_plan",
+    "print_workflow",
     "printable",
     "profiles_view",
     "progress_words",
@@ -48,4 +50,5 @@ __all__ = [
     "vram_legend",
     "vram_shares",
     "wait_words",
+    "workflows_table",
 ]
