@@ -54,7 +54,9 @@ class LadderAsk:
         body = msgspec.json.encode(
             {
                 "model": model,
-                "messages": messages,
+                "messages": [
+                    Message(each.role, each.content.encode(errors="replace").decode()) for each in messages
+                ],
                 "temperature": 0,
                 "max_tokens": most_tokens,
                 "stream": False,
