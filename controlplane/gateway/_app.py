@@ -18,6 +18,7 @@ from controlplane.gateway._generate_stream import GenerateStreamRoutes
 from controlplane.gateway._generations import Follower
 from controlplane.gateway._images import ImageRoutes
 from controlplane.gateway._jobs import JobRoutes
+from controlplane.gateway._meshes import MeshRoutes
 from controlplane.gateway._openai import OpenAiRoutes
 from controlplane.gateway._workflows import WorkflowRoutes
 from controlplane.jobs import Jobs
@@ -74,6 +75,7 @@ class Gateway:
                 web.post("/v1/images/generations", image_routes.generations),
                 web.post("/v1/images/edits", image_routes.edits),
                 web.post("/v1/images/variations", image_routes.variations),
+                web.post("/v1/meshes", MeshRoutes(follower, artifacts).create),
                 web.post("/generate/stream", GenerateStreamRoutes(follower, artifacts).stream),
                 web.get("/v1/models", openai.models),
                 web.get("/v1/models/{model:.+}", openai.model),
