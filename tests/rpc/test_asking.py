@@ -94,8 +94,8 @@ class Asked:
         )
 
     async def asks(self, **how: Any) -> Answer:
-        how = {"local_only": True, "priority": Priority.AGENT, "effort": 2} | how
-        return await self.ask(QUESTION, **how)
+        fields: dict[str, Any] = {"local_only": True, "priority": Priority.AGENT, "effort": 2} | how
+        return await self.ask(QUESTION, **fields)
 
 
 @pytest.fixture
