@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractAsyncContextManager
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager, aclosing
 from typing import TypeVar
 
 import msgspec
@@ -12,16 +14,21 @@ from nodeagent.engines._base import (
     CommandLine,
     EngineHealth,
     EngineStream,
+    Generation,
     LoadProgress,
     Probe,
     RunKind,
 )
+from nodeagent.engines._comfyui_generate import ComfyUiPace, NodeClasses, PromptRun
+from nodeagent.engines._comfyui_http import ComfyUiHttp
+from nodeagent.engines._comfyui_stop import stop_prompt
 from nodeagent.engines._loading import milestone, recognise
 from nodeagent.engines._openai_relay import Answer, ask, guarded
 from nodeagent.engines._tell import tell
+from rung.codec import GenerationEvent
 from rung.errors import EngineFailedError, EngineProtocolError, InvalidRequestError
 from rung.service import EngineClient
-from rung.types import ComfyUiEngine, DeploymentSpec
+from rung.types import ComfyUiEngine, DeploymentSpec, WorkflowInput
 
 _T = TypeVar("_T")
 _GIB = 1024**3
@@ -78,14 +85,22 @@ class _Queue(Struct):
 
 
 class ComfyUiAdapter:
-    """Starts ComfyUI, tells how it is, and has it give back its memory. It knows no generations yet.
+    """Starts ComfyUI, tells how it is, carries graphs to it, and has it give back its memory.
 
     Arguments are those of `main.py`: that the executable is a Python with this script is for the agent's
     allow-list, or the image's entry point, to say.
+
+    Args:
+        client: connections to engines.
+        pace: how often a generation is looked at.
     """
 
-    def __init__(self, client: EngineClient) -> None:
+    def __init__(self, client: EngineClient, *, pace: ComfyUiPace | None = None) -> None:
         self._client = client
+        self._pace = pace or ComfyUiPace()
+        #: What was learnt of the ComfyUI that listens at a URL.
+        self._classes = ("", NodeClasses())
+        self._stopping: set[asyncio.Task[None]] = set()
 
     def command_line(self, spec: DeploymentSpec, *, listen_host: str, listen_port: int) -> CommandLine:
         """See `EngineAdapter.command_line`.
@@ -96,7 +111,8 @@ class ComfyUiAdapter:
         engine = spec.engine.engine
         if not isinstance(engine, ComfyUiEngine):
             raise InvalidRequestError(f"{spec.id} is not a ComfyUI deployment", deployment=spec.id)
-        arguments = ["--listen", listen_host, "--port", str(listen_port)]
+        # Its cheapest previews cost a multiplication a step, and only this makes older versions send any.
+        arguments = ["--listen", listen_host, "--port", str(listen_port), "--preview-method", "auto"]
         if engine.reserve_vram_bytes:
             # What it calls GB is GiB.
             arguments += ["--reserve-vram", f"{engine.reserve_vram_bytes / _GIB:.3f}"]
@@ -116,6 +132,57 @@ class ComfyUiAdapter:
     ) -> AbstractAsyncContextManager[EngineStream]:
         """Always raises InvalidRequestError: the engine has none of OpenAI's routes."""
         raise InvalidRequestError(f"{spec.id}: ComfyUI has no route for {kind}", deployment=spec.id)
+
+    async def generate(
+        self, base_url: str, spec: DeploymentSpec, generation: Generation
+    ) -> AsyncGenerator[GenerationEvent, None]:
+        """See `GenerateControl.generate`: a graph, in ComfyUI's API format.
+
+        A graph waits in ComfyUI's queue for as long as ComfyUI answers; the idle timeout is for one that
+        runs, and of which nothing is told.
+        """
+        wanted = generation.input
+        if not isinstance(wanted, WorkflowInput):
+            raise InvalidRequestError(
+                f"{spec.id}: ComfyUI carries out workflows, and this is none", deployment=spec.id
+            )
+        async with ComfyUiHttp(base_url, spec.id) as http:
+            run = PromptRun(
+                http,
+                self._classes_at(base_url),
+                wanted,
+                idle_timeout_s=generation.idle_timeout_s,
+                pace=self._pace,
+            )
+            try:
+                await run.prepare()
+                async with aclosing(run.events()) as events:
+                    async for event in events:
+                        yield event
+            finally:
+                if run.open:
+                    await self._stop(base_url, spec, run)
+
+    def _classes_at(self, base_url: str) -> NodeClasses:
+        if self._classes[0] != base_url:
+            self._classes = (base_url, NodeClasses())
+        return self._classes[1]
+
+    async def _stop(self, base_url: str, spec: DeploymentSpec, run: PromptRun) -> None:
+        """Have ComfyUI give up a prompt; it is seen to also if who waits for this is gone."""
+        stopping = asyncio.create_task(
+            stop_prompt(
+                base_url,
+                spec.id,
+                prompt_id=run.prompt_id,
+                client_id=run.client_id,
+                patience_s=self._pace.stop_patience_s,
+                pause_s=self._pace.stop_pause_s,
+            )
+        )
+        self._stopping.add(stopping)
+        stopping.add_done_callback(self._stopping.discard)
+        await asyncio.shield(stopping)
 
     async def free(self, base_url: str, spec: DeploymentSpec) -> None:
         """Ask for the memory of its models. It takes note at once and acts when no prompt runs.

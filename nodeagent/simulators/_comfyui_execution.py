@@ -7,10 +7,12 @@ import time
 from collections.abc import Awaitable, Mapping
 from typing import Any, Protocol
 
+import msgspec
 from msgspec import Struct
 
-from nodeagent.simulators._comfyui_graph import Graph, execution_order, signature, source_of
+from nodeagent.simulators._comfyui_graph import Graph, execution_order, loaded_by, sampled_steps, signature
 from nodeagent.simulators._comfyui_models import ModelCache
+from nodeagent.simulators._comfyui_pictures import Picture, picture_of, png
 from nodeagent.simulators._faults import Fault, Faults
 from nodeagent.simulators._http import Counters
 from nodeagent.simulators._memory import SimulatedOutOfMemory
@@ -24,6 +26,10 @@ _STEP_S = 0.12
 _NODE_S = 0.1
 #: Sampling a megapixel takes so much beside the weights.
 _WORK_BYTES_PER_MEGAPIXEL = _GIB
+_PREVIEW = Picture(width_pixels=64, height_pixels=64, colour=0x808080)
+#: What a model takes of which nothing is known.
+_OTHER_MODEL_BYTES = 4 * _GIB
+_MOVING = {"SaveAnimatedWEBP": ".webp", "SaveWEBM": ".webm"}
 #: So long after a prompt PyTorch gives back what it keeps, if nothing comes.
 _EMPTY_CACHE_S = 10.0
 
@@ -56,6 +62,16 @@ class Send(Protocol):
         ...
 
 
+class SendPreview(Protocol):
+    """Tells a client of a picture of what is there."""
+
+    def __call__(
+        self, picture: bytes, place: Mapping[str, Any], client_id: str | None, *, first: bool
+    ) -> Awaitable[None]:
+        """Send it, `first` to those that want to know whose it is: they get it before the step's progress."""
+        ...
+
+
 class _InterruptedError(Exception):
     """The prompt is not to go on."""
 
@@ -70,6 +86,9 @@ class Execution:
         faults: those that are on.
         counters: what it did.
         send: tells clients.
+        send_preview: tells clients of previews.
+        files: what was uploaded, and what is written, by folder and by name in it.
+        previews: send them, unless a prompt says otherwise.
     """
 
     def __init__(
@@ -81,7 +100,13 @@ class Execution:
         faults: Faults,
         counters: Counters,
         send: Send,
+        send_preview: SendPreview,
+        files: Mapping[str, dict[str, bytes]],
+        previews: bool,
     ) -> None:
+        self._send_preview = send_preview
+        self._files = files
+        self._previews = previews
         self._models = models
         self._checkpoints = checkpoints
         self._settings = settings
@@ -116,8 +141,10 @@ class Execution:
 
     async def drop(self, wanted: set[str] | None) -> None:
         """Take prompts that wait out of the queue, all if none are named. Nothing remains of them."""
-        self.pending = [] if wanted is None else [it for it in self.pending if it.prompt_id not in wanted]
-        await self._tell_status()
+        kept = [] if wanted is None else [item for item in self.pending if item.prompt_id not in wanted]
+        if wanted is None or len(kept) < len(self.pending):
+            self.pending = kept
+            await self._tell_status()
 
     def interrupt(self, prompt_id: str | None) -> None:
         """Have the running prompt stop at its next step; only that one, if it is named."""
@@ -207,7 +234,9 @@ class Execution:
         known = {node_id for node_id in order if signatures[node_id] in self._results}
         results = {signatures[node_id]: self._results[signatures[node_id]] for node_id in known}
         self._results = results
-        await run.message("execution_cached", {"nodes": sorted(known)})
+        await run.message(
+            "execution_cached", {"nodes": [node_id for node_id in item.graph if node_id in known]}
+        )
         for node_id in order:
             sign = signatures[node_id]
             if node_id not in known:
@@ -228,37 +257,42 @@ class Execution:
         graph = run.item.graph
         node = graph[node_id]
         inputs = node["inputs"]
+        picture = picture_of(graph, node_id, self._files["input"])
         match node["class_type"]:
             case "CheckpointLoaderSimple":
                 await asyncio.sleep(load_time_s(inputs["ckpt_name"], self._settings))
-            case "KSampler":
-                await self._sample(run, node_id)
+            case "KSampler" | "KSamplerAdvanced" | "SamplerCustom":
+                await self._sample(run, node_id, picture)
             case "SaveImage":
-                return self._picture(inputs["filename_prefix"], "output")
+                return self._written(inputs["filename_prefix"], "output", picture)
             case "PreviewImage":
-                return self._picture("ComfyUI_temp", "temp")
+                return self._written("ComfyUI_temp", "temp", picture)
+            case "SaveAnimatedWEBP" | "SaveWEBM" as moving:
+                whole = msgspec.structs.replace(picture, count=1)
+                shown = self._written(inputs["filename_prefix"], "output", whole, suffix=_MOVING[moving])
+                return {**shown, "animated": [True]}
             case _:
                 await asyncio.sleep(_NODE_S / self._settings.speed)
         return None
 
-    async def _sample(self, run: _Run, node_id: str) -> None:
+    async def _sample(self, run: _Run, node_id: str, picture: Picture) -> None:
         graph = run.item.graph
-        name = source_of(graph, node_id, "model")["ckpt_name"]
-        latent = source_of(graph, node_id, "latent_image")
-        # A latent that was sampled before is as large as the one that it was made of.
-        megapixels = latent.get("width", 1024) * latent.get("height", 1024) / 2**20
-        megapixels *= latent.get("batch_size", 1)
-        self._models.load(name, self._checkpoints[name])
+        name = loaded_by(graph, node_id)
+        megapixels = picture.megapixels
+        self._models.load(name, self._checkpoints.get(name, _OTHER_MODEL_BYTES))
         self._models.work(int(_WORK_BYTES_PER_MEGAPIXEL * megapixels))
         try:
             await self._faults.wait_until_off(Fault.HANG)
-            steps = int(graph[node_id]["inputs"]["steps"])
+            steps = sampled_steps(graph, node_id)
+            shown = png(_PREVIEW) if self._shows_previews(run.item) else b""
             for step in range(1, steps + 1):
                 if self._interrupted:
                     raise _InterruptedError
                 await asyncio.sleep(_STEP_S * megapixels / self._settings.speed)
                 await run.progress(step, steps, "running")
+                await self._preview(run, shown, first=True)
                 await run.step(step, steps)
+                await self._preview(run, shown, first=False)
         finally:
             self._models.rest()
 
@@ -280,10 +314,25 @@ class Execution:
         await run.message("execution_error", {**run.place(), **details})
         say("Got an OOM, unloading all loaded models.")
 
-    def _picture(self, prefix: str, kind: str) -> dict[str, Any]:
-        self._saved += 1
-        name = f"{prefix}_{self._saved:05d}_.png"
-        return {"images": [{"filename": name, "subfolder": "", "type": kind}]}
+    def _shows_previews(self, item: Item) -> bool:
+        wanted = item.extra_data.get("preview_method", "default")
+        return self._previews if wanted == "default" else wanted != "none"
+
+    async def _preview(self, run: _Run, picture: bytes, *, first: bool) -> None:
+        if picture:
+            place = {"node_id": run.node, "display_node_id": run.node, "prompt_id": run.item.prompt_id}
+            await self._send_preview(picture, place, run.item.client_id, first=first)
+
+    def _written(self, prefix: str, kind: str, picture: Picture, *, suffix: str = ".png") -> dict[str, Any]:
+        """Pictures in a folder, as an output node shows them; a prefix may begin with folders."""
+        subfolder, _, name = prefix.rpartition("/")
+        rows = []
+        for _ in range(picture.count):
+            self._saved += 1
+            filename = f"{name}_{self._saved:05d}_{suffix}"
+            self._files[kind][f"{subfolder}/{filename}" if subfolder else filename] = png(picture)
+            rows.append({"filename": filename, "subfolder": subfolder, "type": kind})
+        return {"images": rows}
 
     async def _tell_status(self) -> None:
         status = {"exec_info": {"queue_remaining": self.remaining}}

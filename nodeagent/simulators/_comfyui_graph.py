@@ -2,48 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeAlias
 
 import msgspec
 from msgspec import Struct
 
+from nodeagent.simulators._comfyui_nodes import Choice, Link, NodeKind, Number
+
 Graph: TypeAlias = Mapping[str, Any]
-
-_SAMPLERS = ("euler", "euler_ancestral", "dpmpp_2m", "dpmpp_sde", "ddim", "uni_pc")
-_SCHEDULERS = ("simple", "sgm_uniform", "karras", "normal", "beta")
-
-
-class Link(Struct, frozen=True):
-    """An input that another node gives."""
-
-    type: str
-
-
-class Number(Struct, frozen=True):
-    """An input that is a number."""
-
-    type: str
-    minimum: float
-    maximum: float
-
-
-class Text(Struct, frozen=True):
-    """An input that is any text."""
-
-
-class Choice(Struct, frozen=True):
-    """An input that is one of a list."""
-
-    values: tuple[str, ...]
-
-
-class NodeKind(Struct, frozen=True):
-    """A class of nodes: what it takes, and the types that it gives."""
-
-    inputs: dict[str, Link | Number | Text | Choice]
-    outputs: tuple[str, ...] = ()
-    is_output: bool = False
 
 
 class Validation(Struct, frozen=True):
@@ -54,55 +21,23 @@ class Validation(Struct, frozen=True):
     node_errors: dict[str, dict[str, Any]] = {}
 
 
-def node_kinds(checkpoints: tuple[str, ...]) -> dict[str, NodeKind]:
-    """The nodes of a text-to-image graph, and those of a graph without weights."""
-    size = Number("INT", 16, 16384)
-    batch = Number("INT", 1, 4096)
-    return {
-        "CheckpointLoaderSimple": NodeKind({"ckpt_name": Choice(checkpoints)}, ("MODEL", "CLIP", "VAE")),
-        "CLIPTextEncode": NodeKind({"text": Text(), "clip": Link("CLIP")}, ("CONDITIONING",)),
-        "EmptyLatentImage": NodeKind({"width": size, "height": size, "batch_size": batch}, ("LATENT",)),
-        "KSampler": NodeKind(
-            {
-                "model": Link("MODEL"),
-                "seed": Number("INT", 0, 2**64 - 1),
-                "steps": Number("INT", 1, 10_000),
-                "cfg": Number("FLOAT", 0.0, 100.0),
-                "sampler_name": Choice(_SAMPLERS),
-                "scheduler": Choice(_SCHEDULERS),
-                "positive": Link("CONDITIONING"),
-                "negative": Link("CONDITIONING"),
-                "latent_image": Link("LATENT"),
-                "denoise": Number("FLOAT", 0.0, 1.0),
-            },
-            ("LATENT",),
-        ),
-        "VAEDecode": NodeKind({"samples": Link("LATENT"), "vae": Link("VAE")}, ("IMAGE",)),
-        "EmptyImage": NodeKind(
-            {
-                "width": Number("INT", 1, 16384),
-                "height": Number("INT", 1, 16384),
-                "batch_size": batch,
-                "color": Number("INT", 0, 0xFFFFFF),
-            },
-            ("IMAGE",),
-        ),
-        "SaveImage": NodeKind({"images": Link("IMAGE"), "filename_prefix": Text()}, is_output=True),
-        "PreviewImage": NodeKind({"images": Link("IMAGE")}, is_output=True),
-    }
+def validate(graph: Graph, kinds: Mapping[str, NodeKind], files: Collection[str] = ()) -> Validation:
+    """Look at a graph as `POST /prompt` does. Outputs that are well are executed, others skipped.
 
-
-def validate(graph: Graph, kinds: Mapping[str, NodeKind]) -> Validation:
-    """Look at a graph as `POST /prompt` does. Outputs that are well are executed, others skipped."""
+    Args:
+        graph: by the ids of its nodes.
+        kinds: the classes that there are.
+        files: what was uploaded, as graphs name it.
+    """
     for node_id, node in graph.items():
         class_type = node.get("class_type") if isinstance(node, dict) else None
         if class_type not in kinds:
             return Validation(
                 error=_error(
-                    "missing_node_type",
-                    f"Node '{class_type}' not found. The custom node may not be installed.",
+                    "invalid_prompt",
+                    f"Cannot execute because node {class_type} does not exist.",
                     f"Node ID '#{node_id}'",
-                    {"node_id": node_id, "class_type": class_type},
+                    {},
                 )
             )
     outputs = [node_id for node_id, node in graph.items() if kinds[node["class_type"]].is_output]
@@ -111,7 +46,7 @@ def validate(graph: Graph, kinds: Mapping[str, NodeKind]) -> Validation:
     node_errors: dict[str, dict[str, Any]] = {}
     good = []
     for output in outputs:
-        found = _Check(graph, kinds).errors_below(output)
+        found = _Check(graph, kinds, files).errors_below(output)
         if not found:
             good.append(output)
         for node_id, errors in found.items():
@@ -120,10 +55,11 @@ def validate(graph: Graph, kinds: Mapping[str, NodeKind]) -> Validation:
             node_errors.setdefault(node_id, entry)["dependent_outputs"].append(output)
     if good:
         return Validation(outputs=tuple(good), node_errors=node_errors)
+    # Only what is wrong with the outputs themselves.
     details = "\n".join(
-        f"* {entry['class_type']} {node_id}: {error['message']}: {error['details']}"
-        for node_id, entry in node_errors.items()
-        for error in entry["errors"]
+        f"{error['message']}: {error['details']}"
+        for node_id in outputs
+        for error in node_errors.get(node_id, {"errors": []})["errors"]
     )
     error = _error("prompt_outputs_failed_validation", "Prompt outputs failed validation", details, {})
     return Validation(error=error, node_errors=node_errors)
@@ -132,8 +68,9 @@ def validate(graph: Graph, kinds: Mapping[str, NodeKind]) -> Validation:
 class _Check:
     """Looks at everything that one output depends on."""
 
-    def __init__(self, graph: Graph, kinds: Mapping[str, NodeKind]) -> None:
+    def __init__(self, graph: Graph, kinds: Mapping[str, NodeKind], files: Collection[str]) -> None:
         self._graph = graph
+        self._files = files
         self._kinds = kinds
         self._path: list[str] = []
         self._seen: set[str] = set()
@@ -150,8 +87,11 @@ class _Check:
             self._seen.add(node_id)
             node = self._graph[node_id]
             given = node.get("inputs", {})
-            for name, wanted in self._kinds[node["class_type"]].inputs.items():
+            kind = self._kinds[node["class_type"]]
+            for name, wanted in kind.inputs.items():
                 if name not in given:
+                    if name in kind.optional:
+                        continue
                     self._say(node_id, name, "required_input_missing", "Required input is missing", name)
                 elif isinstance(given[name], list):
                     self._link(node_id, name, given[name], wanted)
@@ -186,6 +126,11 @@ class _Check:
             case Link():
                 message = "Bad linked input, must be a length-2 list of [node_id, slot_index]"
                 self._say(node_id, name, "bad_linked_input", message, name)
+            case Choice(values=values, uploaded=uploaded) if uploaded:
+                if value not in values and value not in self._files:
+                    details = f"image - Invalid image file: {value}"
+                    message = "Custom validation failed for node"
+                    self._say(node_id, name, "custom_validation_failed", message, details)
             case Choice(values=values) if value not in values:
                 details = f"{name}: '{value}' not in {list(values)}"
                 self._say(node_id, name, "value_not_in_list", "Value not in list", details)
@@ -240,7 +185,20 @@ def signature(graph: Graph, node_id: str) -> str:
     return msgspec.json.encode([node["class_type"], inputs]).decode()
 
 
-def source_of(graph: Graph, node_id: str, name: str) -> Mapping[str, Any]:
-    """The inputs of the node that gives an input."""
-    found: Mapping[str, Any] = graph[graph[node_id]["inputs"][name][0]]["inputs"]
-    return found
+def loaded_by(graph: Graph, node_id: str) -> str:
+    """The name of the model that a sampler uses, whatever is between them."""
+    while True:
+        inputs = graph[node_id]["inputs"]
+        for name in ("ckpt_name", "unet_name"):
+            if name in inputs:
+                return str(inputs[name])
+        node_id = inputs["model"][0]
+
+
+def sampled_steps(graph: Graph, node_id: str) -> int:
+    """How many steps a sampler takes."""
+    inputs = graph[node_id]["inputs"]
+    if "sigmas" in inputs:
+        inputs = graph[inputs["sigmas"][0]]["inputs"]
+    steps = int(inputs["steps"])
+    return max(min(int(inputs.get("end_at_step", steps)), steps) - int(inputs.get("start_at_step", 0)), 0)

@@ -38,6 +38,8 @@ class Fault(StrEnum):
     SLEEP_FREES_LITTLE = "sleep_frees_little"
     #: Die of being put to sleep while a request runs.
     CRASH_WHEN_SLEPT_BUSY = "crash_when_slept_busy"
+    #: Accept whoever wants to be told of generations, and tell nothing.
+    TELLS_NOTHING = "tells_nothing"
     #: Wait before waking.
     SLOW_WAKE = "slow_wake"
 

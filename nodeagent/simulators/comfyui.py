@@ -2,7 +2,8 @@
 
 It takes a part of the options of ComfyUI's `main.py`, opens its port when it is ready, and executes graphs of
 a few nodes as the real one does, except that no picture is painted. `RUNG_SIM_CHECKPOINTS` lists its
-checkpoints as `name=bytes`, separated by commas; by default there is one for each tier of image. See
+checkpoints as `name=bytes`, separated by commas; by default there is one for each tier of image.
+`RUNG_SIM_MODELS` lists the names of its other models: every folder of models has them all. See
 `_settings` for the rest of the environment; `RUNG_SIM_LOAD_S` is the time to start and to read a checkpoint.
 """
 
@@ -10,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import mimetypes
 import os
+import struct
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
@@ -21,8 +24,9 @@ import msgspec
 from aiohttp import web
 
 from nodeagent.simulators._comfyui_execution import Execution, Item
-from nodeagent.simulators._comfyui_graph import node_kinds, validate
+from nodeagent.simulators._comfyui_graph import validate
 from nodeagent.simulators._comfyui_models import ModelCache
+from nodeagent.simulators._comfyui_nodes import node_kinds
 from nodeagent.simulators._faults import Fault, Faults, parse_faults
 from nodeagent.simulators._http import Counters, json_response
 from nodeagent.simulators._memory import GpuMemory, SimulatedOutOfMemory, gpu_memory_from
@@ -51,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--reserve-vram", type=float, default=0.4, help="GiB")
     for folder in ("output", "input", "temp", "base"):
         add(f"--{folder}-directory", default="")
+    add("--preview-method", choices=("none", "auto", "latent2rgb", "taesd"), default="none")
     add("--disable-all-custom-nodes", action="store_true")
     add("--disable-api-nodes", action="store_true")
     amounts = parser.add_mutually_exclusive_group()
@@ -69,12 +74,16 @@ class ComfyUi:
         settings: Settings,
         memory: GpuMemory | None,
         checkpoints: Mapping[str, int],
+        models: tuple[str, ...] = (),
     ) -> None:
         self._settings = settings
         self._memory = None if options.cpu else memory
         self._faults = Faults(settings.faults)
         self._counters = Counters()
-        self._kinds = node_kinds(tuple(checkpoints))
+        self._kinds = node_kinds(tuple(checkpoints), models)
+        self._files: dict[str, dict[str, bytes]] = {"input": {}, "output": {}, "temp": {}}
+        #: Clients that can read whose preview it is.
+        self._know_previews: set[str] = set()
         self._models = ModelCache(self._memory, int(options.reserve_vram * _GIB))
         self._sockets: dict[str, web.WebSocketResponse] = {}
         self._number = 0
@@ -85,6 +94,9 @@ class ComfyUi:
             faults=self._faults,
             counters=self._counters,
             send=self._send,
+            send_preview=self._send_preview,
+            files=self._files,
+            previews=options.preview_method != "none",
         )
         self._listener = Listener(self._application(), options.listen, options.port)
 
@@ -99,6 +111,10 @@ class ComfyUi:
             app.router.add_post(f"{prefix}/queue", self._change_queue)
             app.router.add_post(f"{prefix}/interrupt", self._interrupt)
             app.router.add_post(f"{prefix}/free", self._free)
+            app.router.add_get(f"{prefix}/object_info", self._object_info)
+            app.router.add_get(f"{prefix}/object_info/{{node_class}}", self._object_info_of)
+            app.router.add_post(f"{prefix}/upload/image", self._upload)
+            app.router.add_get(f"{prefix}/view", self._view)
             app.router.add_get(f"{prefix}/history", self._history)
             app.router.add_post(f"{prefix}/history", self._change_history)
             app.router.add_get(f"{prefix}/history/{{prompt_id}}", self._history_of)
@@ -151,15 +167,48 @@ class ComfyUi:
             running = self._execution.running
             if running is not None and running.client_id == client_id and self._execution.node:
                 await _send(socket, "executing", {"node": self._execution.node})
+            first = True
             async for message in socket:
-                if isinstance(message.data, str) and _type_of(message.data) == "feature_flags":
-                    await _send(socket, "feature_flags", _FEATURES)
+                if first and isinstance(message.data, str):
+                    await self._greeted(socket, client_id, message.data)
+                first = False
         finally:
             # As in the real one this also forgets a newer connection with the same id.
             self._sockets.pop(client_id, None)
+            self._know_previews.discard(client_id)
         return socket
 
+    async def _greeted(self, socket: web.WebSocketResponse, client_id: str, text: str) -> None:
+        """What a client can do, if that is what it says first."""
+        try:
+            said = msgspec.json.decode(text, type=dict[str, Any])
+        except msgspec.DecodeError:
+            return
+        if said.get("type") == "feature_flags":
+            if (said.get("data") or {}).get("supports_preview_metadata"):
+                self._know_previews.add(client_id)
+            await _send(socket, "feature_flags", _FEATURES)
+
+    async def _send_preview(
+        self, picture: bytes, place: Mapping[str, Any], client_id: str | None, *, first: bool
+    ) -> None:
+        if Fault.TELLS_NOTHING in self._faults or first != (client_id in self._know_previews):
+            return
+        if first:
+            told = msgspec.json.encode({**place, "image_type": "image/png"})
+            frame = struct.pack(">II", 4, len(told)) + told + picture
+        else:
+            frame = struct.pack(">II", 1, 2) + picture
+        sockets = self._sockets
+        for socket in (
+            [sockets[client_id]] if client_id in sockets else [] if client_id else [*sockets.values()]
+        ):
+            with suppress(ConnectionError):
+                await socket.send_bytes(frame)
+
     async def _send(self, event: str, data: Mapping[str, Any], client_id: str | None) -> None:
+        if Fault.TELLS_NOTHING in self._faults:
+            return
         if client_id is None:
             for socket in list(self._sockets.values()):
                 await _send(socket, event, data)
@@ -215,7 +264,7 @@ class ComfyUi:
         prompt_id = asked.get("prompt_id") or str(uuid.uuid4())
         if not _is_canonical(prompt_id):
             return _refusal({"type": "invalid_prompt_id", "message": "prompt_id must be a canonical UUID"})
-        found = validate(graph, self._kinds)
+        found = validate(graph, self._kinds, self._files["input"])
         if found.error is not None:
             return _refusal(found.error, found.node_errors)
         number = asked.get("number", -self._number if asked.get("front") else self._number)
@@ -225,6 +274,43 @@ class ComfyUi:
             extra_data["client_id"] = asked["client_id"]
         await self._execution.submit(Item(number, prompt_id, graph, extra_data, found.outputs))
         return json_response({"prompt_id": prompt_id, "number": number, "node_errors": found.node_errors})
+
+    async def _object_info(self, http: web.Request) -> web.Response:
+        return json_response({name: kind.told(name) for name, kind in self._kinds.items()})
+
+    async def _object_info_of(self, http: web.Request) -> web.Response:
+        name = http.match_info["node_class"]
+        kind = self._kinds.get(name)
+        return json_response({} if kind is None else {name: kind.told(name)})
+
+    async def _upload(self, http: web.Request) -> web.Response:
+        form = await http.post()
+        image = form.get("image")
+        if not isinstance(image, web.FileField) or not image.filename:
+            return web.Response(status=400)
+        subfolder, folder = str(form.get("subfolder", "")), str(form.get("type", "input"))
+        data = image.file.read()
+        stem, dot, ending = image.filename.rpartition(".")
+        name, tries = image.filename, 0
+        stored = self._files[folder]
+        while stored.get(_path(subfolder, name), data) != data and form.get("overwrite") not in ("true", "1"):
+            tries += 1
+            name = f"{stem} ({tries}){dot}{ending}"
+        stored[_path(subfolder, name)] = data
+        return json_response({"name": name, "subfolder": subfolder, "type": folder})
+
+    async def _view(self, http: web.Request) -> web.Response:
+        name = http.query.get("filename", "")
+        if name.startswith("/") or ".." in name or not name:
+            return web.Response(status=400 if name else 404)
+        folder = self._files.get(http.query.get("type", "output"))
+        if folder is None:
+            return web.Response(status=400)
+        data = folder.get(_path(http.query.get("subfolder", ""), name))
+        if data is None:
+            return web.Response(status=404)
+        content_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
+        return web.Response(body=data, content_type=content_type)
 
     async def _queue(self, http: web.Request) -> web.Response:
         running = self._execution.running
@@ -312,11 +398,8 @@ def _is_canonical(prompt_id: object) -> bool:
         return False
 
 
-def _type_of(text: str) -> object:
-    try:
-        return msgspec.json.decode(text, type=dict[str, Any]).get("type")
-    except msgspec.DecodeError:
-        return None
+def _path(subfolder: str, name: str) -> str:
+    return f"{subfolder}/{name}" if subfolder else name
 
 
 def _ram_total_bytes() -> int:
@@ -342,6 +425,9 @@ async def _serve(options: argparse.Namespace, environment: Mapping[str, str]) ->
         settings=settings,
         memory=gpu_memory_from(gpus, environment),
         checkpoints=_checkpoints(environment.get("RUNG_SIM_CHECKPOINTS")),
+        models=tuple(
+            name.strip() for name in environment.get("RUNG_SIM_MODELS", "").split(",") if name.strip()
+        ),
     )
     return await comfyui.run()
 

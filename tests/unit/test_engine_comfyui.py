@@ -80,7 +80,7 @@ async def answering(path: str, body: object, *, status: int = 200) -> AsyncItera
 async def test_it_is_told_where_to_listen(adapter: ComfyUiAdapter) -> None:
     line = adapter.command_line(SPEC, listen_host="127.0.0.1", listen_port=8188)
 
-    assert line.arguments == ("--listen", "127.0.0.1", "--port", "8188")
+    assert line.arguments == ("--listen", "127.0.0.1", "--port", "8188", "--preview-method", "auto")
     assert line.environment == {"PYTHONUNBUFFERED": "1"}
 
 
