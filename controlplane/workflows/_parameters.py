@@ -45,8 +45,8 @@ def check_value(parameter: Parameter, value: object) -> Any:
 def unknown_parameter(operation: str, name: str, known: Collection[str]) -> str:
     """What to say of a name that no parameter has."""
     near = difflib.get_close_matches(name, known, 1)
-    guess = f"; did you mean {near[0]}?" if near else ";"
-    takes = f"it takes {', '.join(sorted(known))}" if known else "it takes none"
+    guess = f"; did you mean {near[0]}?" if near else "."
+    takes = f"It takes {', '.join(sorted(known)) or 'none'}"
     return f"{operation} has no parameter {name!r}{guess} {takes}"
 
 
