@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import grpc.aio
 from prometheus_client import CollectorRegistry
 
-from rung import codec, v1
+from rung import codec, reason_of_error, v1
+from rung.codec import GenerationEvent
 from rung.errors import RungError
 from rung.service import CallInterceptor
 from rung.types import (
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
     Script: TypeAlias = Callable[["ScriptedAgent", "Call"], AsyncIterator[LifecyclePayload]]
     RunScript: TypeAlias = Callable[[v1.RunRequest], AsyncIterator[v1.RunResponse]]
+    GenerationScript: TypeAlias = Callable[[v1.RunGenerationRequest], AsyncIterator[GenerationEvent]]
 
 
 def a_status(host_id: str = "host-1", sample_time_s: float = 1.0) -> NodeStatus:
@@ -127,13 +129,16 @@ class ScriptedAgent:
     node_id: str = "box"
     script: Script = comes_up
     run_script: RunScript | None = None
+    generation_script: GenerationScript | None = None
     watch_error: RungError | None = None
     deployments: dict[str, Deployment] = field(default_factory=dict)
     status: NodeStatus = field(default_factory=a_status)
     calls: list[Call] = field(default_factory=list)
     runs: list[v1.RunRequest] = field(default_factory=list)
+    generations: list[v1.RunGenerationRequest] = field(default_factory=list)
     watches: int = 0
     runs_cancelled: int = 0
+    generations_cancelled: int = 0
     instance_id: str = "agent-1"
     port: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -287,5 +292,23 @@ class _Servicer:
                 yield response
         except (asyncio.CancelledError, GeneratorExit):
             agent.runs_cancelled += 1
+            agent.asked()
+            raise
+
+    async def RunGeneration(
+        self, request: v1.RunGenerationRequest, context: Context
+    ) -> AsyncIterator[v1.RunGenerationResponse]:
+        agent = self._agent
+        agent.generations.append(request)
+        agent.asked()
+        assert agent.generation_script is not None
+        try:
+            async for event in agent.generation_script(request):
+                yield codec.generation_event_to_proto(event)
+        except RungError as error:
+            reason = codec.FAILURE_REASONS.to_proto[reason_of_error(error)]
+            yield v1.RunGenerationResponse(failed=v1.RunFailed(reason=reason, detail=error.message))
+        except (asyncio.CancelledError, GeneratorExit):
+            agent.generations_cancelled += 1
             agent.asked()
             raise

@@ -91,7 +91,7 @@ def an_outlook(**expected_s: float | None) -> Outlook:
 
 
 def test_what_remains_of_a_job_is_the_rest_of_its_phase_and_all_that_come() -> None:
-    outlook = an_outlook(queued=18.0, sampling=4.0, encoding=1.0)
+    outlook = an_outlook(vram_acquire=0.0, prompt_enhance=0.0, queued=18.0, sampling=4.0, encoding=1.0)
 
     assert outlook.left_s(Phase.HEALTH_CHECK, 0.0) == (None, 23.0)
     assert outlook.left_s(Phase.QUEUED, 3.0) == (15.0, 20.0)
@@ -103,6 +103,10 @@ def test_what_remains_of_a_job_is_not_known_if_it_is_not_of_one_phase_to_come() 
 
     assert outlook.left_s(Phase.QUEUED, 3.0) == (15.0, None)
     assert outlook.left_s(Phase.ENCODING, 0.5) == (0.5, 0.5)
+
+
+def test_nothing_is_known_of_an_attempt_before_anything_was_learnt() -> None:
+    assert Outlook().left_s(Phase.HEALTH_CHECK, 0.0) == (None, None)
 
 
 def test_a_phase_that_takes_longer_than_ever_has_no_known_rest() -> None:

@@ -101,9 +101,9 @@ class Artist:
             RungError: it failed.
         """
         attempt = _Attempt(job, picture, staging, target.id)
+        enhancing_s = 0.0 if staging.is_enhanced else self._estimates.expected_s(target.id, _ENHANCING)
+        attempt.telling.expect(Phase.PROMPT_ENHANCE, enhancing_s)
         attempt.telling.tell(Phase.HEALTH_CHECK, f"Checking {target.id}")
-        if not staging.is_enhanced:
-            attempt.telling.expect(Phase.PROMPT_ENHANCE, self._estimates.expected_s(target.id, _ENHANCING))
         verdict = await staging.verdict()
         if not verdict.allowed:
             # Before anybody gives way for it.

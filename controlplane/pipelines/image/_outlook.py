@@ -5,13 +5,19 @@ from __future__ import annotations
 from controlplane.pipelines.image._phases import IMAGE_PHASES
 from rung.types import Phase
 
+#: Phases that take no time that anybody would wait for, unless something else is said.
+_INSTANT = frozenset(
+    {Phase.HEALTH_CHECK, Phase.SAFETY_FILTER, Phase.MODEL_SWAP, Phase.WORKFLOW_BUILD, Phase.DONE}
+)
+
 
 class Outlook:
     """What is expected of each phase of an attempt, in seconds; None where nobody knows."""
 
     def __init__(self) -> None:
-        # Most of them take no time that anybody would wait for.
-        self._expected_s: dict[Phase, float | None] = dict.fromkeys(IMAGE_PHASES, 0.0)
+        self._expected_s: dict[Phase, float | None] = {
+            phase: 0.0 if phase in _INSTANT else None for phase in IMAGE_PHASES
+        }
 
     def expect(self, phase: Phase, expected_s: float | None) -> None:
         """A phase is expected to take so long from its beginning to its end."""

@@ -76,6 +76,8 @@ class Telling:
         """A target is made ready, or a slot of it is waited for: that is before its own queue."""
         if phase is Phase.QUEUED:
             phase = Phase.HEALTH_CHECK
+        if phase is Phase.HEALTH_CHECK and remaining_s is None:
+            self._outlook.expect(phase, None)
         self.tell(phase, detail, percent=percent, left_s=remaining_s)
 
     def begin_generating(self, served: Served) -> None:
