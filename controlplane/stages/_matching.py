@@ -10,65 +10,94 @@ from typing import Any
 
 from msgspec import Struct
 
-from controlplane.stages._reading import Reading, fold, words_of
+from controlplane.stages._reading import BEGINNING_LETTERS, Reading, fold, words_of
 
 #: A regex that can match in more ways than that at one place, or more characters, could take seconds.
 MOST_WAYS = 1000
 MOST_REGEX_CHARACTERS = 200
-_FEWEST_BEFORE_STAR = 3
 
 
 class RuleError(ValueError):
     """A rule cannot be used; the message says which and why."""
 
 
+class Terms(Struct, frozen=True):
+    """Words and phrases.
+
+    Attributes:
+        pattern: finds them in each of the `words` of a `Reading`.
+        first_words: with what they begin; a text that has none of these has none of them.
+        beginnings: the same of words with any ending.
+    """
+
+    pattern: re.Pattern[str]
+    first_words: frozenset[str]
+    beginnings: frozenset[str]
+
+    def may_be_in(self, reading: Reading) -> bool:
+        """Whether it is worth to look for them, which takes longer than this."""
+        return not (
+            self.first_words.isdisjoint(reading.vocabulary) and self.beginnings.isdisjoint(reading.beginnings)
+        )
+
+    def are_in(self, reading: Reading) -> bool:
+        """Whether a text has one of them."""
+        return self.may_be_in(reading) and any(map(self.pattern.search, reading.words))
+
+
 class Matcher(Struct, frozen=True):
     """Words, phrases and regexes of one category."""
 
-    words: re.Pattern[str]
+    terms: Terms
     regexes: tuple[re.Pattern[str], ...] = ()
 
     def matches(self, reading: Reading) -> bool:
         """Whether a text has one of them."""
-        if any(map(self.words.search, reading.words)):
-            return True
-        return any(regex.search(each) for regex in self.regexes for each in reading.plain)
+        return self.terms.are_in(reading) or any(
+            regex.search(each) for regex in self.regexes for each in reading.plain
+        )
 
 
 def compile_matcher(words: Iterable[str], regexes: Iterable[str] = ()) -> Matcher:
     """What matches any of these. Raises RuleError naming the one that cannot be used."""
-    return Matcher(words=compile_words(words), regexes=tuple(map(compile_regex, regexes)))
+    return Matcher(terms=compile_terms(words), regexes=tuple(map(compile_regex, regexes)))
 
 
-def compile_words(terms: Iterable[str]) -> re.Pattern[str]:
-    """A pattern for words and phrases in the `words` of a `Reading`; it matches nothing without terms.
+def compile_terms(terms: Iterable[str]) -> Terms:
+    """What finds words and phrases.
 
     A `*` after three letters or more stands for any ending of that word.
 
     Raises:
         RuleError: a term has no word, or a `*` in another place.
     """
-    patterns = sorted({_term(term) for term in terms})
-    # A term begins and ends where a word does, so that each word is looked at once by each term.
-    return re.compile(f"(?<= )(?:{'|'.join(patterns)})(?= )" if patterns else r"(?!)")
+    each_words = sorted({tuple(_words(term)) for term in terms})
+    patterns = [" ".join(re.escape(word).replace(r"\*", "[^ ]*+") for word in words) for words in each_words]
+    firsts = [words[0] for words in each_words]
+    return Terms(
+        # A term begins and ends where a word does, so that each word is looked at once by each term.
+        pattern=re.compile(f"(?<= )(?:{'|'.join(patterns)})(?= )" if patterns else r"(?!)"),
+        first_words=frozenset(first for first in firsts if not first.endswith("*")),
+        beginnings=frozenset(first[:BEGINNING_LETTERS] for first in firsts if first.endswith("*")),
+    )
 
 
-def _term(term: str) -> str:
-    parts = fold(term).split()
+def _words(term: str) -> list[str]:
+    """The words of a term, with the stars that stand at their ends."""
     found: list[str] = []
-    for part in parts:
+    for part in fold(term).split():
         stem, star, rest = part.partition("*")
         words = words_of(stem)
-        if rest or (star and (not words or len(words[-1]) < _FEWEST_BEFORE_STAR)):
+        if rest or (star and (not words or len(words[-1]) < BEGINNING_LETTERS)):
             raise RuleError(
-                f"{term!r}: a * stands at the end of a word, after at least {_FEWEST_BEFORE_STAR} letters"
+                f"{term!r}: a * stands at the end of a word, after at least {BEGINNING_LETTERS} letters"
             )
-        found += map(re.escape, words)
+        found += words
         if star:
-            found[-1] += "[^ ]*+"
+            found[-1] += star
     if not found:
         raise RuleError(f"{term!r} has no word in it")
-    return " ".join(found)
+    return found
 
 
 def compile_regex(regex: str) -> re.Pattern[str]:

@@ -7,8 +7,10 @@ doubt. `girl` and `boy` alone say no age, and `sex` alone is a word of schools a
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
+from collections.abc import Iterator
 
-from controlplane.stages._matching import compile_words
+from controlplane.stages._matching import compile_terms
 from controlplane.stages._reading import Reading, read
 from rung.types import JobKind
 
@@ -50,11 +52,11 @@ _AGE = re.compile(
 _MOST_BETWEEN = 25
 _PICTURES = frozenset({JobKind.IMAGE, JobKind.VIDEO, JobKind.MESH})
 
-_alone = compile_words(_ALONE)
-_minor = compile_words(_MINOR)
-_sexual = compile_words(_SEXUAL)
-_harmless = compile_words(_HARMLESS)
-_not_worn = compile_words(_NOT_WORN)
+_alone = compile_terms(_ALONE)
+_minor = compile_terms(_MINOR)
+_sexual = compile_terms(_SEXUAL)
+_harmless = compile_terms(_HARMLESS)
+_not_worn = compile_terms(_NOT_WORN)
 
 
 def about_minors(kind: JobKind, prompt: Reading, negative_prompt: str) -> bool:
@@ -62,21 +64,32 @@ def about_minors(kind: JobKind, prompt: Reading, negative_prompt: str) -> bool:
 
     In a prompt for a picture the two may be anywhere; in a text for speech and the like, near each other.
     """
-    if any(map(_alone.search, prompt.words)):
+    if _alone.are_in(prompt):
         return True
-    cleared = [_harmless.sub("-", words) for words in prompt.words]
-    if kind in _PICTURES:
-        named = any(_minor.search(each) or _AGE.search(each) for each in cleared)
-        if not named:
-            return False
-        return any(map(_sexual.search, cleared)) or any(map(_not_worn.search, read(negative_prompt).words))
-    return any(map(_near, cleared))
+    cleared = prompt.words
+    if _harmless.may_be_in(prompt):
+        cleared = tuple(_harmless.pattern.sub("-", words) for words in cleared)
+    sexual = _sexual.may_be_in(prompt) and any(map(_sexual.pattern.search, cleared))
+    if kind not in _PICTURES:
+        return sexual and any(map(_near, cleared))
+    sexual = sexual or (bool(negative_prompt) and _not_worn.are_in(read(negative_prompt)))
+    return sexual and any(_minor.pattern.search(each) or _AGE.search(each) for each in cleared)
 
 
 def _near(words: str) -> bool:
     """Whether somebody who is named a minor and something sexual are near each other."""
-    sexual = [words.count(" ", 0, found.start()) for found in _sexual.finditer(words)]
-    if not sexual:
-        return False
-    minors = [words.count(" ", 0, found.start()) for rule in (_minor, _AGE) for found in rule.finditer(words)]
-    return any(abs(one - other) <= _MOST_BETWEEN for one in sexual for other in minors)
+    minors = sorted(place for rule in (_minor.pattern, _AGE) for place in _places(rule, words))
+    for sexual in _places(_sexual.pattern, words):
+        after = bisect_left(minors, sexual)
+        if any(abs(minor - sexual) <= _MOST_BETWEEN for minor in minors[max(0, after - 1) : after + 1]):
+            return True
+    return False
+
+
+def _places(rule: re.Pattern[str], words: str) -> Iterator[int]:
+    """Which words a rule finds, counted from the first one."""
+    counted = count = 0
+    for found in rule.finditer(words):
+        count += words.count(" ", counted, found.start())
+        counted = found.start()
+        yield count

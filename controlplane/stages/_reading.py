@@ -36,6 +36,10 @@ _DRAWN_OUT = re.compile(r"([^\W_])\1{2,}")
 _APART = [re.compile(rf"(?<![^\W_])(?:[^\W_][\W_]{signs}){{2,}}[^\W_](?![^\W_])") for signs in ("", "{1,3}")]
 
 
+#: Letters of a word that say that it may be one of those that begin so.
+BEGINNING_LETTERS = 3
+
+
 class Reading(Struct, frozen=True):
     """A text as rules read it.
 
@@ -43,10 +47,14 @@ class Reading(Struct, frozen=True):
         plain: the folded text with its punctuation, for regexes; and the same with digits read as letters.
         words: its words in each way that they can be read, as they are written first; each of the words has a
             space before and after it.
+        vocabulary: each of these words once.
+        beginnings: how they begin, in `BEGINNING_LETTERS`.
     """
 
     plain: tuple[str, ...]
     words: tuple[str, ...]
+    vocabulary: frozenset[str]
+    beginnings: frozenset[str]
 
 
 def fold(text: str) -> str:
@@ -74,7 +82,13 @@ def read(text: str) -> Reading:
     for each in tuple(words):
         if _DRAWN_OUT.search(each):
             words += [_DRAWN_OUT.sub(r"\1", each), _DRAWN_OUT.sub(r"\1\1", each)]
-    return Reading(plain=tuple(" ".join(each.split()) for each in plain), words=tuple(dict.fromkeys(words)))
+    vocabulary = frozenset[str]().union(*map(str.split, words))
+    return Reading(
+        plain=tuple(" ".join(each.split()) for each in plain),
+        words=tuple(dict.fromkeys(words)),
+        vocabulary=vocabulary,
+        beginnings=frozenset(word[:BEGINNING_LETTERS] for word in vocabulary),
+    )
 
 
 def _letters_for_signs(text: str, table: dict[int, str]) -> str:

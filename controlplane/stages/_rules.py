@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+
+from msgspec.structs import replace
+
 from controlplane.stages import _minors, _moderation, _words
-from controlplane.stages._matching import RuleError, compile_matcher, compile_words
+from controlplane.stages._matching import RuleError, compile_matcher, compile_terms
 from controlplane.stages._ports import Ask, StageRequest, Verdict
 from controlplane.stages._reading import Reading, read
 from controlplane.stages._settings import SafetyPolicy, SafetySettings
@@ -11,6 +15,8 @@ from rung.errors import ConfigError, RungError
 
 #: What is longer is refused unread, so that no text holds up the others.
 MOST_CHARACTERS = 100_000
+#: To read that takes a few milliseconds.
+_MOST_AT_ONCE = 2_000
 
 
 class RuleFilter:
@@ -33,7 +39,7 @@ class RuleFilter:
             _moderation.Moderator(settings.moderation, settings.policy, ask) if settings.moderation else None
         )
         try:
-            self._allowed = compile_words(settings.allowed)
+            self._allowed = compile_terms(settings.allowed)
             self._rules = [
                 (category, compile_matcher(blocked.words, blocked.regexes))
                 for category, blocked in settings.blocked.items()
@@ -57,6 +63,19 @@ class RuleFilter:
                 detail=f"Safety: refused unread, as it has more than {MOST_CHARACTERS:,} characters",
                 category="length",
             )
+        if len(request.prompt) + len(request.negative_prompt) > _MOST_AT_ONCE:
+            # It would hold up for too long whoever else is served meanwhile.
+            refused = await asyncio.to_thread(self._by_rule, request)
+        else:
+            refused = self._by_rule(request)
+        if refused is not None:
+            return refused
+        if self._moderator is None:
+            return Verdict(allowed=True, detail=f"Safety: {self._policy}")
+        return await self._moderated(self._moderator, request)
+
+    def _by_rule(self, request: StageRequest) -> Verdict | None:
+        """The verdict if the rules refuse a wish; else None."""
         reading = read(request.prompt)
         if _minors.about_minors(request.kind, reading, request.negative_prompt):
             return Verdict(
@@ -65,19 +84,17 @@ class RuleFilter:
                 category=_minors.CATEGORY,
             )
         category = self._category(reading)
-        if category:
-            return self._refused(category)
-        if self._moderator is None:
-            return Verdict(allowed=True, detail=f"Safety: {self._policy}")
-        return await self._moderated(self._moderator, request)
+        return self._refused(category) if category else None
 
     def _category(self, reading: Reading) -> str:
-        allowed = self._allowed
-        without = Reading(
-            plain=tuple(allowed.sub("-", f" {each} ") for each in reading.plain),
-            words=tuple(allowed.sub("-", each) for each in reading.words),
-        )
-        return next((category for category, matcher in self._rules if matcher.matches(without)), "")
+        if self._allowed.may_be_in(reading):
+            allowed = self._allowed.pattern
+            reading = replace(
+                reading,
+                plain=tuple(allowed.sub("-", f" {each} ") for each in reading.plain),
+                words=tuple(allowed.sub("-", each) for each in reading.words),
+            )
+        return next((category for category, matcher in self._rules if matcher.matches(reading)), "")
 
     async def _moderated(self, moderator: _moderation.Moderator, request: StageRequest) -> Verdict:
         try:

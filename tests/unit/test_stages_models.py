@@ -199,7 +199,7 @@ async def test_what_stands_in_quotation_marks_has_to_be_there_still() -> None:
 
 async def test_a_prompt_without_spaces_between_its_words_is_compared_by_its_signs() -> None:
     cat = StageRequest(kind=JobKind.IMAGE, prompt="赤いソファの黒猫", tier="quality")
-    better, other = "赤いソファの上の黒猫、暖かい光", "山の上の星空"
+    better, other = "暖かい部屋の赤いソファで眠る黒猫", "山の上の星空"
 
     assert (await enhanced(better, cat)).prompt == better
     assert (await enhanced(other, cat)).prompt == cat.prompt
