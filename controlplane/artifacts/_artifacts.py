@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,8 @@ from rung.types import Artifact, ArtifactChunk
 T = TypeVar("T")
 
 _log = structlog.get_logger("rung.artifacts")
+
+_THREADS = 4
 
 DEFAULT_RETENTION_S = 7 * 24 * 3600.0
 DEFAULT_MAX_BYTES = 20 * 1024**3
@@ -91,6 +94,9 @@ class Artifacts:
         self._makers: dict[str, LiveJob] = {}
         self._expiring = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        # Apart from each other: whoever makes an artifact does not queue behind those who read.
+        self._readers = ThreadPoolExecutor(_THREADS, thread_name_prefix="artifacts-read")
+        self._writers = ThreadPoolExecutor(_THREADS, thread_name_prefix="artifacts-write")
 
     async def start(self) -> None:
         """Sweep what an earlier process left half.
@@ -100,7 +106,7 @@ class Artifacts:
         """
         rows = await self._rows.all()
         try:
-            swept, widowed = await asyncio.to_thread(_files.sweep, self.directory, rows)
+            swept, widowed = await self.write(partial(_files.sweep, self.directory, rows))
         except OSError as error:
             raise UnavailableError(f"artifacts cannot be kept in {self.directory}: {error}") from error
         if widowed:
@@ -112,6 +118,7 @@ class Artifacts:
 
     def collector(self, job: LiveJob) -> Collector:
         """What keeps the artifacts of one attempt at a job; an async context manager."""
+        self._making()
         self._makers[job.id] = job
         return Collector(self, job)
 
@@ -134,7 +141,7 @@ class Artifacts:
             UnavailableError: the disk does not give it.
         """
         path = self._path(artifact_id)
-        return await _from_disk(artifact_id, partial(_files.read_at, path, offset_bytes, length_bytes))
+        return await self._from_disk(artifact_id, partial(_files.read_at, path, offset_bytes, length_bytes))
 
     async def pieces(
         self, artifact_id: str, offset_bytes: int = 0, length_bytes: int | None = None
@@ -146,12 +153,14 @@ class Artifacts:
             UnavailableError: the disk does not give it, or less than `length_bytes`.
         """
         path = self._path(artifact_id)
-        descriptor = await _from_disk(artifact_id, partial(_files.open_artifact, path), unwanted=os.close)
+        descriptor = await self._from_disk(
+            artifact_id, partial(_files.open_artifact, path), unwanted=os.close
+        )
         try:
             left = length_bytes if length_bytes is not None else self.max_bytes
             while left > 0:
                 read = partial(os.pread, descriptor, min(PIECE_BYTES, left), offset_bytes)
-                piece = await _from_disk(artifact_id, read)
+                piece = await self._from_disk(artifact_id, read)
                 if not piece and length_bytes is None:
                     return
                 if not piece:
@@ -215,9 +224,15 @@ class Artifacts:
             await self._delete(doomed)
 
     async def aclose(self) -> None:
-        """Wait for what is being discarded."""
+        """Wait for what is being written, discarded or read."""
         while self._tasks:
             await asyncio.wait(self._tasks)
+        for pool in (self._readers, self._writers):
+            await asyncio.to_thread(pool.shutdown)
+
+    async def write(self, work: Callable[[], T]) -> T:
+        """Do what blocks. For collectors. Raises OSError."""
+        return await asyncio.get_running_loop().run_in_executor(self._writers, work)
 
     async def keep(self, artifact: Artifact) -> None:
         """Note one whose file is durable. For collectors. Raises UnavailableError."""
@@ -231,7 +246,7 @@ class Artifacts:
         try:
             if has_row:
                 await self._rows.delete([artifact_id])
-            await asyncio.to_thread(draft.discard)
+            await self.write(draft.discard)
         except (RungError, OSError) as error:
             _log.error("artifact_not_discarded", artifact=artifact_id, error=str(error))
 
@@ -255,7 +270,7 @@ class Artifacts:
         await self._rows.delete(ids)
         self._total_bytes -= sum(row.size_bytes for row in doomed)
         try:
-            await asyncio.to_thread(_files.delete, self.directory, ids)
+            await self.write(partial(_files.delete, self.directory, ids))
         except OSError as error:
             raise UnavailableError(f"artifacts cannot be deleted: {error}") from error
         _log.info("artifacts_deleted", artifacts=len(ids))
@@ -272,22 +287,21 @@ class Artifacts:
             raise _unknown(artifact_id)
         return self.directory / artifact_id
 
-
-async def _from_disk(
-    artifact_id: str, work: Callable[[], T], *, unwanted: Callable[[T], object] | None = None
-) -> T:
-    """Do it in a thread. What comes after the caller was cancelled goes to `unwanted`."""
-    thread = asyncio.ensure_future(asyncio.to_thread(work))
-    try:
-        return await asyncio.shield(thread)
-    except asyncio.CancelledError:
-        if unwanted is not None:
-            thread.add_done_callback(lambda done: done.exception() or unwanted(done.result()))
-        raise
-    except FileNotFoundError:
-        raise _unknown(artifact_id) from None
-    except OSError as error:
-        raise UnavailableError(f"artifact {artifact_id} cannot be read: {error}") from error
+    async def _from_disk(
+        self, artifact_id: str, work: Callable[[], T], *, unwanted: Callable[[T], object] | None = None
+    ) -> T:
+        """Do it in a thread. What comes after the caller was cancelled goes to `unwanted`."""
+        thread = asyncio.get_running_loop().run_in_executor(self._readers, work)
+        try:
+            return await asyncio.shield(thread)
+        except asyncio.CancelledError:
+            if unwanted is not None:
+                thread.add_done_callback(lambda done: done.exception() or unwanted(done.result()))
+            raise
+        except FileNotFoundError:
+            raise _unknown(artifact_id) from None
+        except OSError as error:
+            raise UnavailableError(f"artifact {artifact_id} cannot be read: {error}") from error
 
 
 def _unknown(artifact_id: str) -> UnknownArtifactError:

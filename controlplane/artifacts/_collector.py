@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 #: What a log tells of at once, and what is read at once.
 PIECE_BYTES = 256 * 1024
 
+#: Characters of a media type that are kept.
+_MAX_TYPE = 128
+
 #: Not secrets: an id tells apart, and guards nothing.
 _random = random.Random()  # noqa: S311
 
@@ -86,10 +89,10 @@ class Collector:
             return
         making = self._making.get(own_id)
         if making is None:
-            making = _Making(Draft(self._artifacts.directory, own_id), own_id, chunk.content_type)
+            making = _Making(Draft(self._artifacts.directory, own_id), own_id, chunk.content_type[:_MAX_TYPE])
             self._making[own_id] = making
         self._check(making, chunk)
-        await _on_disk(lambda: making.draft.write(chunk.data))
+        await self._on_disk(lambda: making.draft.write(chunk.data))
         making.size_bytes += len(chunk.data)
         if chunk.sha256 or making.size_bytes == making.wanted_bytes:
             await self._complete(making, chunk.sha256)
@@ -138,7 +141,7 @@ class Collector:
             sha256=sha256,
             create_time_s=self._artifacts.now_s(),
         )
-        await _on_disk(making.draft.finish)
+        await self._on_disk(making.draft.finish)
         making.has_row = True
         try:
             await self._artifacts.keep(artifact)
@@ -190,12 +193,11 @@ class Collector:
         for making in rest:
             await self._artifacts.forget(making.draft, making.id, has_row=making.has_row)
 
-
-async def _on_disk(work: Callable[[], None]) -> None:
-    try:
-        await asyncio.to_thread(work)
-    except OSError as error:
-        raise ArtifactNotStoredError(f"the artifact cannot be stored: {error}") from error
+    async def _on_disk(self, work: Callable[[], None]) -> None:
+        try:
+            await self._artifacts.write(work)
+        except OSError as error:
+            raise ArtifactNotStoredError(f"the artifact cannot be stored: {error}") from error
 
 
 def _new_id() -> str:

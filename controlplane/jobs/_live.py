@@ -134,8 +134,10 @@ class LiveJob:
         """Add a piece of an artifact, without its data: that is stored already.
 
         A preview has its data with it, until the next preview or the end: of many previews of many jobs, only
-        one each is in memory.
+        one each is in memory. A job that has ended takes nothing more.
         """
+        if self.terminal is not None:
+            return
         if not chunk.preview:
             self.append(replace(chunk, data=b"") if chunk.data else chunk)
             return

@@ -15,7 +15,8 @@ from rung.types import JobKind, Policy
 
 
 class MemoryRows:
-    """Keeps what it is given. With `failing` set, writes raise; with `gate` cleared, they wait.
+    """Keeps what it is given. With `failing` set, writes raise; with `gate` cleared, adding waits
+    once the row is there, as it may be when a thread has written it.
 
     `jobs` are those that are stored; None for all.
     """
@@ -29,11 +30,11 @@ class MemoryRows:
         self.gate.set()
 
     async def add(self, artifact: Artifact) -> None:
-        self.adding.set()
-        await self.gate.wait()
         if self.failing:
             raise UnavailableError("the store cannot be used: disk is full")
         self.kept[artifact.id] = artifact
+        self.adding.set()
+        await self.gate.wait()
 
     async def get(self, artifact_id: str) -> Artifact | None:
         return self.kept.get(artifact_id)

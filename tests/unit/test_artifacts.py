@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import resource
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -103,7 +104,7 @@ async def test_a_stream_of_unknown_length_is_whole_when_its_engine_is_done(artif
     async with artifacts.collector(job) as collector:
         await collector.take(piece(b"so "))
         await collector.take(piece(b"far", offset=3))
-        assert len(collector.artifacts) == 0
+        assert await artifacts.of_job(job.id) == []
 
     (made,) = collector.artifacts
     end = told(job)[-1]
@@ -199,7 +200,7 @@ async def test_a_caller_that_is_cancelled_while_the_row_is_stored_leaves_nothing
     rows.gate.clear()
     task = asyncio.create_task(collect())
     await rows.adding.wait()
-    assert len(files(artifacts)) == 1
+    assert len(files(artifacts)) == len(rows.kept) == 1
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -259,6 +260,34 @@ async def test_a_preview_is_passed_on_and_only_the_newest_is_held(artifacts: Art
     assert [each.data for each in told(job)] == [b"", b"", b""]
     assert len({each.artifact_id for each in told(job)}) == 1
     assert len(files(artifacts)) == 1
+
+
+async def test_who_makes_an_artifact_does_not_wait_for_those_who_read(artifacts: Artifacts) -> None:
+    stuck = artifacts.directory / ("artifact-" + "0" * 22)
+    os.mkfifo(stuck)
+    reading = [asyncio.create_task(artifacts.read(stuck.name, 0, 1)) for _ in range(200)]
+    await asyncio.sleep(0)
+
+    made = await asyncio.wait_for(kept(artifacts, b"abc"), 20)
+
+    assert made.size_bytes == 3
+    assert not any(task.done() for task in reading)
+    # A pipe is no file: they end with an error once somebody has it open.
+    opened = os.open(stuck, os.O_RDWR)
+    results = await asyncio.gather(*reading, return_exceptions=True)
+    os.close(opened)
+    assert {type(result) for result in results} == {UnavailableError}
+
+
+async def test_a_job_that_has_ended_is_told_nothing_more(artifacts: Artifacts) -> None:
+    job = a_job()
+    async with artifacts.collector(job) as collector:
+        await collector.take(piece(b"abc"))
+        job.cancelled("drain")
+        await collector.take(piece(b"def", offset=3))
+
+    events = job.kept_after(0) or []
+    assert events[-1].payload is job.terminal
 
 
 async def test_a_reader_goes_on_when_its_artifact_is_deleted(artifacts: Artifacts, rows: MemoryRows) -> None:

@@ -287,7 +287,7 @@ class WatchJobRequest(_message.Message):
     """Send events with a higher sequence only; 0 for all."""
     @_builtins.property
     def heartbeat_interval(self) -> _duration_pb2.Duration:
-        """Send a heartbeat (sequence 0, `progress` set) when nothing happened for this long; unset means 1 s."""
+        """Send a heartbeat (sequence 0, `progress` set) when nothing happened for this long; unset means 0.9 s."""
 
     def __init__(
         self,

@@ -93,8 +93,10 @@ def describe_event(payload: EventPayload) -> tuple[str, str]:
             return ("token", _quoted(content)) if content else ("thought", _quoted(reasoning))
         case ToolCallDelta(name=name, arguments=arguments):
             return "tool call", f"{name} {_quoted(arguments)}".strip()
-        case ArtifactChunk(artifact_id, content_type, offset_bytes, data):
-            end = format_bytes(offset_bytes + len(data))
+        case ArtifactChunk(content_type=content_type, preview=True):
+            return "preview", content_type
+        case ArtifactChunk(artifact_id, content_type, offset_bytes, length_bytes=length_bytes):
+            end = format_bytes(offset_bytes + length_bytes)
             return "artifact", f"{artifact_id} {content_type}, {end} so far"
         case UsageReported(usage):
             cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
