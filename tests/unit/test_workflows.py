@@ -217,6 +217,7 @@ class TestRefusals:
             ({"steps": True}, "steps is True; it must be an integer"),
             ({"steps": "4"}, "steps is '4'; it must be an integer"),
             ({"cfg": 31}, "cfg is 31; it must be a number from 0 up to 30"),
+            ({"cfg": True}, "cfg is True; it must be a number"),
             ({"cfg": float("nan")}, "cfg is nan; it must be a number"),
             ({"sampler": 4}, "sampler is 4; it must be a text"),
             ({"loras": "a.st"}, "loras is 'a.st'; it must be a list of up to 8"),

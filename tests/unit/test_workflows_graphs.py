@@ -70,7 +70,7 @@ def problems_of(graph: dict[str, Any], where: str, takes: list[Any], value: obje
             if type(value) is not int or not least <= value <= most:
                 yield f"{where}: {value!r} is no INT within {least} and {most}"
         case ["FLOAT", least, most], _:
-            if type(value) not in (int, float) or not least <= value <= most:  # type: ignore[operator]
+            if type(value) not in (int, float) or not least <= value <= most:
                 yield f"{where}: {value!r} is no FLOAT within {least} and {most}"
         case ["CHOICE", *choices], _:
             if not isinstance(value, str) or (choices and value not in choices):

@@ -236,7 +236,7 @@ class TestFolder:
         assert [str(each) for each in workflows.problems] == [
             f"{tmp_path / 'gone'}: cannot be read: No such file or directory"
         ]
-        assert workflows.get("generate")
+        assert workflows.get("generate").name == "generate"
 
     def test_no_folder_is_no_problem(self) -> None:
         assert Workflows.of_folder(None).problems == ()

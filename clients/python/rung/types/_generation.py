@@ -138,9 +138,9 @@ class WorkflowParameter(Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: as `ImageInput.parameters` takes it.
-        type: `integer`, `number`, `text`, `choice` or `boolean`.
+        type: `integer`, `number`, `text`, `choice`, `boolean`, or `loras`: a list of `{"name", "strength"}`.
         description: one line for a person.
-        default_json: value where none is given, as JSON; empty if one has to be given.
+        default_json: value where none is given, as JSON; `null` is the tier's own; empty if one has to be given.
         minimum: least value, of numbers only.
         maximum: greatest value, of numbers only.
         choices: permitted values, of choices only.
@@ -162,7 +162,7 @@ class Workflow(Struct, frozen=True, kw_only=True):
         name: as `ImageInput.operation` takes it.
         description: one line for a person.
         video: it makes moving pictures.
-        images: pictures that it starts from, in order: `image`, `mask`.
+        images: pictures that it starts from, in order: `image`, `mask`; those with a `?` may be left out.
         parameters: its further parameters.
     """
 

@@ -969,7 +969,7 @@ class Workflow(_message.Message):
     """Whether it makes moving pictures."""
     @_builtins.property
     def images(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Pictures that it starts from, in order: `image`, `mask`."""
+        """Pictures that it starts from, in order: `image`, `mask`; those with a `?` may be left out."""
 
     @_builtins.property
     def parameters(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkflowParameter]:
@@ -1008,11 +1008,11 @@ class WorkflowParameter(_message.Message):
     name: _builtins.str
     """Name, as `ImageInput.parameters` takes it."""
     type: _builtins.str
-    """`integer`, `number`, `text`, `choice` or `boolean`."""
+    """`integer`, `number`, `text`, `choice`, `boolean`, or `loras`: a list of `{"name", "strength"}`."""
     description: _builtins.str
     """One line for a person."""
     default_json: _builtins.str
-    """Value where none is given, as JSON; empty if one has to be given."""
+    """Value where none is given, as JSON; `null` is the tier's own; empty if one has to be given."""
     minimum: _builtins.float
     """Least value; of numbers only."""
     maximum: _builtins.float
