@@ -19,14 +19,24 @@ from controlplane.api import build_services
 from controlplane.artifacts import Artifacts
 from controlplane.cloud import CloudSpend, CloudTargets
 from controlplane.config import Config
+from controlplane.estimates import EstimateKeeper
 from controlplane.fleet import DrainMarks, Fleet, MemoryAlerts, NodeSchedulers
 from controlplane.gateway import Gateway
 from controlplane.jobs import Jobs
 from controlplane.pipelines import Pipelines, Slots
+from controlplane.pipelines.speech import VoicePipeline, VoiceSlots
 from controlplane.profiles import Profiles
-from controlplane.store import ArtifactRows, CloudCalls, FleetMarks, JobStore, ProfileStates
+from controlplane.store import (
+    ArtifactRows,
+    CloudCalls,
+    EstimateRows,
+    FleetMarks,
+    JobStore,
+    ProfileStates,
+)
 from rung.errors import RungError
 from rung.service import CallInterceptor, EngineClient, GrpcServer, ServerOptions, configure_logging
+from rung.types import JobKind
 
 _log = structlog.get_logger("rung.controlplane")
 
@@ -95,11 +105,15 @@ async def serve(config: Config) -> None:
             idle_s=slots.idle_s,
             alert=alerts,
             reserves=reserves,
+            max_grades=config.voice.max_grades(),
             marks=marks,
         )
         fleet.make_awake = schedulers.make_awake
         client = EngineClient()
         stack.push_async_callback(client.aclose)
+        keeper = EstimateKeeper(EstimateRows(store))
+        await keeper.start([spec.id for spec in config.deployment_specs()])
+        stack.push_async_callback(keeper.aclose)
         providers = config.cloud_providers()
         spend = await CloudSpend.open(providers, CloudCalls(store))
         stack.push_async_callback(spend.aclose)
@@ -117,6 +131,18 @@ async def serve(config: Config) -> None:
             ask_judge=config.ladder is not None and config.ladder.classifier == "judge",
             cloud=CloudTargets(providers, client, spend, registry) if providers else None,
             engine_idle_timeout_s=server.engine_idle_timeout_s,
+        )
+        pipelines.add(
+            VoicePipeline(
+                fleet=fleet,
+                engager=pipelines.engager,
+                artifacts=artifacts,
+                estimates=keeper.estimates,
+                voice_slots=VoiceSlots(config.voice.slots, config.voice.nodes),
+                idle_timeout_s=server.engine_idle_timeout_s,
+            ),
+            JobKind.SPEECH,
+            JobKind.TRANSCRIPTION,
         )
         services = build_services(fleet, schedulers, jobs, pipelines, profiles, artifacts, workflows)
         grpc_server = GrpcServer(

@@ -19,6 +19,7 @@ from controlplane.config._ladder import LadderConfig, check_targets
 from controlplane.config._profiles import ProfileConfig, check_profiles
 from controlplane.config._stages import PromptEnhancementConfig, SafetyConfig, check_asked
 from controlplane.config._swap_slots import check_ports
+from controlplane.config._voice import VoiceConfig, check_capabilities, check_voice
 from controlplane.vram import Reserve
 from rung import types
 from rung.errors import LoopbackOnlyError
@@ -378,6 +379,7 @@ class DeploymentConfig(_Model):
             )
         if isinstance(self.engine, LlamaCppConfig) and self.engine.router_model:
             _require_router(self.engine.router_model, self.runtime, self.served_model_name)
+        check_capabilities(self.engine.kind, self.capabilities)
         if "tools" in self.capabilities and not isinstance(self.runtime, ExternalConfig):
             _require_tool_parser(self.engine)
         return self
@@ -425,12 +427,14 @@ class Config(_Model):
     images: ImagesConfig = ImagesConfig()
     safety: SafetyConfig = SafetyConfig()
     prompt_enhancement: PromptEnhancementConfig = PromptEnhancementConfig()
+    voice: VoiceConfig = VoiceConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         _unique("nodes", [node.id for node in self.nodes])
         _unique("deployments", [deployment.id for deployment in self.deployments])
         nodes = {node.id for node in self.nodes}
+        check_voice(self.voice, nodes)
         models = {deployment.model for deployment in self.deployments}
         for place, deployment in enumerate(self.deployments):
             if deployment.node not in nodes:

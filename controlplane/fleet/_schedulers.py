@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 
 import structlog
@@ -21,6 +21,7 @@ from controlplane.fleet._pools import is_scheduled, ledger_of, pool_of
 from controlplane.fleet._raising import RaisingProgress, progress_of_event, progress_of_lifecycle
 from controlplane.fleet._view import DeploymentView
 from controlplane.vram import (
+    GRADES,
     Measured,
     Measurement,
     NodeScheduler,
@@ -39,6 +40,7 @@ from rung.types import (
     NodeState,
     Phase,
     Priority,
+    ReclaimGrade,
     Residency,
     VllmEngine,
 )
@@ -57,6 +59,7 @@ _FRESH_S = 4.0
 _RESERVE = Reserve()
 _NO_MARKS = NoMarks()
 _NO_RESERVES: Mapping[str, Reserve] = {}
+_NO_GRADES: Mapping[str, ReclaimGrade] = {}
 
 
 class NodeWorld:
@@ -67,12 +70,20 @@ class NodeWorld:
         node_id: the node.
         idle_s: time since a deployment was last used.
         reserve: what is never granted.
+        max_grades: by capability, the most that others may be disturbed to raise what has it.
     """
 
     def __init__(
-        self, fleet: Fleet, node_id: str, *, idle_s: Callable[[str], float], reserve: Reserve = _RESERVE
+        self,
+        fleet: Fleet,
+        node_id: str,
+        *,
+        idle_s: Callable[[str], float],
+        reserve: Reserve = _RESERVE,
+        max_grades: Mapping[str, ReclaimGrade] = _NO_GRADES,
     ) -> None:
         self._fleet = fleet
+        self._max_grades = max_grades
         self._node_id = node_id
         self._idle_s = idle_s
         self._reserve = reserve
@@ -104,9 +115,14 @@ class NodeWorld:
                     warm=self._is_warm(found),
                     swap_slot=found.deployment.spec.swap_slot,
                     pulls=found.deployment.spec.engine.pulls,
+                    max_grade=self._max_grade(found.deployment.spec.capabilities),
                 )
             )
         return placed
+
+    def _max_grade(self, capabilities: Iterable[str]) -> ReclaimGrade:
+        grades = [self._max_grades[each] for each in capabilities if each in self._max_grades]
+        return max(grades, key=GRADES.index, default=ReclaimGrade.FULL)
 
     def _is_warm(self, found: DeploymentView) -> bool:
         """Whether it is to come up by itself: not where a profile, an operator or a drain says otherwise."""
@@ -207,6 +223,7 @@ class NodeSchedulers:
         idle_s: time since a deployment was last used.
         alert: told when a pool runs low, and when it has recovered.
         reserves: by node, what is never granted, where that is not as usual.
+        max_grades: by capability, the most that others may be disturbed to raise what has it.
         marks: remembers the swaps that are under way.
     """
 
@@ -217,12 +234,19 @@ class NodeSchedulers:
         idle_s: Callable[[str], float],
         alert: Callable[[VramAlert], None],
         reserves: Mapping[str, Reserve] = _NO_RESERVES,
+        max_grades: Mapping[str, ReclaimGrade] = _NO_GRADES,
         marks: Marks = _NO_MARKS,
     ) -> None:
         self._fleet = fleet
         self._schedulers = {
             node_id: _make(
-                NodeWorld(fleet, node_id, idle_s=idle_s, reserve=reserves.get(node_id, _RESERVE)),
+                NodeWorld(
+                    fleet,
+                    node_id,
+                    idle_s=idle_s,
+                    reserve=reserves.get(node_id, _RESERVE),
+                    max_grades=max_grades,
+                ),
                 alert,
                 NodeSwaps(marks, node_id),
             )

@@ -13,6 +13,7 @@ from prometheus_client.exposition import choose_encoder
 from controlplane.artifacts import Artifacts
 from controlplane.fleet import Fleet
 from controlplane.gateway._artifacts import ArtifactRoutes
+from controlplane.gateway._audio import AudioRoutes
 from controlplane.gateway._errors import error_response
 from controlplane.gateway._generate_stream import GenerateStreamRoutes
 from controlplane.gateway._generations import Follower
@@ -68,6 +69,7 @@ class Gateway:
         artifact_routes = ArtifactRoutes(artifacts, jobs)
         follower = Follower(jobs, pipelines)
         image_routes = ImageRoutes(follower, artifacts)
+        audio_routes = AudioRoutes(follower, artifacts, fleet)
         app.add_routes(
             [
                 web.post("/v1/chat/completions", openai.chat),
@@ -77,6 +79,10 @@ class Gateway:
                 web.post("/v1/images/variations", image_routes.variations),
                 web.post("/v1/meshes", MeshRoutes(follower, artifacts).create),
                 web.post("/generate/stream", GenerateStreamRoutes(follower, artifacts).stream),
+                web.post("/v1/audio/speech", audio_routes.speech),
+                web.post("/v1/audio/transcriptions", audio_routes.transcriptions),
+                web.post("/v1/audio/translations", audio_routes.translations),
+                web.get("/v1/audio/voices", audio_routes.voices),
                 web.get("/v1/models", openai.models),
                 web.get("/v1/models/{model:.+}", openai.model),
                 web.post("/v1/jobs", job_routes.create),

@@ -8,6 +8,7 @@ from typing import Protocol
 from controlplane.pipelines._begun import Begun
 from controlplane.pipelines._wish import Wish
 from rung.codec import GenerationEvent
+from rung.errors import RungError
 from rung.types import EngineInput
 
 
@@ -34,6 +35,14 @@ class GenerationPipeline(Protocol):
             RungError: what went wrong.
         """
         ...
+
+
+class DeliveredError(Exception):
+    """It went wrong after a part of the result was in the job's log: no other target may begin anew."""
+
+    def __init__(self, error: RungError) -> None:
+        super().__init__(error.message)
+        self.error = error
 
 
 class GenerationFleet(Protocol):

@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from controlplane.vram._ledger import GIB, Ledger
 from controlplane.vram._queue import QueueRules
-from rung.types import ReclaimStep
+from rung.types import ReclaimGrade, ReclaimStep
 
 
 class Measurement(Struct, frozen=True, kw_only=True):
@@ -47,6 +47,7 @@ class PlacedDeployment(Struct, frozen=True, kw_only=True):
         idle_timeout_s: stopped after so long without requests, if it is `on_demand`; None for never.
         swap_slot: those of a node with the same one take turns; empty for none.
         pulls: a start may first fetch the model, which takes as long as it takes.
+        max_grade: the most that others may be disturbed to raise it.
     """
 
     deployment_id: str
@@ -56,6 +57,7 @@ class PlacedDeployment(Struct, frozen=True, kw_only=True):
     idle_timeout_s: float | None = None
     swap_slot: str = ""
     pulls: bool = False
+    max_grade: ReclaimGrade = ReclaimGrade.FULL
 
 
 class Pools(Protocol):

@@ -44,6 +44,7 @@ class Swaps:
         others = sorted(each.deployment_id for each in self._members(placed.swap_slot))
         return Demand(
             vram_bytes=placed.awake_bytes,
+            max_grade=placed.max_grade,
             priority=priority,
             exclude=(name,),
             displaces=tuple(each for each in others if each != name),
