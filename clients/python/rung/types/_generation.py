@@ -140,7 +140,7 @@ class WorkflowParameter(Struct, frozen=True, kw_only=True):
         name: as `ImageInput.parameters` takes it.
         type: `integer`, `number`, `text`, `choice`, `boolean`, or `loras`: a list of `{"name", "strength"}`.
         description: one line for a person.
-        default_json: value where none is given, as JSON; `null` is the tier's own; empty if one has to be given.
+        default_json: value where none is given, as JSON; `null`: the tier's own; empty if it has to be given.
         minimum: least value, of numbers only.
         maximum: greatest value, of numbers only.
         choices: permitted values, of choices only.
