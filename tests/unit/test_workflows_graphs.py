@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 
 from controlplane.workflows import DEFAULT_TIERS, Tier, Workflows, build
+from nodeagent.engines._comfyui_check import look_at
+from nodeagent.engines._comfyui_classes import node_class_of
+from nodeagent.simulators._comfyui_nodes import node_kinds
 from rung.types import FILE_PREFIX, ImageInput, ImagePart
 
 NODES: dict[str, Any] = json.loads(
@@ -140,6 +143,24 @@ def test_no_graph_has_a_node_that_no_output_needs() -> None:
 def test_every_variant_and_every_class_in_the_data_is_used() -> None:
     used = {node["class_type"] for _, graph in all_graphs() for node in graph.values()}
     assert used == NODES.keys()
+
+
+def test_the_agent_s_own_check_takes_every_graph_as_the_simulated_comfyui_tells_of_its_nodes() -> None:
+    checkpoints, models = [], ["a.safetensors", "b.safetensors"]
+    for tier in DEFAULT_TIERS.values():
+        for each in (tier, *(tier.of(operation) for operation in tier.operations)):
+            checkpoints.append(each.checkpoint)
+            models += each.models.values()
+    kinds = node_kinds(tuple(checkpoints), tuple(models))
+    classes = {name: node_class_of(kind.told(name)) for name, kind in kinds.items()}
+    for name, graph in all_graphs():
+        findings = [finding.what for finding in look_at(graph, classes)]
+        if name.startswith("animate"):
+            # The simulated one has no custom nodes, and says so.
+            assert len(findings) == 4, name
+            assert all("ComfyUI has no class 'ADE_" in what for what in findings)
+        else:
+            assert findings == [], name
 
 
 @pytest.mark.parametrize(
