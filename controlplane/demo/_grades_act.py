@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Any, Self
+from typing import Self
 
-import aiohttp
-from msgspec import Struct
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -24,39 +22,19 @@ from rung.cli.views import (
     print_answer,
     residency_text,
     show_operation,
+    show_phases,
     vram_bar,
     vram_legend,
     vram_shares,
-    wait_words,
 )
-from rung.errors import UnavailableError
-from rung.types import Deployment, FleetSnapshot, PhaseProgress, Priority, ReclaimPlan, Residency
+from rung.types import Deployment, FleetSnapshot, JobEvent, Phase, PhaseProgress, Priority, Residency
 
-_GPU = f"{WORKSTATION}/0"
 _BAR_WIDTH = 48
 _LABEL_WIDTH = 9
 _FLEET_TIMEOUT_S = 30.0
-_IMAGE_TIMEOUT_S = 30.0
-_POLL_S = 0.05
-#: Why it waits is told if that lasts.
-_WORTH_TELLING_S = 0.2
-
-
-class Tier(Struct, frozen=True):
-    """A kind of image: the checkpoint that paints it, and the memory that this takes."""
-
-    name: str
-    vram_bytes: int
-
-    @property
-    def checkpoint(self) -> str:
-        """As ComfyUI knows it."""
-        return f"{self.name}.safetensors"
-
-
-LIGHTNING = Tier("lightning", 6 << 30)
-QUALITY = Tier("quality", 12 << 30)
-ULTRA = Tier("ultra", 20 << 30)
+_PROMPT = "a ladder against the evening sky"
+#: Prompts differ, or ComfyUI would have the picture already.
+_SEEDS = {"lightning": 1, "quality": 2, "ultra": 3}
 
 
 class Starting:
@@ -97,104 +75,74 @@ async def show_grades(screen: Screen, stage: Stage, client: AsyncClient, startin
         await starting.show(screen)
         orchestrator = await client.get_deployment(ORCHESTRATOR)
         screen.say(
-            f"{COMFYUI} paints images of three sizes, each under a lease of memory. Its grade says who is "
+            f"{COMFYUI} paints images of three tiers, each under a lease of memory. Its grade says who is "
             f"disturbed: quick, nobody; standard, {REASONER}, which may sleep; full, caches too, and "
-            f"{ORCHESTRATOR}, which is pinned, and can lose its KV cache at most."
+            f"{ORCHESTRATOR}, which is pinned, and can lose its KV cache at most. Every phase is told as it "
+            "happens, and none is silent for a second."
         )
         await _show_card(screen, client, "before")
-        await _paint(screen, client, QUALITY)
+        await _paint(screen, client, "quality")
         await _ask_the_reasoner(screen, stage, client)
-        await _paint(screen, client, LIGHTNING)
-        at_its_least = await _paint(screen, client, ULTRA)
+        await _paint(screen, client, "lightning")
+        at_its_least = await _paint(screen, client, "ultra")
         if orchestrator.spec.shrinkable:
             await _follow_the_orchestrator(screen, client, orchestrator, at_its_least)
         else:
             screen.say(f"{ORCHESTRATOR} is real this time: it holds nothing of the simulated card.")
 
 
-async def _paint(screen: Screen, client: AsyncClient, tier: Tier) -> Deployment:
-    """Have an image painted: wait for the memory, send the prompt, give the memory back.
+async def _paint(screen: Screen, client: AsyncClient, tier: str) -> Deployment:
+    """Have an image painted, with its phases on the screen.
 
-    Returns what the orchestrator was just before that.
+    Returns what the orchestrator was meanwhile.
     """
     screen.show("")
-    size = format_bytes(tier.vram_bytes)
-    screen.show(Text(f"An image with {tier.checkpoint}: a lease of {size} for {COMFYUI}", style="bold"))
-    waiting = Waiting(screen, time.monotonic)
-    leased = client.lease(
-        _GPU,
-        tier.vram_bytes,
-        deployment_id=COMFYUI,
-        holder=f"{tier.name} image",
-        priority=Priority.USER,
-        on_wait=waiting.hear,
+    screen.command(f"rung image '{_PROMPT}' --tier {tier}")
+    policy = Policy(local_only=True, priority=Priority.USER)
+    watching = _Watching(client)
+    began_s = time.monotonic()
+    async with client.image(_PROMPT, tier=tier, seed=_SEEDS[tier], policy=policy) as stream:
+        await show_phases(watching.over(stream), console=screen.console)
+        result = await stream.result()
+    took = format_duration(time.monotonic() - began_s)
+    picture = result.images[0].artifact
+    screen.say(
+        f"{picture.content_type} of {format_bytes(picture.size_bytes)}, sha256 {picture.sha256[:12]}…, kept "
+        f"at /v1/artifacts/{picture.id}"
     )
-    async with leased as holding:
-        grade = holding.lease.grade.value
-        waiting.granted(grade)
-        screen.note(f"room for {tier.name}, {size}", f"{format_duration(waiting.elapsed_s)}, grade {grade}")
-        if waiting.disturbs:
-            # A grant is of what was measured after the last step.
-            await _show_card(screen, client, "room made", time_s=0.0)
-        began_s = time.monotonic()
-        found = await client.get_deployment(COMFYUI)
-        assert found.endpoint is not None  # it is awake
-        await _generate(found.endpoint.base_url, tier.checkpoint)
-        took = format_duration(time.monotonic() - began_s)
-        await _show_card(screen, client, f"painted\nin {took}")
-        return await client.get_deployment(ORCHESTRATOR)
+    screen.note(f"{tier} image, and the longest silence meanwhile", f"{took}, {watching.gap_words}")
+    await _show_card(screen, client, f"painted\nin {took}")
+    assert watching.orchestrator is not None  # each image is sampled
+    return watching.orchestrator
 
 
-class Waiting:
-    """Says what is heard while a lease is waited for, and when: plans, reasons, and each step at its end."""
+class _Watching:
+    """Looks at the orchestrator while an image is sampled, and how long nothing was said.
 
-    def __init__(self, screen: Screen, clock: Callable[[], float]) -> None:
-        self._screen = screen
-        self._clock = clock
-        self._start_s = clock()
-        self._heard: dict[str, float] = {}
-        self._held_back = ""
-        self.disturbs = False
+    Attributes:
+        orchestrator: as it was when sampling began.
+    """
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+        self._gap_s = 0.0
+        self.orchestrator: Deployment | None = None
 
     @property
-    def elapsed_s(self) -> float:
-        """Since it was asked for."""
-        return self._clock() - self._start_s
+    def gap_words(self) -> str:
+        """The longest time between two events."""
+        return format_duration(self._gap_s)
 
-    def hear(self, news: PhaseProgress | ReclaimPlan) -> None:
-        """Say it, unless it was said before."""
-        if isinstance(news, ReclaimPlan):
-            self._flush()
-            self.disturbs = True
-            self._say(self.elapsed_s, wait_words(news))
-        elif news.detail not in self._heard:
-            doing, _, outcome = news.detail.partition(": ")
-            took = ""
-            if outcome and doing in self._heard:
-                took = f" in {format_duration(self.elapsed_s - self._heard[doing])}"
-                self._held_back = "" if self._held_back == doing else self._held_back
-            self._flush()
-            self._heard[news.detail] = self.elapsed_s
-            if outcome:
-                self._say(self.elapsed_s, f"{news.detail}{took}")
-            else:
-                # Its end, if that is next, says it too.
-                self._held_back = news.detail
-
-    def granted(self, grade: str) -> None:
-        """Say that it is had."""
-        self._flush()
-        nobody = "" if self.disturbs else ", nobody was disturbed"
-        self._say(self.elapsed_s, Text.assemble("granted, grade ", (grade.upper(), "bold green"), nobody))
-
-    def _flush(self) -> None:
-        since_s = self._heard.get(self._held_back, self.elapsed_s)
-        if self.elapsed_s - since_s > _WORTH_TELLING_S:
-            self._say(since_s, self._held_back)
-        self._held_back = ""
-
-    def _say(self, at_s: float, words: str | Text) -> None:
-        _show_labelled(self._screen, format_duration(at_s), words)
+    async def over(self, events: AsyncIterator[JobEvent]) -> AsyncIterator[JobEvent]:
+        """The same events."""
+        last_s = time.monotonic()
+        async for event in events:
+            self._gap_s = max(self._gap_s, time.monotonic() - last_s)
+            payload = event.payload
+            if isinstance(payload, PhaseProgress) and payload.phase is Phase.SAMPLING:
+                self.orchestrator = self.orchestrator or await self._client.get_deployment(ORCHESTRATOR)
+            yield event
+            last_s = time.monotonic()
 
 
 async def _ask_the_reasoner(screen: Screen, stage: Stage, client: AsyncClient) -> None:
@@ -263,53 +211,3 @@ async def _until(client: AsyncClient, time_s: float, awake: str = "") -> FleetSn
 
 def _deployment(snapshot: FleetSnapshot, deployment_id: str) -> Deployment:
     return next(each for each in snapshot.deployments if each.spec.id == deployment_id)
-
-
-async def _generate(base_url: str, checkpoint: str) -> None:
-    """Send ComfyUI a prompt, and wait until the image is there. Raises UnavailableError, TimeoutError."""
-    try:
-        # Nothing of the environment: a proxy there is for the world outside.
-        async with (
-            asyncio.timeout(_IMAGE_TIMEOUT_S),
-            aiohttp.ClientSession(base_url, trust_env=False) as http,
-        ):
-            async with http.post("/prompt", json={"prompt": _workflow(checkpoint)}) as response:
-                response.raise_for_status()
-                prompt_id = (await response.json())["prompt_id"]
-            history: dict[str, Any] = {}
-            while prompt_id not in history:
-                await asyncio.sleep(_POLL_S)
-                async with http.get(f"/history/{prompt_id}") as response:
-                    response.raise_for_status()
-                    history = await response.json()
-    except aiohttp.ClientError as error:
-        raise UnavailableError(f"{COMFYUI}: {error}", failure_reason="") from error
-    status = history[prompt_id]["status"]
-    if not status["completed"]:
-        raise UnavailableError(f"{COMFYUI} has not painted: {status}", failure_reason="")
-
-
-def _workflow(checkpoint: str) -> dict[str, Any]:
-    """ComfyUI's graph of one picture."""
-    sampler = {
-        "seed": 1,
-        "steps": 4,
-        "cfg": 7.0,
-        "sampler_name": "euler",
-        "scheduler": "normal",
-        "denoise": 1.0,
-    }
-    links = {"model": ["4", 0], "positive": ["6", 0], "negative": ["7", 0], "latent_image": ["5", 0]}
-    size = {"width": 1024, "height": 1024, "batch_size": 1}
-    return {
-        "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": checkpoint}},
-        "5": {"class_type": "EmptyLatentImage", "inputs": size},
-        "6": {
-            "class_type": "CLIPTextEncode",
-            "inputs": {"text": "a ladder against the sky", "clip": ["4", 1]},
-        },
-        "7": {"class_type": "CLIPTextEncode", "inputs": {"text": "", "clip": ["4", 1]}},
-        "3": {"class_type": "KSampler", "inputs": sampler | links},
-        "8": {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["4", 2]}},
-        "9": {"class_type": "SaveImage", "inputs": {"images": ["8", 0], "filename_prefix": "demo"}},
-    }

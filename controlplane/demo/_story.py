@@ -40,11 +40,11 @@ _MOST_TOKENS = 96
 
 def open_story(screen: Screen, options: DemoOptions) -> None:
     """Say what is real."""
-    engine = "the engines on them: their words are made up on the spot, and their images are empty"
+    engine = "the engines on them: their words are made up on the spot, their pictures are of one colour"
     if options.gguf is not None:
         engine = (
             f"all engines but one: the orchestrator is a real llama.cpp with {options.gguf.name}, "
-            "the others' words are made up on the spot, and their images are empty"
+            "the others' words are made up on the spot, their pictures are of one colour"
         )
     screen.opening(
         "the control plane, two node agents, gRPC, HTTP and the job log. They are the programs that run a "

@@ -39,9 +39,9 @@ _GIB = 1024**3
 _MIB = 1024**2
 #: With a gigabyte to work on a picture of a megapixel they need 6, 12 and 20 GB.
 _DEFAULT_CHECKPOINTS = {
-    "lightning.safetensors": 5_000_000_000,
-    "quality.safetensors": 11_000_000_000,
-    "ultra.safetensors": 19_000_000_000,
+    "sdxl_lightning_4step.safetensors": 5_000_000_000,
+    "waiIllustriousSDXL_v140.safetensors": 11_000_000_000,
+    "flux1-dev-fp8.safetensors": 19_000_000_000,
 }
 _START_S = 3.0
 _FEATURES = {"supports_preview_metadata": True, "max_upload_size": 100 * _MIB}

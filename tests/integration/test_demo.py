@@ -105,25 +105,38 @@ def _check_grades(said: str) -> None:
     _check(
         said,
         r"before [█▒░]+ 23\.\d / 31\.8 GiB",
-        r"lease of 12\.0 GiB for comfyui",
-        r"making room: put to sleep reasoner",
-        r"putting reasoner to sleep: 9\.\d GiB freed in [\d.]+ s",
-        r"granted, grade STANDARD",
-        r"room made [█▒░]+ 14\.\d / 31\.8 GiB .{,100} reasoner 1\.0 GiB",
-        r"painted [█▒░]+ 25\.\d / 31\.8 GiB",
+        r"rung image .{,60} --tier quality",
+        r"Requesting VRAM slot \(mode=standard\)",
+        r"making room: 1 step, grade standard",
+        r"putting reasoner to sleep: 9\.\d GiB freed",
+        r"VRAM acquired: [\d,]+ MB free \(mode=standard\)",
+        r"Safety: unrestricted",
+        r"Loading sdxl",
+        r"Building quality workflow \(1024x1024, seed 2\)",
+        r"loading waiIllustriousSDXL_v140\.safetensors",
+        r"Sampling 50%",
+        r"1 image generated",
+        r"painted [█▒░]+ 25\.\d / 31\.8 GiB .{,100} reasoner 1\.0 GiB",
         r"rung chat --model deepseek-r1-14b .{,600} flushing the cache of comfyui: 11\.\d GiB freed",
         r"engine wake: .{,400} reasoner on workstation \(deepseek-r1-14b\)",
         r"woken [█▒░]+ 23\.\d / 31\.8 GiB",
-        r"lease of 6\.0 GiB for comfyui",
-        r"granted, grade QUICK, nobody was disturbed",
-        r"lease of 20\.0 GiB for comfyui",
-        r"granted, grade FULL",
-        r"room made [█▒░]+ 8\.\d / 31\.8 GiB .{,100} orchestrator 5\.5 GiB",
+        r"--tier lightning",
+        r"VRAM acquired: [\d,]+ MB free \(mode=quick\)",
+        r"Skipped \(fast tier\)",
+        r"Sampling 25% .{,20} Sampling 50%",
+        r"1 image generated",
+        r"--tier ultra",
+        r"Requesting VRAM slot \(mode=full\)",
+        r"VRAM acquired: [\d,]+ MB free \(mode=full\)",
+        r"Loading flux: sdxl was flushed, 5\.\d GiB freed",
+        r"Sampling 10% .{,20} Sampling 20%",
+        r"1 image generated",
+        r"painted [█▒░]+ 26\.\d / 31\.8 GiB .{,100} orchestrator 5\.5 GiB",
         r"orchestrator was shrunk and is awake; it is process \d+, as it was all the time",
         r"after [█▒░]+ .{,100} orchestrator 11\.5 GiB",
     )
-    for step in ("flushing the cache of comfyui", "putting reasoner to sleep", "shrinking orchestrator"):
-        assert re.search(rf"of 20\.0 GiB .*{step}: [\d.]+ GiB freed in [\d.]+ s .*grade FULL", said), said
+    for step in ("flushing sdxl from comfyui", "putting reasoner to sleep: 9", "shrinking orchestrator: 6"):
+        assert re.search(rf"--tier ultra .*{step}.*mode=full", said), said
 
 
 def _check_ladder(said: str) -> None:
