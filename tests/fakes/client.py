@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from rung import AsyncClient, HeldLease, JobStream, Policy
-from rung._client_generation import Messages
+from rung import AsyncClient, GenerationStream, HeldLease, JobStream, Policy, v1
+from rung._client_calls import Connection
+from rung._client_generation import Messages, OpenAiBody
 from rung.errors import RungError
+from rung.transport import ChannelOptions
 from rung.types import (
+    TERMINAL_EVENTS,
     ChatMessage,
     Deployment,
     FleetSnapshot,
+    GenerationInput,
     Infeasible,
     Job,
     JobEvent,
@@ -51,6 +56,34 @@ class FakeStream(JobStream):
         self.closed = True
 
 
+class FakeGeneration(GenerationStream):
+    """Events of a generation, then an error if there is one. Built on no connection.
+
+    Without a last one among them nothing more comes; `interrupt` is called then.
+    """
+
+    def __init__(
+        self, events: Sequence[JobEvent], error: RungError | None, interrupt: Callable[[], None]
+    ) -> None:
+        super().__init__(
+            Connection(ChannelOptions(address=""), timeout_s=1, reconnect_s=1), v1.GenerateRequest()
+        )
+        self._events = self._script(list(events), error, interrupt)
+
+    async def _script(
+        self, events: list[JobEvent], error: RungError | None, interrupt: Callable[[], None]
+    ) -> AsyncGenerator[JobEvent, None]:
+        for event in events:
+            self._job_id = event.job_id
+            yield event
+            if isinstance(event.payload, TERMINAL_EVENTS):
+                return
+        if error is not None:
+            raise error
+        interrupt()
+        await asyncio.get_running_loop().create_future()
+
+
 class FakeClient(AsyncClient):
     """The surface that the CLI uses. `error` is raised by every call instead of an answer."""
 
@@ -67,6 +100,7 @@ class FakeClient(AsyncClient):
         self.models: tuple[Model, ...] = ()
         self.route = RouteExplanation(considered=())
         self.stream: FakeStream | None = None
+        self.interrupt: Callable[[], None] = lambda: None
         self.plan: ReclaimPlan | Infeasible | None = None
         self.waits: list[PhaseProgress | ReclaimPlan] = []
         self.leases: tuple[Lease, ...] = ()
@@ -134,6 +168,35 @@ class FakeClient(AsyncClient):
         )
         self.stream = FakeStream(self.events, self.error)
         return self.stream
+
+    def generate(
+        self,
+        wanted: GenerationInput,
+        *,
+        model: str = "",
+        effort: int | None = None,
+        policy: Policy = Policy(),  # noqa: B008 - frozen
+        request_id: str = "",
+    ) -> GenerationStream:
+        self.asked.append(("generate", (wanted, model, effort, policy)))
+        return FakeGeneration(self.events, self.error, self.interrupt)
+
+    async def create_job(
+        self,
+        messages: Messages | None = None,
+        *,
+        body: OpenAiBody | None = None,
+        wanted: GenerationInput | None = None,
+        model: str = "",
+        effort: int | None = None,
+        tools: Sequence[Tool] = (),
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        policy: Policy = Policy(),  # noqa: B008 - frozen
+        request_id: str = "",
+    ) -> Job:
+        self._ask("create_job", (wanted, model, effort, policy))
+        return self.jobs[0]
 
     async def list_jobs(
         self, states: Collection[JobState] = (), page_size: int = 0

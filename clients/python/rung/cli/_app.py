@@ -14,6 +14,7 @@ from rung.cli import (
     _chat,
     _deployments,
     _doctor,
+    _image,
     _jobs,
     _leases,
     _models,
@@ -113,6 +114,7 @@ def build_app() -> typer.Typer:
     app.callback(invoke_without_command=True, epilog=_EPILOG)(_root)
     for commands in (
         _chat,
+        _image,
         _status,
         _models,
         _routes,

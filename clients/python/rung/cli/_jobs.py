@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import AsyncIterable
 from contextlib import aclosing
 from typing import Annotated
 
@@ -14,10 +15,11 @@ from rung import AsyncClient
 from rung.cli._failures import ExitCode
 from rung.cli._models import Json
 from rung.cli._session import Session, session_of
-from rung.cli.views import event_line, jobs_table
-from rung.types import Job, JobCancelled, JobDone, JobEvent, JobFailed, JobState
+from rung.cli.views import event_line, jobs_table, show_phases
+from rung.types import Job, JobAccepted, JobCancelled, JobDone, JobEvent, JobFailed, JobKind, JobState
 
 _DEFAULT_LIMIT = 20
+_WITHOUT_PHASES = frozenset({JobKind.CHAT, JobKind.EMBEDDING})
 _EXIT_CODES = {JobDone: ExitCode.OK, JobFailed: ExitCode.FAILED, JobCancelled: ExitCode.FAILED}
 
 
@@ -71,15 +73,21 @@ def watch(
         int, typer.Option(min=0, help="Only events after this sequence: resume where you left.")
     ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line (NDJSON).")] = False,
+    as_log: Annotated[
+        bool,
+        typer.Option("--log", help="Print every entry of the log, also where there are phases."),
+    ] = False,
 ) -> None:
-    """Follow a job's event log, past and to come, until it ends.
+    """Follow a job, past and to come, until it ends: an answer by its log, all else by its phases.
 
-    Ends with 0 if the job did well, and with 1 if it failed or was cancelled.
+    With --after or --log it is always the log. Ends with 0 if the job did well, and with 1 if it failed or
+    was cancelled.
 
     Example: rung jobs watch JOB --after 42 --json
     """
     session = session_of(context)
-    last = session.run(lambda client: _follow(session, client, job_id, after, as_json=as_json))
+    as_log = as_log or as_json or after > 0
+    last = session.run(lambda client: _follow(session, client, job_id, after, as_json=as_json, as_log=as_log))
     raise typer.Exit(ExitCode.OK if last is None else _EXIT_CODES.get(type(last.payload), ExitCode.OK))
 
 
@@ -103,13 +111,15 @@ def cancel(
 
 
 async def _follow(
-    session: Session, client: AsyncClient, job_id: str, after: int, *, as_json: bool
+    session: Session, client: AsyncClient, job_id: str, after: int, *, as_json: bool, as_log: bool
 ) -> JobEvent | None:
     last: JobEvent | None = None
     live = _Heartbeat(session.err)
     try:
         async with aclosing(client.watch_job(job_id, after, heartbeats=True)) as events:
             async for event in events:
+                if _has_phases(event) and not as_log:
+                    return await _show_phases(session, events)
                 if event.sequence == 0 and not as_json:
                     live.show(event)
                     continue
@@ -121,6 +131,18 @@ async def _follow(
                     session.out.print(event_line(event), soft_wrap=True)
     finally:
         live.hide()
+    return last
+
+
+def _has_phases(event: JobEvent) -> bool:
+    """Whether this is how a job begins whose phases say more than the entries of its log."""
+    return isinstance(event.payload, JobAccepted) and event.payload.kind not in _WITHOUT_PHASES
+
+
+async def _show_phases(session: Session, events: AsyncIterable[JobEvent]) -> JobEvent | None:
+    last = await show_phases(events, console=session.out)
+    if last is not None and not isinstance(last.payload, JobDone):
+        session.out.print(event_line(last), soft_wrap=True)
     return last
 
 
