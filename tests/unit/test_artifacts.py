@@ -268,14 +268,15 @@ async def test_who_makes_an_artifact_does_not_wait_for_those_who_read(artifacts:
     reading = [asyncio.create_task(artifacts.read(stuck.name, 0, 1)) for _ in range(200)]
     await asyncio.sleep(0)
 
-    made = await asyncio.wait_for(kept(artifacts, b"abc"), 20)
-
-    assert made.size_bytes == 3
-    assert not any(task.done() for task in reading)
-    # A pipe is no file: they end with an error once somebody has it open.
-    opened = os.open(stuck, os.O_RDWR)
-    results = await asyncio.gather(*reading, return_exceptions=True)
-    os.close(opened)
+    try:
+        made = await asyncio.wait_for(kept(artifacts, b"abc"), 20)
+        assert made.size_bytes == 3
+        assert not any(task.done() for task in reading)
+    finally:
+        # A pipe is no file: they end with an error once somebody has it open.
+        opened = os.open(stuck, os.O_RDWR)
+        results = await asyncio.gather(*reading, return_exceptions=True)
+        os.close(opened)
     assert {type(result) for result in results} == {UnavailableError}
 
 
