@@ -142,6 +142,7 @@ _PAIRS: dict[str, Any] = {
     "node_status": rung.types.NodeStatus,
     "phase_progress": rung.types.PhaseProgress,
     "policy": Policy,
+    "predictions": rung.types.Predictions,
     "profile": rung.types.Profile,
     "profile_event": rung.types.ProfileEvent,
     "profile_list": rung.types.ProfileList,
@@ -181,6 +182,18 @@ def test_what_an_engine_is_asked_for(value: rung.types.EngineInput) -> None:
     message = v1.RunGenerationRequest()
     codec.write_generation_input(value, message)
     assert codec.read_engine_input(v1.RunGenerationRequest.FromString(message.SerializeToString())) == value
+
+
+@settings(max_examples=80, deadline=None)
+@given(value=_for_type(rung.types.PredictionTask))
+def test_what_is_to_be_predicted(value: rung.types.PredictionTask) -> None:
+    request = v1.PredictRequest()
+    codec.write_prediction_task(value, request)
+    assert codec.read_prediction_task(v1.PredictRequest.FromString(request.SerializeToString())) == value
+
+
+def test_a_request_without_a_task_has_none() -> None:
+    assert codec.read_prediction_task(v1.PredictRequest()) is None
 
 
 def test_a_graph_is_for_an_engine_only() -> None:

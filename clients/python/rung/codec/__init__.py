@@ -77,6 +77,12 @@ from rung.codec._job import (
     usage_to_proto,
     write_job_event,
 )
+from rung.codec._prediction import (
+    predictions_from_proto,
+    predictions_to_proto,
+    read_prediction_task,
+    write_prediction_task,
+)
 from rung.codec._profile import (
     profile_event_from_proto,
     profile_event_to_proto,
@@ -162,6 +168,8 @@ __all__ = [
     "phase_progress_to_proto",
     "policy_from_proto",
     "policy_to_proto",
+    "predictions_from_proto",
+    "predictions_to_proto",
     "profile_event_from_proto",
     "profile_event_to_proto",
     "profile_from_proto",
@@ -170,6 +178,7 @@ __all__ = [
     "profile_to_proto",
     "read_engine_input",
     "read_generation_input",
+    "read_prediction_task",
     "reclaim_plan_from_proto",
     "reclaim_plan_to_proto",
     "route_explanation_from_proto",
@@ -186,4 +195,5 @@ __all__ = [
     "workflow_to_proto",
     "write_generation_input",
     "write_job_event",
+    "write_prediction_task",
 ]

@@ -300,7 +300,7 @@ class EngineSpec(Struct, frozen=True, kw_only=True):
 LLM_SLOTS = 16
 IMAGE_SLOTS = 1
 #: Services that do one thing at a time.
-_SERIAL = frozenset({"hunyuan3d", "sana", "xtts"})
+_SERIAL = frozenset({"hunyuan3d", "prediction", "sana", "xtts"})
 
 
 def default_slots(engine: Engine) -> int:

@@ -454,7 +454,9 @@ Global___EmbedResponse: _TypeAlias = EmbedResponse  # noqa: Y015
 
 @_typing.final
 class PredictRequest(_message.Message):
-    """PredictRequest asks a structured-prediction engine."""
+    """PredictRequest asks a structured-prediction engine. All numbers are finite: missing values are for the caller to
+    fill in. A request has 500,000 numbers at most.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -463,10 +465,11 @@ class PredictRequest(_message.Message):
     CLASSIFY_FIELD_NUMBER: _builtins.int
     REGRESS_FIELD_NUMBER: _builtins.int
     FORECAST_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The caller's own id."""
     model: _builtins.str
-    """A model or a deployment."""
+    """A model or a deployment; empty leaves it to whoever can do the task."""
     @_builtins.property
     def classify(self) -> Global___ClassifyTask:
         """Choose a class for each row."""
@@ -479,6 +482,10 @@ class PredictRequest(_message.Message):
     def forecast(self) -> Global___ForecastTask:
         """Continue each series."""
 
+    @_builtins.property
+    def policy(self) -> _job_pb2.Policy:
+        """Where it may go."""
+
     def __init__(
         self,
         *,
@@ -487,10 +494,11 @@ class PredictRequest(_message.Message):
         classify: Global___ClassifyTask | None = ...,
         regress: Global___RegressTask | None = ...,
         forecast: Global___ForecastTask | None = ...,
+        policy: _job_pb2.Policy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["classify", b"classify", "forecast", b"forecast", "regress", b"regress", "task", b"task"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["classify", b"classify", "forecast", b"forecast", "policy", b"policy", "regress", b"regress", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["classify", b"classify", "forecast", b"forecast", "model", b"model", "regress", b"regress", "request_id", b"request_id", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["classify", b"classify", "forecast", b"forecast", "model", b"model", "policy", b"policy", "regress", b"regress", "request_id", b"request_id", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_task: _TypeAlias = _typing.Literal["classify", "regress", "forecast"]  # noqa: Y015
     _WhichOneofArgType_task: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
@@ -524,7 +532,7 @@ Global___Row: _TypeAlias = Row  # noqa: Y015
 
 @_typing.final
 class ClassifyTask(_message.Message):
-    """ClassifyTask chooses classes; at most 10 of them."""
+    """ClassifyTask chooses classes; 2 to 10 of them."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -533,11 +541,11 @@ class ClassifyTask(_message.Message):
     ROWS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def context(self) -> _containers.RepeatedCompositeFieldContainer[Global___Row]:
-        """Known records."""
+        """Known records, all with the same number of features."""
 
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Their classes."""
+        """Their classes, one a record."""
 
     @_builtins.property
     def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___Row]:
@@ -569,11 +577,11 @@ class RegressTask(_message.Message):
     ROWS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def context(self) -> _containers.RepeatedCompositeFieldContainer[Global___Row]:
-        """Known records."""
+        """Known records, all with the same number of features."""
 
     @_builtins.property
     def targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Their values."""
+        """Their values, one a record."""
 
     @_builtins.property
     def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___Row]:
@@ -603,10 +611,10 @@ class ForecastTask(_message.Message):
     SERIES_FIELD_NUMBER: _builtins.int
     HORIZON_FIELD_NUMBER: _builtins.int
     horizon: _builtins.int
-    """Steps to forecast."""
+    """Steps to forecast, 1 to 1024."""
     @_builtins.property
     def series(self) -> _containers.RepeatedCompositeFieldContainer[Global___Row]:
-        """Series, oldest value first."""
+        """Series, oldest value first; they may have different lengths."""
 
     def __init__(
         self,
@@ -632,6 +640,10 @@ class PredictResponse(_message.Message):
     VALUES_FIELD_NUMBER: _builtins.int
     FORECASTS_FIELD_NUMBER: _builtins.int
     SERVED_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    QUANTILES_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """Job under which it was done."""
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Classes; for a classify task."""
@@ -648,6 +660,10 @@ class PredictResponse(_message.Message):
     def served(self) -> _job_pb2.Served:
         """Who answered."""
 
+    @_builtins.property
+    def quantiles(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuantileForecast]:
+        """How sure the forecasts are, by ascending level; empty if the model does not say."""
+
     def __init__(
         self,
         *,
@@ -655,14 +671,44 @@ class PredictResponse(_message.Message):
         values: _abc.Iterable[_builtins.float] | None = ...,
         forecasts: _abc.Iterable[Global___Row] | None = ...,
         served: _job_pb2.Served | None = ...,
+        job_id: _builtins.str = ...,
+        quantiles: _abc.Iterable[Global___QuantileForecast] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["served", b"served"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["forecasts", b"forecasts", "labels", b"labels", "served", b"served", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forecasts", b"forecasts", "job_id", b"job_id", "labels", b"labels", "quantiles", b"quantiles", "served", b"served", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PredictResponse: _TypeAlias = PredictResponse  # noqa: Y015
+
+@_typing.final
+class QuantileForecast(_message.Message):
+    """QuantileForecast has the values that series stay below with a probability."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEVEL_FIELD_NUMBER: _builtins.int
+    FORECASTS_FIELD_NUMBER: _builtins.int
+    level: _builtins.float
+    """The probability, above 0 and below 1."""
+    @_builtins.property
+    def forecasts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Row]:
+        """One a series, in their order, each as long as the horizon."""
+
+    def __init__(
+        self,
+        *,
+        level: _builtins.float = ...,
+        forecasts: _abc.Iterable[Global___Row] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forecasts", b"forecasts", "level", b"level"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QuantileForecast: _TypeAlias = QuantileForecast  # noqa: Y015
 
 @_typing.final
 class ListModelsRequest(_message.Message):

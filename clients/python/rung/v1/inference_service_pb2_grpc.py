@@ -158,7 +158,11 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Predict(self, request, context):
-        """Predict asks a structured-prediction engine: classify, regress or forecast.
+        """Predict asks a structured-prediction engine: classify, regress or forecast. It needs no ladder: without a
+        model, whoever has the capability `prediction` answers.
+
+        Errors: INVALID_ARGUMENT names what is wrong with the numbers, by row and column; NOT_FOUND (no such model, or
+        nobody predicts); UNAVAILABLE (no target is up).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

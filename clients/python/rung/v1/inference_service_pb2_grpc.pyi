@@ -58,7 +58,12 @@ class InferenceServiceStub:
     Embed: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.EmbedRequest, _inference_service_pb2.EmbedResponse]
     """Embed returns vectors for texts."""
     Predict: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.PredictRequest, _inference_service_pb2.PredictResponse]
-    """Predict asks a structured-prediction engine: classify, regress or forecast."""
+    """Predict asks a structured-prediction engine: classify, regress or forecast. It needs no ladder: without a
+    model, whoever has the capability `prediction` answers.
+
+    Errors: INVALID_ARGUMENT names what is wrong with the numbers, by row and column; NOT_FOUND (no such model, or
+    nobody predicts); UNAVAILABLE (no target is up).
+    """
     ListModels: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.ListModelsRequest, _inference_service_pb2.ListModelsResponse]
     """ListModels returns what can be asked for by name."""
     ExplainRoute: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.ExplainRouteRequest, _inference_service_pb2.ExplainRouteResponse]
@@ -100,7 +105,12 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     Embed: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.EmbedRequest, _inference_service_pb2.EmbedResponse]  # type: ignore[assignment]
     """Embed returns vectors for texts."""
     Predict: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.PredictRequest, _inference_service_pb2.PredictResponse]  # type: ignore[assignment]
-    """Predict asks a structured-prediction engine: classify, regress or forecast."""
+    """Predict asks a structured-prediction engine: classify, regress or forecast. It needs no ladder: without a
+    model, whoever has the capability `prediction` answers.
+
+    Errors: INVALID_ARGUMENT names what is wrong with the numbers, by row and column; NOT_FOUND (no such model, or
+    nobody predicts); UNAVAILABLE (no target is up).
+    """
     ListModels: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.ListModelsRequest, _inference_service_pb2.ListModelsResponse]  # type: ignore[assignment]
     """ListModels returns what can be asked for by name."""
     ExplainRoute: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.ExplainRouteRequest, _inference_service_pb2.ExplainRouteResponse]  # type: ignore[assignment]
@@ -187,7 +197,12 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_service_pb2.PredictRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_service_pb2.PredictResponse, _abc.Awaitable[_inference_service_pb2.PredictResponse]]:
-        """Predict asks a structured-prediction engine: classify, regress or forecast."""
+        """Predict asks a structured-prediction engine: classify, regress or forecast. It needs no ladder: without a
+        model, whoever has the capability `prediction` answers.
+
+        Errors: INVALID_ARGUMENT names what is wrong with the numbers, by row and column; NOT_FOUND (no such model, or
+        nobody predicts); UNAVAILABLE (no target is up).
+        """
 
     @_abc_1.abstractmethod
     def ListModels(
