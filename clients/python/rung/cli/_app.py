@@ -17,6 +17,7 @@ from rung.cli import (
     _image,
     _jobs,
     _leases,
+    _mesh,
     _models,
     _nodes,
     _profiles,
@@ -115,6 +116,7 @@ def build_app() -> typer.Typer:
     for commands in (
         _chat,
         _image,
+        _mesh,
         _status,
         _models,
         _routes,

@@ -32,6 +32,8 @@ _BAR_WIDTH = 24
 _REFRESHES_PER_S = 8
 #: A line for each tenth of the way is enough where lines stay.
 _PERCENT_STEP = 10
+#: What files are called, by the first part of their media type.
+_NOUNS = {"image": ("image", "images"), "video": ("video", "videos"), "model": ("mesh", "meshes")}
 _NAME_WIDTH = max(len(phase.value) for phase in Phase)
 
 Clock = Callable[[], float]
@@ -57,6 +59,9 @@ async def show_phases(
     with display:
         async for event in events:
             match event.payload:
+                case PhaseProgress(phase=Phase.DONE):
+                    # The terminal event says it, with what was made.
+                    pass
                 case PhaseProgress() as progress:
                     display.progress(progress, event.elapsed_s)
                 case Routed(served):
@@ -88,9 +93,8 @@ class _Made:
         if not count:
             return "Done"
         kinds = {content_type.partition("/")[0] for content_type in self.content_types}
-        kind = kinds.pop() if len(kinds) == 1 else ""
-        noun = kind if kind in ("image", "video") else "file"
-        return f"{count} {noun}{'' if count == 1 else 's'} generated"
+        one, several = _NOUNS.get(kinds.pop() if len(kinds) == 1 else "", ("file", "files"))
+        return f"{count} {one if count == 1 else several} generated"
 
 
 class _LineDisplay:
@@ -186,7 +190,7 @@ class _LiveDisplay:
     def _end_phase(self, elapsed_s: float, *, well: bool) -> None:
         running, self._running = self._running, None
         # Choosing who answers takes no time that a person would see.
-        if running is None or (running.progress.phase in (Phase.ROUTE, Phase.DONE) and well):
+        if running is None or ((running.progress.phase is Phase.ROUTE and well)):
             return
         row = _grid()
         row.add_row(
