@@ -22,6 +22,7 @@ from rung.types import (
     JobDone,
     JobEvent,
     JobFailed,
+    Phase,
     PhaseProgress,
     Terminal,
     Usage,
@@ -98,6 +99,9 @@ class Followed:
         """The events to the terminal one, with a heartbeat wherever nothing happens for a while."""
         watching = self._jobs.watch(self.job_id, heartbeat_s=KEEP_ALIVE_S, with_data=self._with_data)
         async for event in watching:
+            if isinstance(event.payload, PhaseProgress) and event.payload.phase is Phase.DONE:
+                # The terminal event says it, with what was made: a reader stops at the first `done`.
+                continue
             self._take(event)
             yield event
 

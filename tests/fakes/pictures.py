@@ -80,6 +80,7 @@ async def lightning(begun: Begun, collector: Collector) -> None:
     job.progress(Phase.ENCODING, "Encoding images")
     for place in range(getattr(begun.wish.input, "count", 1)):
         await collector.take(a_chunk(place, a_png(place + 1)))
+    job.progress(Phase.DONE, "1 image(s) generated", percent=100)
 
 
 @asynccontextmanager

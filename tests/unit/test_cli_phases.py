@@ -48,6 +48,7 @@ def quality(percents: tuple[int, ...] = (10, 12, 50, 90, 100)) -> list[tuple[flo
         *sampling,
         (25.8, progress(Phase.ENCODING, "Encoding images")),
         (25.9, PICTURE),
+        (25.9, progress(Phase.DONE, "1 image(s) generated", percent=100)),
         (26.0, JobDone("stop", SERVED)),
     ]
 
@@ -99,7 +100,7 @@ async def test_on_a_terminal_each_phase_is_ticked_with_how_long_it_took() -> Non
 
 
 async def test_a_live_line_says_how_far_it_is_and_how_much_longer() -> None:
-    text, _ = await shown(quality((50,))[:-3], terminal=True)
+    text, _ = await shown(quality((50,))[:-4], terminal=True)
 
     assert " 50 % " in text
     assert "8 s left" in text

@@ -190,7 +190,7 @@ class _LiveDisplay:
     def _end_phase(self, elapsed_s: float, *, well: bool) -> None:
         running, self._running = self._running, None
         # Choosing who answers takes no time that a person would see.
-        if running is None or ((running.progress.phase is Phase.ROUTE and well)):
+        if running is None or (running.progress.phase is Phase.ROUTE and well):
             return
         row = _grid()
         row.add_row(
