@@ -24,8 +24,11 @@ from controlplane.fleet import DrainMarks, Fleet, MemoryAlerts, NodeSchedulers
 from controlplane.gateway import Gateway
 from controlplane.jobs import Jobs
 from controlplane.pipelines import Pipelines, Slots
+from controlplane.pipelines.image import Artist, ImagePipeline, Rooms
+from controlplane.pipelines.mesh import ChainedPictures, MeshPipeline
 from controlplane.pipelines.speech import VoicePipeline, VoiceSlots
 from controlplane.profiles import Profiles
+from controlplane.stages import load_stages
 from controlplane.store import (
     ArtifactRows,
     CloudCalls,
@@ -144,6 +147,33 @@ async def serve(config: Config) -> None:
             JobKind.SPEECH,
             JobKind.TRANSCRIPTION,
         )
+        artist = Artist(
+            fleet=fleet,
+            slots=slots,
+            engager=pipelines.engager,
+            rooms=Rooms(fleet, schedulers, keeper.estimates),
+            artifacts=artifacts,
+            estimates=keeper.estimates,
+            idle_timeout_s=server.engine_idle_timeout_s,
+        )
+        images = ImagePipeline(
+            router=pipelines.router,
+            engager=pipelines.engager,
+            artist=artist,
+            workflows=workflows,
+            tiers=config.images.tier_values(),
+            stages=load_stages(config.safety.value(), config.prompt_enhancement.value(), pipelines.ask),
+        )
+        pipelines.add(images, JobKind.IMAGE, JobKind.VIDEO)
+        meshes = MeshPipeline(
+            fleet=fleet,
+            engager=pipelines.engager,
+            pictures=ChainedPictures(pipelines.start, jobs, artifacts),
+            artifacts=artifacts,
+            estimates=keeper.estimates,
+            idle_timeout_s=server.engine_idle_timeout_s,
+        )
+        pipelines.add(meshes, JobKind.MESH)
         services = build_services(fleet, schedulers, jobs, pipelines, profiles, artifacts, workflows)
         grpc_server = GrpcServer(
             ServerOptions(

@@ -40,7 +40,7 @@ _log = structlog.get_logger("rung.pipelines")
 
 #: A holder that vanishes without a word costs others so long.
 LEASE_TTL_S = 60.0
-#: How long to wait for a measurement of after a flush.
+#: How long to wait for a measurement of after something.
 _FRESH_S = 4.0
 
 
@@ -204,16 +204,16 @@ async def flush(fleet: Fleet, deployment_id: str) -> int | None:
                 raise error_of_failure(event.payload)
             if isinstance(event.payload, LifecycleDone):
                 freed_bytes = event.payload.freed_bytes
-    await _measured(fleet, deployment_id)
+    await measured_since(fleet, deployment_id, asyncio.get_running_loop().time())
     return freed_bytes
 
 
-async def _measured(fleet: Fleet, deployment_id: str) -> None:
-    """Return once its node was measured after now, or has not been for a while."""
+async def measured_since(fleet: Fleet, deployment_id: str, since_s: float) -> None:
+    """Return once the node of a deployment was measured after a time, or has not been for a while."""
     loop = asyncio.get_running_loop()
-    ended_s = loop.time()
-    while (left_s := ended_s + _FRESH_S - loop.time()) > 0:
+    deadline_s = loop.time() + _FRESH_S
+    while (left_s := deadline_s - loop.time()) > 0:
         found = fleet.view.deployments.get(deployment_id)
-        if found is None or fleet.session(found.node.id).measured_s > ended_s:
+        if found is None or fleet.session(found.node.id).measured_s > since_s:
             return
         await fleet.wait_changed(left_s)

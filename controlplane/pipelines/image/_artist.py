@@ -13,6 +13,7 @@ from controlplane.fleet import DeploymentView, Fleet
 from controlplane.jobs import LiveJob
 from controlplane.ladder import Candidate, TargetKind
 from controlplane.pipelines._engage import Engager
+from controlplane.pipelines._generation import DeliveredError
 from controlplane.pipelines._slots import Slots
 from controlplane.pipelines.image._pace import Drawing, EstimatesPort, Pace
 from controlplane.pipelines.image._picture import Picture
@@ -37,14 +38,6 @@ _AWAKE_ROUNDS = 4
 #: A flush after a failure holds up the next attempt no longer.
 _EMPTYING_S = 15.0
 _ENHANCING = "prompt_enhance"
-
-
-class DeliveredError(Exception):
-    """It failed when a part of a picture was delivered already: no other target is tried."""
-
-    def __init__(self, error: RungError) -> None:
-        super().__init__(error.message)
-        self.error = error
 
 
 class Drawn:

@@ -10,10 +10,10 @@ from msgspec.structs import replace
 from controlplane.ladder import Candidate
 from controlplane.pipelines._begun import Begun
 from controlplane.pipelines._engage import Engager
-from controlplane.pipelines._generation import GenerationPipeline
+from controlplane.pipelines._generation import DeliveredError, GenerationPipeline
 from controlplane.pipelines._router import Router
 from controlplane.pipelines._wish import Wish
-from controlplane.pipelines.image._artist import Artist, DeliveredError, Drawn
+from controlplane.pipelines.image._artist import Artist, Drawn
 from controlplane.pipelines.image._picture import Picture
 from controlplane.pipelines.image._staging import StagesPort, Staging
 from controlplane.stages import StageRequest

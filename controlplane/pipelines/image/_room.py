@@ -9,7 +9,7 @@ import structlog
 from msgspec import Struct
 
 from controlplane.fleet import DeploymentView, Fleet, NodeSchedulers, find_gpu, held_bytes, pool_of
-from controlplane.pipelines._leasing import flush, leased, usual_step_s
+from controlplane.pipelines._leasing import flush, leased, measured_since, usual_step_s
 from controlplane.pipelines.image._memory import Flush, Loaded, Need, need_of, wanted_bytes
 from controlplane.pipelines.image._pace import EstimatesPort
 from controlplane.pipelines.image._picture import Picture
@@ -56,6 +56,8 @@ class Rooms:
         self._schedulers = schedulers
         self._estimates = estimates
         self._loaded: dict[str, Loaded] = {}
+        #: When something changed of what is loaded: what was measured before says nothing of it.
+        self._changed_s: dict[str, float] = {}
 
     async def make(
         self, held: AsyncExitStack, view: DeploymentView, picture: Picture, telling: Telling
@@ -72,7 +74,9 @@ class Rooms:
             return Room()
         telling.expect(Phase.VRAM_ACQUIRE, None)
         telling.tell(Phase.VRAM_ACQUIRE, f"Requesting VRAM slot (mode={grade})")
-        began_s = asyncio.get_running_loop().time()
+        began_s = _now_s()
+        await measured_since(self._fleet, deployment_id, self._changed_s.get(deployment_id, 0.0))
+        view = self._now(deployment_id)
         swapped = ""
         for _ in range(_ROUNDS):
             need = self._need(view, picture)
@@ -87,7 +91,7 @@ class Rooms:
             held.push_async_exit(asked)
             view = self._now(deployment_id)
             if self._is_enough(view, need):
-                took_s = asyncio.get_running_loop().time() - began_s
+                took_s = _now_s() - began_s
                 self._granted(view, lease, telling, took_s)
                 return Room(is_loaded=need.is_loaded, held_bytes=held_bytes(view), swapped=swapped)
             await asked.aclose()
@@ -112,9 +116,11 @@ class Rooms:
             family=tier.family,
             others_bytes=room.held_bytes,
         )
+        self._changed_s[deployment.spec.id] = _now_s()
 
     def forget(self, deployment_id: str) -> None:
         """It is not known any more what is loaded."""
+        self._changed_s[deployment_id] = _now_s()
         self._loaded.pop(deployment_id, None)
 
     async def empty(self, deployment_id: str) -> None:
@@ -199,6 +205,10 @@ class Rooms:
         if found is None:
             raise EngineStartFailedError(f"{deployment_id} is no longer deployed", deployment=deployment_id)
         return found
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def _demand(view: DeploymentView, picture: Picture, need: Need) -> Demand:
