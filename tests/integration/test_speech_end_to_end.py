@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import aiohttp
 import openai
 import pytest
 
+import rung
 from nodeagent.simulators._sound import heard, wav
 from tests.integration.stack import SIMULATORS, Stack, stack
 
@@ -132,7 +134,7 @@ async def test_what_cannot_be_done_is_refused_with_what_can(plane: Stack) -> Non
         with pytest.raises(openai.NotFoundError, match="there is no model 'nobody'"):
             await client.audio.speech.create(model="nobody", voice="", input=TEXT)
         with pytest.raises(openai.BadRequestError, match="the format srt comes as a whole"):
-            await client.audio.transcriptions.create(  # type: ignore[call-overload]  # not for OpenAI either
+            await client.audio.transcriptions.create(
                 model="whisper-1", file=("a.wav", wav(TEXT)), response_format="srt", stream=True
             )
         with pytest.raises(openai.BadRequestError, match="times of words are not told"):
@@ -222,3 +224,69 @@ async def test_at_most_so_many_voices_at_once_and_who_waits_is_told_the_place(tm
     assert sorted(set(waited)) == [
         f"waiting for one of 2 voice slots of box; place {place} in the queue" for place in (1, 2)
     ]
+
+
+async def rung_command(plane: Stack, *arguments: str, stdin: bytes = b"") -> tuple[int, bytes, str]:
+    """Exit code, stdout and stderr of the command."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "rung.cli",
+        "--address",
+        f"127.0.0.1:{plane.plane.ready['grpc_port']}",
+        *arguments,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await process.communicate(stdin)
+    assert process.returncode is not None
+    return process.returncode, out, err.decode()
+
+
+async def test_the_command_speaks_and_writes_down(plane: Stack, tmp_path: Path) -> None:
+    said = tmp_path / "said.wav"
+    code, out, err = await rung_command(plane, "speak", TEXT, "-o", str(said))
+    assert (code, out.decode().strip()) == (0, str(said)), err
+    assert heard(said.read_bytes()) == TEXT
+    assert "piper on box" in err
+
+    code, out, err = await rung_command(plane, "transcribe", str(said))
+    assert (code, out.decode().strip()) == (0, TEXT), err
+    assert "ears on box" in err
+
+    code, piped, err = await rung_command(plane, "speak", "-o", "-", stdin=b"good morning")
+    assert (code, heard(piped)) == (0, "good morning"), err
+    code, out, err = await rung_command(plane, "transcribe", "-", "--json", stdin=piped)
+    assert (code, json.loads(out)["text"], json.loads(out)["served"]["target"]) == (0, "good morning", "ears")
+
+    film = tmp_path / "film.srt"
+    code, out, err = await rung_command(plane, "transcribe", str(said), "--format", "srt", "-o", str(film))
+    assert (code, out.decode().strip()) == (0, str(film)), err
+    assert film.read_text().startswith("1\n00:00:00,000 --> ")
+    code, out, _ = await rung_command(plane, "transcribe", str(said), "--format", "vtt")
+    assert (code, out[:6]) == (0, b"WEBVTT")
+
+    code, _, err = await rung_command(plane, "speak", TEXT, "-o", str(said))
+    assert (code, "--force overwrites it" in err) == (5, True)
+    code, _, err = await rung_command(plane, "speak", TEXT, "--voice", "alloy", "-o", str(tmp_path / "a.wav"))
+    assert code == 1
+    assert "no voice 'alloy'; it has de_DE-thorsten-medium, en_US-lessac-medium" in err
+    code, _, err = await rung_command(plane, "transcribe", str(tmp_path / "none.wav"))
+    assert (code, "cannot be read: No such file" in err) == (2, True)
+
+
+async def test_both_clients_have_speech(plane: Stack) -> None:
+    result = await plane.client.speak(TEXT, model="tts-1").result()
+    (file,) = result.artifacts
+    assert (heard(file.data), file.artifact.content_type) == (TEXT, "audio/wav")
+    written = await plane.client.transcribe(file.data).result()
+    assert (written.text, written.artifacts) == (TEXT, ())
+
+    def blocking() -> tuple[str, str]:
+        with rung.Client(f"127.0.0.1:{plane.plane.ready['grpc_port']}") as client:
+            audio = client.speak("good morning").result().artifacts[0].data
+            srt = client.transcribe(audio, format="srt").result().artifacts[0]
+            return client.transcribe(audio).result().text, srt.artifact.content_type
+
+    assert await asyncio.to_thread(blocking) == ("good morning", "application/x-subrip")

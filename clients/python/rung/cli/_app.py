@@ -22,6 +22,7 @@ from rung.cli import (
     _nodes,
     _profiles,
     _routes,
+    _speech,
     _status,
     _workflows,
 )
@@ -117,6 +118,7 @@ def build_app() -> typer.Typer:
         _chat,
         _image,
         _mesh,
+        _speech,
         _status,
         _models,
         _routes,
