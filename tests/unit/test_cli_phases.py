@@ -33,7 +33,10 @@ def progress(phase: Phase, detail: str = "", **more: float) -> PhaseProgress:
 
 def quality(percents: tuple[int, ...] = (10, 12, 50, 90, 100)) -> list[tuple[float, EventPayload]]:
     sampling = [
-        (12.2 + percent / 10, progress(Phase.SAMPLING, percent=percent, remaining_s=8.0))
+        (
+            12.2 + percent / 10,
+            progress(Phase.SAMPLING, step=28 * percent // 100, total=28, percent=percent, remaining_s=8.0),
+        )
         for percent in percents
     ]
     return [
@@ -96,6 +99,7 @@ async def test_on_a_terminal_each_phase_is_ticked_with_how_long_it_took() -> Non
         "workflow build 1.1 s",
     ]
     assert "VRAM acquired: 18432MB free" in text
+    assert "28 of 28 steps" in text
     assert "✓ 1 image generated after 26.0 s, by comfyui on workstation" in text
 
 

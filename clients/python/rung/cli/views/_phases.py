@@ -196,7 +196,7 @@ class _LiveDisplay:
         row.add_row(
             self._mark(well=well),
             *_name_and_time(running.progress.phase, elapsed_s - running.began_s),
-            Text(without_time(printable(running.progress.detail)), style="dim"),
+            Text(_detail(running.progress), style="dim"),
         )
         self._print(row)
 
@@ -240,6 +240,13 @@ def _grid(*, bar: bool = False) -> Table:
 
 def _name_and_time(phase: Phase, took_s: float) -> tuple[Text, Text]:
     return Text(_phase_name(phase), style="bold"), Text(format_duration(max(took_s, 0.0)))
+
+
+def _detail(progress: PhaseProgress) -> str:
+    """What there is to say of a phase that is over."""
+    if not progress.detail and progress.total:
+        return f"{progress.step or 0} of {progress.total} steps"
+    return without_time(printable(progress.detail))
 
 
 def _phase_name(phase: Phase) -> str:
