@@ -19,6 +19,22 @@ from rung.types import FILE_PREFIX
 #: So many of what there is are listed.
 _LISTED = 8
 _CLOSE = 3
+#: ComfyUI's own types that no value in a graph stands for.
+_ALWAYS_LINKED = {
+    "CLIP",
+    "CLIP_VISION",
+    "CONDITIONING",
+    "CONTROL_NET",
+    "IMAGE",
+    "LATENT",
+    "MASK",
+    "MODEL",
+    "SAMPLER",
+    "SIGMAS",
+    "UPSCALE_MODEL",
+    "VAE",
+    "VIDEO",
+}
 _LONGEST_VALUE = 80
 #: So many findings are told; the rest is counted.
 _TOLD = 10
@@ -84,8 +100,10 @@ def _node(graph: Graph, node_id: str, classes: Mapping[str, NodeClass]) -> Itera
         dangling = _dangling(graph, link, classes) if link is not None else ""
         what = _value(kind, given[name]) if link is None else dangling or _link(graph, link, kind, classes)
         if what:
+            # A node fails over these, if ComfyUI does not.
+            sure = bool(dangling) or (link is None and kind.type in _ALWAYS_LINKED)
             text = f"{where}: the input {name} {what}"
-            yield Finding(node_id=node_id, input_name=name, what=text, sure=bool(dangling))
+            yield Finding(node_id=node_id, input_name=name, what=text, sure=sure)
 
 
 def _dangling(graph: Graph, link: Link, classes: Mapping[str, NodeClass]) -> str:

@@ -44,6 +44,7 @@ class ComfyUiPace(Struct, frozen=True, kw_only=True):
         waiting_poll_s: between looks at a prompt that waits, or of which nothing is told.
         running_poll_s: between looks at one that runs, and is told of.
         last_poll_s: between looks at one that has ended.
+        last_words_s: a prompt that has ended is listened to for so long, if its last event has not come.
         silent_s: a prompt that runs and of which nothing is told for so long has a new connection.
         unreachable_s: ComfyUI may be away for so long.
         rejoin_pause_s: before the WebSocket is joined again.
@@ -55,6 +56,7 @@ class ComfyUiPace(Struct, frozen=True, kw_only=True):
     waiting_poll_s: float = 1.0
     running_poll_s: float = 3.0
     last_poll_s: float = 0.1
+    last_words_s: float = 0.5
     silent_s: float = 60.0
     unreachable_s: float = 5.0
     rejoin_pause_s: float = 1.0
@@ -227,7 +229,7 @@ class _Following:
         self._time_s = asyncio.get_running_loop().time
         self._entry: HistoryEntry | None = None
         self._outputs: dict[str, dict[str, Any]] = {}
-        self._succeeded = self._closing = False
+        self._succeeded = self._closing = self._ended = False
         self._nowhere = 0
         self._waits = True
         #: What was told of errors: some do not end a prompt.
@@ -243,6 +245,18 @@ class _Following:
 
     async def events(self, idle_timeout_s: float) -> AsyncGenerator[GenerationEvent, None]:
         """What is to be told of it, until it has ended. Raises as `generate`."""
+        async with aclosing(self._until_ended(idle_timeout_s)) as found:
+            async for event in found:
+                yield event
+        until_s = self._time_s() + self._pace.last_words_s
+        while not self._ended and self._stream.joined:
+            last = await self._stream.next(max(until_s - self._time_s(), 0.0))
+            if last is None:
+                break
+            for each in self._event(last):
+                yield each
+
+    async def _until_ended(self, idle_timeout_s: float) -> AsyncGenerator[GenerationEvent, None]:
         look_s = self._time_s()
         while self._entry is None:
             event = await self._stream.next(max(look_s - self._time_s(), 0.0))
@@ -288,10 +302,11 @@ class _Following:
         self._succeeded |= event.type == "execution_success"
         if event.type in ("execution_error", "execution_interrupted"):
             self.errors.append((event.type, event.data))
-        ended = event.type == "executing" and event.data.get("node") is None
+        # The last one: the history is there before it.
+        self._ended |= event.type == "executing" and event.data.get("node") is None
         # A node that is blocked is an error, too, and the rest goes on.
         blocked = event.data.get("exception_type") == "ExecutionBlocked"
-        self._closing |= ended or (event.type in _LAST_EVENTS and not blocked)
+        self._closing |= self._ended or (event.type in _LAST_EVENTS and not blocked)
         for progress in self._progress.on(event.type, event.data):
             yield progress
             if progress.phase is Phase.SAMPLING and progress.step:

@@ -167,7 +167,9 @@ class PromptProgress:
             self._finished.add(node_id)
         if told is not None and tenth <= told and not last and not begins_again:
             return
-        self._told_tenth[node_id] = tenth
+        if value:
+            # The first step after none is told, too.
+            self._told_tenth[node_id] = tenth
         yield from self._tell(self._of_step(node_id, value, most))
 
     def _of_step(self, node_id: str, value: int, most: int) -> PhaseProgress:

@@ -12,7 +12,8 @@ from msgspec import Struct
 
 from nodeagent.simulators._comfyui_graph import Graph, execution_order, loaded_by, sampled_steps, signature
 from nodeagent.simulators._comfyui_models import ModelCache
-from nodeagent.simulators._comfyui_pictures import Picture, picture_of, png
+from nodeagent.simulators._comfyui_nodes import Link, NodeKind
+from nodeagent.simulators._comfyui_pictures import Picture, is_picture, picture_of, png
 from nodeagent.simulators._faults import Fault, Faults
 from nodeagent.simulators._http import Counters
 from nodeagent.simulators._memory import SimulatedOutOfMemory
@@ -76,6 +77,14 @@ class _InterruptedError(Exception):
     """The prompt is not to go on."""
 
 
+class _NodeError(Exception):
+    """A node failed; `kind` is the type of what it raised."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
 class Execution:
     """Executes one prompt at a time, the lowest number first.
 
@@ -87,6 +96,7 @@ class Execution:
         counters: what it did.
         send: tells clients.
         send_preview: tells clients of previews.
+        kinds: the classes of nodes.
         files: what was uploaded, and what is written, by folder and by name in it.
         previews: send them, unless a prompt says otherwise.
     """
@@ -101,10 +111,12 @@ class Execution:
         counters: Counters,
         send: Send,
         send_preview: SendPreview,
+        kinds: Mapping[str, NodeKind],
         files: Mapping[str, dict[str, bytes]],
         previews: bool,
     ) -> None:
         self._send_preview = send_preview
+        self._kinds = kinds
         self._files = files
         self._previews = previews
         self._models = models
@@ -207,6 +219,8 @@ class Execution:
             say("Processing interrupted")
         except SimulatedOutOfMemory as error:
             await self._out_of_memory(run, error)
+        except _NodeError as error:
+            await self._failed(run, error.kind, str(error))
         finally:
             self._counters.active -= 1
             self.running = self.node = None
@@ -257,8 +271,17 @@ class Execution:
         graph = run.item.graph
         node = graph[node_id]
         inputs = node["inputs"]
+        for name, wanted in self._kinds[node["class_type"]].inputs.items():
+            # Nobody has looked at this before.
+            if isinstance(wanted, Link) and not isinstance(inputs.get(name, []), list):
+                found = type(inputs[name]).__name__
+                raise _NodeError("AttributeError", f"'{found}' object has no attribute 'shape'")
         picture = picture_of(graph, node_id, self._files["input"])
         match node["class_type"]:
+            case "LoadImage" | "LoadImageMask" if not is_picture(self._files["input"][inputs["image"]]):
+                raise _NodeError(
+                    "PIL.UnidentifiedImageError", f"cannot identify image file {inputs['image']}"
+                )
             case "CheckpointLoaderSimple":
                 await asyncio.sleep(load_time_s(inputs["ckpt_name"], self._settings))
             case "KSampler" | "KSamplerAdvanced" | "SamplerCustom":
@@ -301,18 +324,20 @@ class Execution:
         if Fault.OUT_OF_MEMORY_KILLS in self._faults:
             say(f"CUDA error: out of memory ({error})")
             raise LoadFailedError from error
-        say(f"!!! Exception during processing !!! {text}")
         self._models.unload_all()
+        await self._failed(run, "torch.OutOfMemoryError", text)
+        say("Got an OOM, unloading all loaded models.")
+
+    async def _failed(self, run: _Run, kind: str, text: str) -> None:
+        say(f"!!! Exception during processing !!! {text}")
         details = {
-            "exception_message": text,
-            "exception_type": "torch.OutOfMemoryError",
+            "exception_message": f"{text}\n",
+            "exception_type": kind,
             "traceback": [],
             "current_inputs": {},
             "current_outputs": list(run.executed),
         }
-        await run.progress(0, 1, "error")
         await run.message("execution_error", {**run.place(), **details})
-        say("Got an OOM, unloading all loaded models.")
 
     def _shows_previews(self, item: Item) -> bool:
         wanted = item.extra_data.get("preview_method", "default")

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import msgspec
 from msgspec import Struct
 
-from nodeagent.simulators._comfyui_nodes import Choice, Link, NodeKind, Number
+from nodeagent.simulators._comfyui_nodes import Choice, NodeKind, Number
 
 Graph: TypeAlias = Mapping[str, Any]
 
@@ -123,9 +123,6 @@ class _Check:
 
     def _value(self, node_id: str, name: str, value: object, wanted: object) -> None:
         match wanted:
-            case Link():
-                message = "Bad linked input, must be a length-2 list of [node_id, slot_index]"
-                self._say(node_id, name, "bad_linked_input", message, name)
             case Choice(values=values, uploaded=uploaded) if uploaded:
                 if value not in values and value not in self._files:
                     details = f"image - Invalid image file: {value}"

@@ -12,18 +12,21 @@ from msgspec import Struct
 from nodeagent.simulators._comfyui_graph import Graph, signature
 
 _SIDE = 512
+#: What comes in is what is written.
+_OUTPUTS = ("SaveImage", "PreviewImage", "SaveAnimatedWEBP", "SaveWEBM")
 _PNG = b"\x89PNG\r\n\x1a\n"
 #: Inputs through which a picture comes to a node, the first that there is.
 _FROM = ("images", "image", "pixels", "samples", "latent_image", "destination", "mask", "latent")
 
 
 class Picture(Struct, frozen=True, kw_only=True):
-    """Some pictures that look alike. `colour` is 0xRRGGBB."""
+    """Some pictures that look alike. `colour` is 0xRRGGBB; `data` is the file that was read, unchanged."""
 
     width_pixels: int = _SIDE
     height_pixels: int = _SIDE
     count: int = 1
     colour: int = 0
+    data: bytes = b""
 
     @property
     def megapixels(self) -> float:
@@ -37,6 +40,8 @@ def picture_of(graph: Graph, node_id: str, files: Mapping[str, bytes]) -> Pictur
     inputs = node["inputs"]
     source = next((inputs[name] for name in _FROM if isinstance(inputs.get(name), list)), None)
     before = picture_of(graph, source[0], files) if source else Picture()
+    if node["class_type"] in _OUTPUTS:
+        return before
     colour = before.colour
     match node["class_type"]:
         case "EmptyImage":
@@ -56,8 +61,15 @@ def picture_of(graph: Graph, node_id: str, files: Mapping[str, bytes]) -> Pictur
     )
 
 
+def is_picture(data: bytes) -> bool:
+    """Whether a file is a picture, by how it begins."""
+    return data.startswith((_PNG, b"\xff\xd8\xff", b"GIF8")) or data[8:12] == b"WEBP"
+
+
 def png(picture: Picture) -> bytes:
     """One of them as a file."""
+    if picture.data:
+        return picture.data
     row = b"\0" + picture.colour.to_bytes(3, "big") * picture.width_pixels
     head = struct.pack(">IIBBBBB", picture.width_pixels, picture.height_pixels, 8, 2, 0, 0, 0)
     body = zlib.compress(row * picture.height_pixels, 1)
@@ -70,9 +82,9 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 def _of_file(data: bytes) -> Picture:
     if not data.startswith(_PNG) or len(data) < 24:
-        return Picture(colour=zlib.crc32(data) & 0xFFFFFF)
+        return Picture(colour=zlib.crc32(data) & 0xFFFFFF, data=data)
     width, height = struct.unpack_from(">II", data, 16)
-    return Picture(width_pixels=width, height_pixels=height, colour=zlib.crc32(data) & 0xFFFFFF)
+    return Picture(width_pixels=width, height_pixels=height, colour=zlib.crc32(data) & 0xFFFFFF, data=data)
 
 
 def _number(inputs: Mapping[str, Any], name: str) -> int:

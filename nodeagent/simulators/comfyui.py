@@ -95,6 +95,7 @@ class ComfyUi:
             counters=self._counters,
             send=self._send,
             send_preview=self._send_preview,
+            kinds=self._kinds,
             files=self._files,
             previews=options.preview_method != "none",
         )

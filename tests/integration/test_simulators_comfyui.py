@@ -494,7 +494,6 @@ def broken(node_id: str, **inputs: object) -> dict[str, Any]:
         (broken("3", cfg=101.0), "3", "value_bigger_than_max"),
         (broken("5", width="wide"), "5", "invalid_input_type"),
         (broken("4", ckpt_name="absent"), "4", "value_not_in_list"),
-        (broken("8", samples="3"), "8", "bad_linked_input"),
         (broken("8", samples=["3"]), "8", "bad_linked_input"),
         (broken("8", samples=["4", 0]), "8", "return_type_mismatch"),
         (broken("8", samples=["77", 0]), "8", "exception_during_inner_validation"),
