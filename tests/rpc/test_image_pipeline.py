@@ -10,6 +10,7 @@ import pytest
 
 from controlplane.ladder import Candidate, Modality, RungSpec, TargetKind, build_ladder
 from controlplane.pipelines import Wish
+from controlplane.pipelines._leasing import leased
 from controlplane.pipelines.image import IMAGE_PHASES, OnEvent
 from controlplane.vram import Demand, Granted
 from rung.errors import EngineFailedError, InvalidRequestError, NoTargetError, UnknownModelError
@@ -32,6 +33,7 @@ from rung.types import (
     Served,
     UsageReported,
 )
+from tests.fakes.artifacts import a_job
 from tests.fakes.gpu_agent import GIB
 from tests.fakes.studio import (
     COMFYUI,
@@ -132,6 +134,18 @@ async def test_the_lease_is_held_for_the_whole_run_for_what_is_missing(studio: S
 
     assert studio.leases == []
     assert studio.slots.load("comfyui") == (0, 0)
+
+
+async def test_a_lease_is_renewed_while_it_is_held_and_then_given_back(studio: Studio) -> None:
+    view, demand = studio.fleet.view.deployments["comfyui"], Demand(vram_bytes=GIB, holder="test")
+    async with leased(studio.schedulers, view, demand, a_job(), ttl_s=0.3) as lease:
+        assert lease is not None
+        async with asyncio.timeout(10):
+            # One that has expired is not listed any more.
+            while studio.leases[0].expires_s <= lease.expires_s + lease.ttl_s:
+                await studio.fleet.wait_changed(1.0)
+
+    assert studio.leases == []
 
 
 async def test_a_model_that_is_loaded_is_not_loaded_again_and_needs_no_more_of_it(studio: Studio) -> None:
