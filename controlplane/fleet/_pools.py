@@ -12,6 +12,7 @@ from controlplane.vram import Facts, Ledger, Reserve, Timings, build_ledger
 from rung.errors import InvalidRequestError, NotFoundError, UnavailableError, UnknownNodeError
 from rung.types import (
     ComfyUiEngine,
+    Engine,
     ExternalRuntime,
     Gpu,
     LlamaCppEngine,
@@ -19,6 +20,7 @@ from rung.types import (
     NodeState,
     OllamaEngine,
     Residency,
+    ServiceEngine,
     TransitionTimes,
 )
 
@@ -152,10 +154,19 @@ def _cache_bytes(found: DeploymentView) -> int:
     """What a flush would give back of an engine that keeps models as a cache."""
     deployment = found.deployment
     engine = deployment.spec.engine.engine
-    caches = isinstance(engine, _CACHING) or (isinstance(engine, LlamaCppEngine) and engine.router_model)
-    if not caches or deployment.residency is not Residency.AWAKE:
+    if not _caches(engine) or deployment.residency is not Residency.AWAKE:
         return 0
     return max(0, (deployment.vram_bytes or 0) - _HELD_FLUSHED_BYTES)
+
+
+def _caches(engine: Engine) -> bool:
+    match engine:
+        case LlamaCppEngine(router_model=router_model):
+            return bool(router_model)
+        case ServiceEngine(dialect=dialect):
+            return dialect == "speaches"
+        case _:
+            return isinstance(engine, _CACHING)
 
 
 def _is_on(found: DeploymentView, gpu: Gpu, gpu_count: int) -> bool:

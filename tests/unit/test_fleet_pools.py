@@ -19,6 +19,7 @@ from rung.types import (
     Node,
     NodeState,
     Residency,
+    ServiceEngine,
     TransitionTimes,
     VllmEngine,
 )
@@ -95,6 +96,8 @@ def test_an_engine_that_keeps_models_can_be_flushed_down_to_its_context() -> Non
     (routed,) = ledger(awake(LlamaCppEngine(router_model="m"), 11 * GIB)).entries
     (vllm,) = ledger(awake(VllmEngine(model="m"), 11 * GIB)).entries
     (alone,) = ledger(awake(LlamaCppEngine(model_path="/m"), 11 * GIB)).entries
+    (speaches,) = ledger(awake(ServiceEngine(dialect="speaches"), 11 * GIB)).entries
+    (xtts,) = ledger(awake(ServiceEngine(dialect="xtts"), 11 * GIB)).entries
 
-    assert comfyui.cache_bytes == routed.cache_bytes == 11 * GIB - GIB // 2
-    assert vllm.cache_bytes == alone.cache_bytes == 0
+    assert comfyui.cache_bytes == routed.cache_bytes == speaches.cache_bytes == 11 * GIB - GIB // 2
+    assert vllm.cache_bytes == alone.cache_bytes == xtts.cache_bytes == 0

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 from pydantic import ValidationError
 
-from controlplane.config import Config
+from controlplane.config import Config, load_config
 from controlplane.ladder import Candidate, TargetKind
 from controlplane.pipelines.speech import VoiceSlots
 from controlplane.pipelines.speech._able import able
@@ -203,6 +204,12 @@ def test_a_model_of_an_engine_of_voice_has_one_capability(
     configured(deployments=[deployment | {"capabilities": ["speech"]}])
     with pytest.raises(ValidationError, match=complaint):
         configured(deployments=[deployment | {"capabilities": capabilities}])
+
+
+def test_the_example_of_speech_can_be_loaded() -> None:
+    example = Path(__file__).parents[2] / "deploy" / "rung.speech.yaml"
+    piper, whisper = load_config(example).deployment_specs()
+    assert (piper.capabilities, whisper.capabilities) == (("speech",), ("transcription",))
 
 
 # What may give way.
