@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from rung import ArtifactFile
 from rung.cli import ExitCode, main
 from rung.cli._files import Output
 from rung.cli._session import Connection
@@ -18,7 +19,6 @@ from rung.errors import UnknownModelError
 from rung.types import (
     Artifact,
     ArtifactChunk,
-    ArtifactFile,
     EventPayload,
     FailureReason,
     ImageInput,

@@ -17,6 +17,7 @@ from rung._client_generation import GenerationStream
 from rung._client_jobs import JobStream
 from rung._client_leases import HeldLease
 from rung._failure import error_of_failure, reason_of_error
+from rung._result import ArtifactFile, GenerationResult
 from rung._sync_calls import Stream, SyncGenerationStream, SyncJobStream
 from rung._sync_client import Client
 from rung.errors import (
@@ -29,13 +30,11 @@ from rung.errors import (
 )
 from rung.transport import TlsOptions
 from rung.types import (
-    ArtifactFile,
     ChatMessage,
     ChatResult,
     Deployment,
     Embeddings,
     FleetSnapshot,
-    GenerationResult,
     ImageInput,
     ImagePart,
     Job,

@@ -12,15 +12,14 @@ from rung import codec, v1
 from rung._client_artifacts import get_artifact
 from rung._client_calls import Connection
 from rung._client_jobs import EventStream
+from rung._result import ArtifactFile, GenerationResult
 from rung.errors import InvalidRequestError
 from rung.types import (
     Artifact,
     ArtifactChunk,
-    ArtifactFile,
     ChatMessage,
     Conversation,
     GenerationInput,
-    GenerationResult,
     ImageInput,
     ImagePart,
     JobEvent,

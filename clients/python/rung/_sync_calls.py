@@ -11,8 +11,9 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 
 from rung._client_generation import GenerationStream
 from rung._client_jobs import EventStream, JobStream
+from rung._result import GenerationResult
 from rung.errors import JobCancelledError
-from rung.types import ChatResult, GenerationResult, JobEvent
+from rung.types import ChatResult, JobEvent
 
 T = TypeVar("T")
 S = TypeVar("S", bound=EventStream)

@@ -10,8 +10,9 @@ from typing import BinaryIO
 import typer
 from msgspec import Struct
 
+from rung import ArtifactFile
 from rung.errors import FailedPreconditionError
-from rung.types import ArtifactFile, ImagePart, artifact_file_name
+from rung.types import ImagePart, artifact_file_name
 
 STDOUT = "-"
 _LONGEST_NAME = 48

@@ -113,7 +113,6 @@ from rung.types._profile import (
     ProfilePlan,
     ProfileStep,
 )
-from rung.types._result import ArtifactFile, GenerationResult
 from rung.types._vram import (
     Footprint,
     Infeasible,
@@ -129,7 +128,6 @@ __all__ = [
     "TERMINAL_EVENTS",
     "Artifact",
     "ArtifactChunk",
-    "ArtifactFile",
     "ChatMessage",
     "ChatResult",
     "ClassifyTask",
@@ -153,7 +151,6 @@ __all__ = [
     "Footprint",
     "ForecastTask",
     "GenerationInput",
-    "GenerationResult",
     "Gpu",
     "GpuHealth",
     "GpuProcess",

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from rung.types._file_names import artifact_file_name
-from rung.types._job import Artifact, Served, Usage
+from rung.types import Artifact, Served, Usage, artifact_file_name
 
 
 class ArtifactFile(Struct, frozen=True, kw_only=True):
