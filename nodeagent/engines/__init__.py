@@ -26,6 +26,7 @@ from nodeagent.engines._llamacpp import LlamaCppAdapter
 from nodeagent.engines._ollama import OllamaAdapter, OllamaModel
 from nodeagent.engines._openai_compatible import OpenAiCompatibleAdapter
 from nodeagent.engines._piper import PiperAdapter
+from nodeagent.engines._prediction import PredictionAdapter
 from nodeagent.engines._sana import SanaAdapter
 from nodeagent.engines._speaches import SpeachesAdapter
 from nodeagent.engines._vllm import VllmAdapter
@@ -52,6 +53,7 @@ __all__ = [
     "OllamaModel",
     "OpenAiCompatibleAdapter",
     "PiperAdapter",
+    "PredictionAdapter",
     "Probe",
     "PullControl",
     "PullProgress",

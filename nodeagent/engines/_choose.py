@@ -10,6 +10,7 @@ from nodeagent.engines._llamacpp import LlamaCppAdapter
 from nodeagent.engines._ollama import OllamaAdapter
 from nodeagent.engines._openai_compatible import OpenAiCompatibleAdapter
 from nodeagent.engines._piper import PiperAdapter
+from nodeagent.engines._prediction import PredictionAdapter
 from nodeagent.engines._sana import SanaAdapter
 from nodeagent.engines._speaches import SpeachesAdapter
 from nodeagent.engines._vllm import VllmAdapter
@@ -48,6 +49,8 @@ def adapter_for(engine: Engine, client: EngineClient) -> EngineAdapter:
             return Hunyuan3dAdapter(client)
         case ServiceEngine(dialect="sana"):
             return SanaAdapter(client)
+        case ServiceEngine(dialect="prediction"):
+            return PredictionAdapter(client)
         case ServiceEngine(dialect="speaches"):
             return SpeachesAdapter(client)
         case ServiceEngine(dialect="piper"):

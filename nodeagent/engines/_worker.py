@@ -34,7 +34,7 @@ from nodeagent.engines._base import (
 )
 from nodeagent.engines._openai_relay import Answer, ask, guarded
 from rung.errors import EngineFailedError, EngineProtocolError, InvalidRequestError
-from rung.service import EngineClient, parse_retry_after
+from rung.service import EngineClient, EngineReply, parse_retry_after
 from rung.types import DeploymentSpec, ServiceEngine
 
 _T = TypeVar("_T")
@@ -161,42 +161,59 @@ class WorkerAdapter:
             InvalidRequestError: the request is at fault; the message is the worker's.
             EngineFailedError: it is not loaded, it failed, or it is busy, which `busy_pause_s` tells.
         """
-        url = base_url.rstrip("/") + path
-        encoded = msgspec.json.encode(body)
-        reply = await self._client.post(url, encoded, what=spec.id, idle_timeout_s=timeout_s)
-        async with reply:
-            answer = Answer(reply.status, await reply.read())
-            if answer.status == 200:
-                return answer
-            what = f"{spec.id}: {path} answers {answer.status}{_why(answer)}"
-            if answer.status in {400, 422}:
-                raise InvalidRequestError(what, deployment=spec.id)
-            if answer.status == _BUSY:
-                raise EngineFailedError(what, engine_status=str(answer.status), retry_after=reply.retry_after)
-            raise EngineFailedError(what, engine_status=str(answer.status))
+        async with await self._begin(base_url, spec, path, msgspec.json.encode(body), timeout_s) as reply:
+            return Answer(reply.status, await reply.read())
 
-    async def _change(
-        self, base_url: str, spec: DeploymentSpec, path: str, wanted: EngineHealth, timeout_s: float
-    ) -> None:
-        """Load or unload, and make sure that it did. One that is busy is asked again for as long as there is.
+    async def begin_when_idle(
+        self, base_url: str, spec: DeploymentSpec, path: str, body: bytes, *, timeout_s: float
+    ) -> EngineReply:
+        """Have it do its work once; one that is busy is asked again for as long as there is.
 
-        Raises:
-            EngineUnreachableError, EngineTimeoutError, EngineProtocolError: as the engine client does.
-            EngineFailedError: it refused, is busy all the time, or is not as it should be by now.
+        Returns its answer as it comes, for the caller to close. Takes and raises what `work` does, but that
+        `body` is JSON already.
         """
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + timeout_s
         while True:
             try:
-                await self.work(base_url, spec, path, {}, timeout_s=timeout_s)
-                break
+                return await self._begin(base_url, spec, path, body, timeout_s)
             except EngineFailedError as error:
                 pause_s = busy_pause_s(error)
                 if pause_s is None or loop.time() + pause_s >= deadline_s:
                     raise
                 await asyncio.sleep(pause_s)
-            except InvalidRequestError as error:
-                raise EngineFailedError(error.message) from error
+
+    async def _begin(
+        self, base_url: str, spec: DeploymentSpec, path: str, body: bytes, timeout_s: float
+    ) -> EngineReply:
+        """An answer that is one. Raises as `work`."""
+        url = base_url.rstrip("/") + path
+        reply = await self._client.post(url, body, what=spec.id, idle_timeout_s=timeout_s)
+        if reply.status == 200:
+            return reply
+        async with reply:
+            answer = Answer(reply.status, await reply.read())
+        what = f"{spec.id}: {path} answers {answer.status}{_why(answer)}"
+        if answer.status in {400, 422}:
+            raise InvalidRequestError(what, deployment=spec.id)
+        if answer.status == _BUSY:
+            raise EngineFailedError(what, engine_status=str(answer.status), retry_after=reply.retry_after)
+        raise EngineFailedError(what, engine_status=str(answer.status))
+
+    async def _change(
+        self, base_url: str, spec: DeploymentSpec, path: str, wanted: EngineHealth, timeout_s: float
+    ) -> None:
+        """Load or unload, and make sure that it did.
+
+        Raises:
+            EngineUnreachableError, EngineTimeoutError, EngineProtocolError: as the engine client does.
+            EngineFailedError: it refused, is busy all the time, or is not as it should be by now.
+        """
+        try:
+            async with await self.begin_when_idle(base_url, spec, path, b"{}", timeout_s=timeout_s) as reply:
+                await reply.read()
+        except InvalidRequestError as error:
+            raise EngineFailedError(error.message) from error
         found = await self._health(base_url, spec)
         if _HEALTHS.get(found.status) is not wanted:
             raise EngineFailedError(f"{spec.id}: {path} says that it is done, and /health {found.status!r}")

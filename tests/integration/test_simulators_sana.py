@@ -254,7 +254,7 @@ async def test_a_failure_is_told_as_what_it_is(
         ):
             await made(adapter, engine, CAT)
         await adapter.wake(engine.base_url, SPEC, 2)
-        with pytest.raises(EngineFailedError, match="the picture could not be made"):
+        with pytest.raises(EngineFailedError, match=r"/generate failed \(simulated fault\)"):
             await made(adapter, engine, CAT)
         await posted(engine, "/sim/faults", {"faults": ["cut_mid_stream"]})
         with pytest.raises(EngineProtocolError, match="that are no PNG"):
