@@ -55,8 +55,6 @@ _log = structlog.get_logger("rung.agent")
 
 #: Engines that somebody else starts later are looked for this often.
 _DISCOVERY_INTERVAL_S = 10.0
-#: Figures of after an operation are taken so long after it: who hears of both allows for the way of each.
-_LOOK_DELAY_S = 0.15
 _STOP_GRACE_S = 1.0
 
 
@@ -104,7 +102,7 @@ async def serve(config: AgentConfig) -> None:
             adapter_for=partial(adapter_for, client=client),
             scope=config.advertise,
             look=lambda: _look(supervisor, telemetry),
-            look_soon=partial(asyncio.get_running_loop().call_later, _LOOK_DELAY_S, telemetry.look_soon),
+            look_soon=telemetry.look_soon,
         )
         # Which GPUs there are, before anything is done on them.
         supervisor.measured(telemetry.status)

@@ -222,16 +222,19 @@ class NodeAgentServicer:
             raise InvalidRequestError(f"{spec.id}: its engine has OpenAI's routes only", deployment=spec.id)
         generation = Generation(job_id=request.job_id, input=wanted, idle_timeout_s=_idle_timeout_s(request))
         begun = False
-        with engine.serving() as base_url:
-            async with aclosing(adapter.generate(base_url, spec, generation)) as events:
-                try:
+        try:
+            with engine.serving() as base_url:
+                async with aclosing(adapter.generate(base_url, spec, generation)) as events:
                     async for event in events:
                         begun = True
                         yield codec.generation_event_to_proto(event)
-                except RungError as error:
-                    if not begun:
-                        raise
-                    yield v1.RunGenerationResponse(failed=_failed(error))
+        except RungError as error:
+            if not begun:
+                raise
+            yield v1.RunGenerationResponse(failed=_failed(error))
+        finally:
+            # It has left models loaded, or has not: whoever asks for memory next has to know.
+            self._telemetry.look_soon()
 
     async def ListVoices(self, request: v1.ListVoicesRequest, context: Context) -> v1.ListVoicesResponse:
         """The voices of an engine that speaks."""

@@ -69,7 +69,7 @@ class Operation:
                 return
             await self._changed.wait()
 
-    async def carry_out(self, work: Work, on_end: Callable[[], object]) -> None:
+    async def carry_out(self, work: Work, on_end: Callable[[], None]) -> None:
         """Do the work and note how it ended."""
         try:
             self._append(await work(self._append))
@@ -99,7 +99,7 @@ class Operation:
 class Operations:
     """Operations by id. `on_end` is called at the end of each, before anybody hears of it."""
 
-    def __init__(self, on_end: Callable[[], object]) -> None:
+    def __init__(self, on_end: Callable[[], None]) -> None:
         self._on_end = on_end
         self._by_id: OrderedDict[str, Operation] = OrderedDict()
 

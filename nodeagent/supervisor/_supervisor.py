@@ -80,7 +80,7 @@ class Supervisor:
         adapter_for: Callable[[Engine], EngineAdapter],
         scope: EndpointScope = EndpointScope.LOOPBACK,
         look: Look | None = None,
-        look_soon: Callable[[], object] = _do_not_look,
+        look_soon: Callable[[], None] = _do_not_look,
     ) -> None:
         self.node_id = node_id
         self.epoch = records.load_epoch()

@@ -33,6 +33,8 @@ _STALE_AFTER_S = 5.0
 
 #: How long start and end wait for a driver that may hang.
 _PATIENCE_S = 2.0
+#: A sample of after something is begun so long after it: who hears of both allows for the way of each.
+_MOMENT_S = 0.15
 
 
 class _Looked(Struct, frozen=True):
@@ -160,9 +162,9 @@ class Telemetry:
         return time.monotonic() - self._published_began_s if self._published_began_s else math.inf
 
     def look_soon(self) -> None:
-        """Have the next sample taken at once, or as soon as the driver lets one."""
+        """Have a sample taken in a moment, of what has just happened."""
         if self._watcher is not None:
-            self._watcher.look_now()
+            asyncio.get_running_loop().call_later(_MOMENT_S, self._watcher.look_now)
 
     async def look(self) -> NodeStatus:
         """A sample that is begun after this call; the newest that there is if the driver hangs."""
