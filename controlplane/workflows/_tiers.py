@@ -15,6 +15,8 @@ from rung.errors import InvalidRequestError
 from rung.types import ReclaimGrade
 
 _GIB = 1024**3
+#: What the figures of the default tiers were told in.
+_GB = 10**9
 
 #: Efforts up to these go to these tiers.
 _TIER_BY_EFFORT = ((3, "lightning"), (7, "quality"), (10, "ultra"))
@@ -120,7 +122,7 @@ DEFAULT_TIERS: dict[str, Tier] = {
             cfg=1.0,
             sampler="euler",
             scheduler="sgm_uniform",
-            vram_bytes=6 * _GIB,
+            vram_bytes=6 * _GB,
             grade=ReclaimGrade.QUICK,
             models=_SDXL_MODELS,
             operations=_OPERATIONS,
@@ -128,7 +130,7 @@ DEFAULT_TIERS: dict[str, Tier] = {
         Tier(
             name="quality",
             **_QUALITY,
-            vram_bytes=12 * _GIB,
+            vram_bytes=12 * _GB,
             grade=ReclaimGrade.STANDARD,
             models=_SDXL_MODELS,
             operations=_OPERATIONS,
@@ -142,7 +144,7 @@ DEFAULT_TIERS: dict[str, Tier] = {
             guidance=3.5,
             sampler="euler",
             scheduler="simple",
-            vram_bytes=20 * _GIB,
+            vram_bytes=20 * _GB,
             grade=ReclaimGrade.FULL,
             models={"controlnet": "flux.1-dev-controlnet-union-pro.safetensors"},
             operations=_OPERATIONS,

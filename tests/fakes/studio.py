@@ -67,6 +67,11 @@ def draws(spec: DeploymentSpec) -> DeploymentSpec:
 
 
 COMFYUI = draws(a_spec("comfyui", engine=ComfyUiEngine(), residency_class=ResidencyClass.CACHE))
+#: The default ones, in sizes that the cards of these tests are told in.
+TIERS = {
+    name: replace(DEFAULT_TIERS[name], vram_bytes=size_gib * GIB)
+    for name, size_gib in {"lightning": 6, "quality": 12, "ultra": 20}.items()
+}
 SANA = draws(replace(a_spec("sana", engine=ServiceEngine(dialect="sana")), vram_bytes=4 * GIB))
 REASONER = replace(
     a_spec(
@@ -261,7 +266,7 @@ class Studio:
 async def a_studio(
     *specs: DeploymentSpec,
     awake: Iterable[DeploymentSpec] = (COMFYUI,),
-    tiers: Mapping[str, Tier] = DEFAULT_TIERS,
+    tiers: Mapping[str, Tier] = TIERS,
     ladder: Ladder | None = None,
     cloud: Cloud | None = None,
     cloud_images: CloudImages | None = None,

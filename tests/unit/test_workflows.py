@@ -42,7 +42,7 @@ def refused(operation: str = "generate", tier: Any = QUALITY, **wanted: Any) -> 
 class TestTiers:
     def test_those_of_a_32_gb_card(self) -> None:
         found = {
-            tier.name: (tier.checkpoint, tier.family, tier.steps, tier.vram_bytes // GIB, tier.grade)
+            tier.name: (tier.checkpoint, tier.family, tier.steps, tier.vram_bytes / 10**9, tier.grade)
             for tier in DEFAULT_TIERS.values()
         }
         assert found == {
