@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from controlplane.api._paging import decode_token, encode_token, page_size
 from controlplane.api._ports import ArtifactsPort, JobsPort, PipelinesPort, WorkflowsPort
-from controlplane.api._wish import wish_from_embed, wish_from_generate
+from controlplane.api._wish import task_from_predict, wish_from_embed, wish_from_generate
 from controlplane.jobs import HEARTBEAT_S
 from rung import codec, v1
 from rung.errors import InvalidRequestError
@@ -107,6 +107,16 @@ class InferenceServicer:
     async def Embed(self, request: v1.EmbedRequest, context: Context) -> v1.EmbedResponse:
         """Vectors for texts."""
         return codec.embeddings_to_proto(await self._pipelines.embed(wish_from_embed(request)))
+
+    async def Predict(self, request: v1.PredictRequest, context: Context) -> v1.PredictResponse:
+        """Classes, numbers or series, predicted from examples."""
+        found = await self._pipelines.predict(
+            task_from_predict(request),
+            model=request.model,
+            policy=codec.policy_from_proto(request.policy),
+            request_id=request.request_id,
+        )
+        return codec.predictions_to_proto(found)
 
     async def ListModels(self, request: v1.ListModelsRequest, context: Context) -> v1.ListModelsResponse:
         """Names that a request may use."""

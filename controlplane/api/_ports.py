@@ -7,7 +7,19 @@ from typing import Protocol
 
 from controlplane.jobs import HEARTBEAT_S
 from controlplane.pipelines._wish import Wish
-from rung.types import ArtifactChunk, Embeddings, Job, JobEvent, JobState, Model, RouteExplanation, Workflow
+from rung.types import (
+    ArtifactChunk,
+    Embeddings,
+    Job,
+    JobEvent,
+    JobState,
+    Model,
+    Policy,
+    Predictions,
+    PredictionTask,
+    RouteExplanation,
+    Workflow,
+)
 
 
 class RunningJob(Protocol):
@@ -84,6 +96,12 @@ class PipelinesPort(Protocol):
 
     async def embed(self, wish: Wish) -> Embeddings:
         """Vectors for texts."""
+        ...
+
+    async def predict(
+        self, task: PredictionTask, *, model: str, policy: Policy, request_id: str
+    ) -> Predictions:
+        """Classes, numbers or series, predicted from examples."""
         ...
 
     def explain(self, wish: Wish) -> RouteExplanation:

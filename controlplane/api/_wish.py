@@ -10,7 +10,7 @@ import msgspec
 from controlplane.pipelines import GENERATION_KINDS, Wish
 from rung import codec, v1
 from rung.errors import InvalidRequestError
-from rung.types import ChatMessage, Conversation, ImagePart, JobKind, Tool
+from rung.types import ChatMessage, Conversation, ImagePart, JobKind, PredictionTask, Tool
 
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 
@@ -57,6 +57,14 @@ def wish_from_embed(request: v1.EmbedRequest) -> Wish:
         policy=codec.policy_from_proto(request.policy),
         request_id=request.request_id,
     )
+
+
+def task_from_predict(request: v1.PredictRequest) -> PredictionTask:
+    """The task of a `PredictRequest`. Raises InvalidRequestError: it has none."""
+    task = codec.read_prediction_task(request)
+    if task is None:
+        raise InvalidRequestError("the request has no task; set one of classify, regress, forecast")
+    return task
 
 
 def _effort(request: v1.GenerateRequest) -> int | None:

@@ -21,6 +21,7 @@ from controlplane.gateway._images import ImageRoutes
 from controlplane.gateway._jobs import JobRoutes
 from controlplane.gateway._meshes import MeshRoutes
 from controlplane.gateway._openai import OpenAiRoutes
+from controlplane.gateway._predictions import PredictionRoutes
 from controlplane.gateway._workflows import WorkflowRoutes
 from controlplane.jobs import Jobs
 from controlplane.pipelines import Pipelines
@@ -74,6 +75,7 @@ class Gateway:
             [
                 web.post("/v1/chat/completions", openai.chat),
                 web.post("/v1/embeddings", openai.embeddings),
+                web.post("/v1/predictions", PredictionRoutes(pipelines).create),
                 web.post("/v1/images/generations", image_routes.generations),
                 web.post("/v1/images/edits", image_routes.edits),
                 web.post("/v1/images/variations", image_routes.variations),

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Protocol
 
 import structlog
+from msgspec.structs import replace
 from prometheus_client import CollectorRegistry
 
 from controlplane.fleet import Fleet, NodeSchedulers
@@ -27,6 +28,7 @@ from controlplane.pipelines._openai import (
     read_head,
     read_usage,
 )
+from controlplane.pipelines._prediction import prediction_body, read_predictions, suited
 from controlplane.pipelines._reasoning import Reasoning
 from controlplane.pipelines._router import CloudModels, Router
 from controlplane.pipelines._slots import Slots
@@ -34,7 +36,18 @@ from controlplane.pipelines._wish import Wish
 from rung import reason_of_error
 from rung.errors import InvalidRequestError, JobCancelledError, RungError
 from rung.service import EngineClient, StreamPacer
-from rung.types import Embeddings, FailureReason, Job, JobKind, Model, Phase, RouteExplanation
+from rung.types import (
+    Embeddings,
+    FailureReason,
+    Job,
+    JobKind,
+    Model,
+    Phase,
+    Policy,
+    Predictions,
+    PredictionTask,
+    RouteExplanation,
+)
 
 _log = structlog.get_logger("rung.pipelines")
 
@@ -201,15 +214,32 @@ class Pipelines:
 
     async def embed(self, wish: Wish) -> Embeddings:
         """Vectors for texts. Raises as `begin` and `stream`."""
-        begun = self.begin(wish)
-        task = asyncio.current_task()
-        assert task is not None
-        begun.job.on_cancel(task.cancel)
+        begun = self._begin_here(wish)
         async with self._ends(begun):
             body = await self._answer(begun)
             served = begun.job.served
             vectors, usage = read_embeddings(body, served.target if served else "the engine")
             return Embeddings(vectors=vectors, usage=usage, served=served, job_id=begun.job.id)
+
+    async def predict(
+        self, task: PredictionTask, *, model: str, policy: Policy, request_id: str = ""
+    ) -> Predictions:
+        """Classes, numbers or series, predicted from examples.
+
+        Raises:
+            InvalidRequestError: the task's numbers are at fault, and the message says which; or as `begin`.
+            RungError: as `begin` and `stream`.
+        """
+        body = prediction_body(task)
+        wish = Wish(kind=JobKind.PREDICTION, model=model, body=body, policy=policy, request_id=request_id)
+        begun = self._begin_here(wish)
+        job = begun.job
+        async with self._ends(begun):
+            engaging = self._engager.engage(job, wish, suited(begun.targets, task), stream=False)
+            async with await engaging as engaged:
+                found = read_predictions(await engaged.reply.read(), task, engaged.target)
+            job.done("stop")
+            return replace(found, served=job.served, job_id=job.id)
 
     async def aclose(self) -> None:
         """Cancel what still runs."""
@@ -217,6 +247,14 @@ class Pipelines:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._engager.aclose()
+
+    def _begin_here(self, wish: Wish) -> Begun:
+        """As `begin`, for what is done by the task that calls, which is cancelled with the job."""
+        begun = self.begin(wish)
+        task = asyncio.current_task()
+        assert task is not None
+        begun.job.on_cancel(task.cancel)
+        return begun
 
     def _prepared(self, wish: Wish) -> Wish:
         """The wish as the pipeline of its kind wants to begin it. Raises InvalidRequestError."""

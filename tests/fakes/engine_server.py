@@ -30,6 +30,9 @@ class EngineServer:
 
     def __init__(self) -> None:
         self.answer: Answer = self.tell
+        #: What `/predict` answers, and with which status.
+        self.predictions: dict[str, object] = {}
+        self.predict_status = 200
         self.bodies: list[dict[str, object]] = []
         self.broken_off = asyncio.Event()
         self.release = asyncio.Event()
@@ -38,6 +41,7 @@ class EngineServer:
         app = web.Application(client_max_size=64 * 1024 * 1024)
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/embeddings", self._embeddings)
+        app.router.add_post("/predict", self._predict)
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
 
     async def __aenter__(self) -> EngineServer:
@@ -67,6 +71,17 @@ class EngineServer:
         rows = [{"object": "embedding", "index": i, "embedding": [float(i), 0.5]} for i in range(len(inputs))]
         usage = {"prompt_tokens": 3, "total_tokens": 3}
         return web.json_response({"object": "list", "data": rows, "model": body["model"], "usage": usage})
+
+    async def _predict(self, request: web.Request) -> web.StreamResponse:
+        self.bodies.append(await request.json())
+        self.started.set()
+        if not self.predictions:
+            try:
+                await self.release.wait()
+            except asyncio.CancelledError:
+                self.broken_off.set()
+                raise
+        return web.json_response(self.predictions, status=self.predict_status)
 
     async def tell(self, request: web.Request, body: dict[str, object]) -> web.StreamResponse:
         """Say "Hello world"."""

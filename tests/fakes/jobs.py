@@ -23,6 +23,9 @@ from rung.types import (
     Model,
     Phase,
     PhaseProgress,
+    Policy,
+    Predictions,
+    PredictionTask,
     RouteExplanation,
     Served,
     TokenDelta,
@@ -114,6 +117,8 @@ class FakePipelines:
     #: What a started job says at once.
     script: tuple[EventPayload, ...] = (TokenDelta("Hi"), JobDone("stop"))
     error: RungError | None = None
+    predicted: list[tuple[PredictionTask, str, Policy, str]] = field(default_factory=list)
+    predictions: Predictions = field(default_factory=Predictions)
     found_models: tuple[Model, ...] = ()
     started: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -148,6 +153,14 @@ class FakePipelines:
             served=Served("embed", "embed-1", "box", "embed"),
             job_id="job-9",
         )
+
+    async def predict(
+        self, task: PredictionTask, *, model: str, policy: Policy, request_id: str
+    ) -> Predictions:
+        self.predicted.append((task, model, policy, request_id))
+        if self.error is not None:
+            raise self.error
+        return self.predictions
 
     def explain(self, wish: Wish) -> RouteExplanation:
         self.wishes.append(wish)

@@ -27,7 +27,21 @@ from rung.errors import (
 )
 from rung.service import add_service
 from rung.transport import DETAILS_TRAILER, error_from_rpc
-from rung.types import Job, JobCancelled, JobDone, JobKind, JobState, Model, PhaseProgress, TokenDelta
+from rung.types import (
+    ForecastTask,
+    Job,
+    JobCancelled,
+    JobDone,
+    JobKind,
+    JobState,
+    Model,
+    PhaseProgress,
+    Policy,
+    Predictions,
+    QuantileForecast,
+    Served,
+    TokenDelta,
+)
 from tests.fakes.api_server import ApiServer, an_api_server
 
 if TYPE_CHECKING:
@@ -109,7 +123,7 @@ async def test_every_rpc_is_served_and_every_error_is_rich(plane: ApiServer) -> 
         elif error is not None:
             assert error.status not in ("INTERNAL", "UNIMPLEMENTED"), f"{method.full_name}: {error.message}"
     assert unimplemented == {
-        *("Predict", "DeleteNode", "CreateJoinToken", "JoinNode"),
+        *("DeleteNode", "CreateJoinToken", "JoinNode"),
         *(method.name for method in Default().FindServiceByName("rung.v1.BurstService").methods),
     }
 
@@ -277,6 +291,31 @@ async def test_embedding(plane: ApiServer) -> None:
     assert [list(vector.values) for vector in answer.vectors] == [[0.5, 1.0], [0.25, 0.0]]
     assert (answer.usage.prompt_tokens, answer.served.target, answer.job_id) == (4, "embed-1", "job-9")
     assert isinstance(await refused(stub(plane).Embed(v1.EmbedRequest(model="embed"))), InvalidRequestError)
+
+
+async def test_a_prediction_is_decoded_and_encoded(plane: ApiServer) -> None:
+    plane.pipelines.predictions = Predictions(
+        forecasts=((4.0, 5.0),),
+        quantiles=(QuantileForecast(level=0.9, forecasts=((6.0, 7.0),)),),
+        served=Served("", "timesfm", "box", "timesfm-2.5"),
+        job_id="job-7",
+    )
+    policy = v1.Policy(local_only=True)
+    request = v1.PredictRequest(request_id="mine", model="timesfm", policy=policy)
+    request.forecast.series.add(features=[1, 2, 3])
+    request.forecast.horizon = 2
+    answer = await stub(plane).Predict(request)
+    assert [list(row.features) for row in answer.forecasts] == [[4, 5]]
+    assert [(each.level, list(each.forecasts[0].features)) for each in answer.quantiles] == [(0.9, [6, 7])]
+    assert (answer.served.target, answer.job_id) == ("timesfm", "job-7")
+    task = ForecastTask(series=((1.0, 2.0, 3.0),), horizon=2)
+    assert plane.pipelines.predicted == [(task, "timesfm", Policy(local_only=True), "mine")]
+
+
+async def test_a_prediction_without_a_task_is_refused(plane: ApiServer) -> None:
+    error = await refused(stub(plane).Predict(v1.PredictRequest(model="timesfm")))
+    assert isinstance(error, InvalidRequestError)
+    assert "set one of classify, regress, forecast" in error.message
 
 
 async def test_explaining_starts_nothing(plane: ApiServer) -> None:

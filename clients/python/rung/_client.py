@@ -21,6 +21,7 @@ from rung._client_generation import (
 )
 from rung._client_jobs import JobStream, watch_events
 from rung._client_leases import HeldLease, LeaseStep, acquire, held, release, renew
+from rung._client_prediction import PredictionCalls
 from rung._client_profiles import list_profiles, switch
 from rung._client_speech import SpeechCalls
 from rung.errors import InvalidRequestError
@@ -60,7 +61,7 @@ DEFAULT_RECONNECT_S = 120.0
 EMBED_TIMEOUT_S = 600.0
 
 
-class AsyncClient(SpeechCalls):
+class AsyncClient(SpeechCalls, PredictionCalls):
     """A client of one control plane. Close it, or use it as an async context manager.
 
     It connects with its first call and belongs to the event loop of that call. All failures are

@@ -24,6 +24,7 @@ from rung._client import (
 from rung._client_generation import Messages, OpenAiBody
 from rung._client_leases import HeldLease, LeaseStep
 from rung._sync_calls import LoopThread, Stream, SyncJobStream
+from rung._sync_client_prediction import SyncPredictionCalls
 from rung._sync_client_speech import SyncSpeechCalls
 from rung.transport import TlsOptions
 from rung.types import (
@@ -55,7 +56,7 @@ from rung.types import (
 T = TypeVar("T")
 
 
-class Client(SyncSpeechCalls):
+class Client(SyncSpeechCalls, SyncPredictionCalls):
     """A blocking client of one control plane: `AsyncClient`, method by method, without `await`.
 
     Close it, or use it as a context manager. It can be used from several threads; each stream by

@@ -455,7 +455,7 @@ Global___EmbedResponse: _TypeAlias = EmbedResponse  # noqa: Y015
 @_typing.final
 class PredictRequest(_message.Message):
     """PredictRequest asks a structured-prediction engine. All numbers are finite: missing values are for the caller to
-    fill in. A request has 500,000 numbers at most.
+    fill in. A request has 250,000 numbers at most.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
