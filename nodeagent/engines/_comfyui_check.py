@@ -7,6 +7,7 @@ which `/object_info` does not tell. So a finding is either sure, or what a refus
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any
 
@@ -143,10 +144,13 @@ def _value(kind: InputKind, value: object) -> str:
 
 
 def _number(kind: InputKind, value: object) -> str:
-    try:
-        number = float(value) if isinstance(value, int | float | str) else None
-    except ValueError:
-        number = None
+    number: float | None = None
+    if isinstance(value, str):
+        with suppress(ValueError):
+            number = float(value)
+    elif isinstance(value, int | float):
+        # As it is: a seed is larger than what a float can hold.
+        number = value
     if number is None:
         return f"is {_shown(value)}; it takes {_takes(kind)}"
     low = kind.minimum is not None and number < kind.minimum
@@ -160,7 +164,7 @@ def _takes(kind: InputKind) -> str:
     if kind.is_number:
         name = "an integer" if kind.type == "INT" else "a number"
         bounds = [
-            f"{word} {bound:.16g}"
+            f"{word} {bound}"
             for word, bound in (("from", kind.minimum), ("to", kind.maximum))
             if bound is not None
         ]

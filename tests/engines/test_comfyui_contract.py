@@ -1,6 +1,6 @@
 """What our adapter and ComfyUI do together: one suite, for the simulator in every run, and for a real one.
 
-`RUNG_COMFYUI_DIR=checkout pytest tests/engines/test_comfyui_contract.py` runs it on a real one, too; see
+`RUNG_COMFYUI_DIR=checkout pytest -m real_comfyui tests/engines` runs it on a real one; see
 `comfyui_server` for what that needs. Real or not, they compute on the CPU, with random weights.
 """
 
