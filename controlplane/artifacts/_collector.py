@@ -69,6 +69,11 @@ class Collector:
         self._making: dict[str, _Making] = {}
 
     @property
+    def has_told(self) -> bool:
+        """Whether a piece is in the job's log, so that nobody else may begin anew; previews do not count."""
+        return any(each.told_bytes or each.artifact is not None for each in self._making.values())
+
+    @property
     def artifacts(self) -> tuple[Artifact, ...]:
         """Those that are whole, in the order in which they began."""
         return tuple(each.artifact for each in self._making.values() if each.artifact is not None)

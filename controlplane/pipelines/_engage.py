@@ -14,6 +14,7 @@ import structlog
 
 from controlplane.fleet import DeploymentView, Fleet, NodeSchedulers
 from controlplane.ladder import Candidate, Circuits, TargetKind, awake_in
+from controlplane.pipelines._generation import DeliveredError
 from controlplane.pipelines._openai import check_status, engine_body
 from controlplane.pipelines._router import Router
 from controlplane.pipelines._slots import Slots
@@ -276,13 +277,13 @@ class Engager:
             job: told of each step.
             wish: what is wanted; its policy says whether a target that is not ready may be passed for now.
             targets: to be tried, best first; at least one.
-            attempt: tries one of them.
+            attempt: tries one of them; raises DeliveredError where it fails and nobody else is to be tried.
             complete: what it gives is all of the answer, which has not only begun.
 
         Raises:
             EngineRejectedError: the request is at fault.
             NoTargetError: several targets failed; it names each of them.
-            RungError: as the only target failed.
+            RungError: as the only target failed, or as the one did that had delivered a part of its result.
         """
         failures: dict[str, RungError] = {}
         if wish.policy.bridge_allowed:
@@ -301,6 +302,9 @@ class Engager:
             except EngineRejectedError:
                 self._circuits.succeeded(target.id)
                 raise
+            except DeliveredError as broken:
+                self._failed(target.id, broken.error)
+                raise broken.error from None
             except BaseException:
                 self._circuits.abandoned(target.id)
                 raise

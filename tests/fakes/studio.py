@@ -180,7 +180,7 @@ class Card(GpuAgent):
                 size_bytes=len(data),
             )
             yield whole
-        await self._at(Phase.ENCODING)
+            await self._at(Phase.ENCODING)
 
 
 class ScriptedStages:

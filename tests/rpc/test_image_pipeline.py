@@ -73,6 +73,12 @@ def phases(log: list[JobEvent]) -> list[Phase]:
     return [phase for place, phase in enumerate(found) if place == 0 or found[place - 1] is not phase]
 
 
+def wholes(log: list[JobEvent]) -> list[str]:
+    """Ids of the artifacts that the log tells to their end."""
+    chunks = [event.payload for event in log if isinstance(event.payload, ArtifactChunk)]
+    return [chunk.artifact_id for chunk in chunks if chunk.sha256]
+
+
 async def test_a_picture_is_told_phase_by_phase_and_stored(studio: Studio) -> None:
     log = await studio.draw(seed=42)
 
@@ -285,17 +291,23 @@ async def test_the_next_target_is_tried_and_named_if_nothing_was_delivered(two: 
     second = len(found) - found[::-1].index(Phase.ROUTE)
     assert found[second:] == list(IMAGE_PHASES)
     assert "ComfyUI ran out of GPU memory; trying sana" in details(log, Phase.ROUTE)[-1]
+    assert list(two.rows.kept) == wholes(log)
+    assert len(wholes(log)) == 1
 
 
-async def test_nothing_is_tried_elsewhere_once_a_picture_was_delivered(two: Studio) -> None:
+async def test_nothing_is_tried_elsewhere_once_one_of_two_pictures_was_delivered(two: Studio) -> None:
+    two.card.pictures = 2
     two.card.fails[Phase.ENCODING] = EngineFailedError("comfyui: the last node failed")
-    log = await two.draw()
+    log = await two.draw(count=2)
 
     failed = log[-1].payload
     assert isinstance(failed, JobFailed)
     assert failed.detail == "comfyui: the last node failed"
     assert len(two.card.agent.generations) == 1
     assert two.leases == []
+    # The one that is whole can still be had, by the id that the log of the failed job names.
+    assert list(two.rows.kept) == wholes(log)
+    assert len(wholes(log)) == 1
 
 
 async def test_sana_takes_no_lease_and_what_it_draws_can_be_drawn_again(two: Studio) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from msgspec.structs import replace
 
 from controlplane.artifacts import Collector
 from controlplane.estimates import Estimates
@@ -32,6 +33,7 @@ from rung.types import (
     ImageInput,
     ImagePart,
     Job,
+    JobDone,
     JobEvent,
     JobFailed,
     JobKind,
@@ -221,6 +223,14 @@ async def test_what_breaks_off_after_a_piece_of_the_mesh_is_not_begun_anew_elsew
     assert "it broke off" in end.detail
     assert len(rig.engines.asked) == 1
     assert await rig.plane.artifacts.of_job(events[0].job_id) == []
+
+
+async def test_a_piece_that_is_refused_was_not_delivered_so_that_the_next_target_is_tried(rig: Rig) -> None:
+    rig.engines.script["mesh-1"] = [GENERATING, replace(pieces()[0], offset_bytes=5)]
+    events = await rig.events(rig.wish("", image=CHAIR))
+    assert isinstance(events[-1].payload, JobDone)
+    assert [target for target, _ in rig.engines.asked] == ["mesh-1", "mesh-2"]
+    assert len(await rig.plane.artifacts.of_job(events[0].job_id)) == 1
 
 
 async def test_an_engine_that_ends_without_a_mesh_has_failed(rig: Rig) -> None:

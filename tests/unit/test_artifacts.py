@@ -190,6 +190,19 @@ async def test_a_failed_attempt_keeps_what_is_whole_and_nothing_else(artifacts: 
     assert files(artifacts) == [whole.id]
 
 
+async def test_an_attempt_has_told_something_once_a_piece_is_in_the_log(artifacts: Artifacts) -> None:
+    job = a_job()
+    refused = artifacts.collector(job)
+    with pytest.raises(EngineProtocolError, match="byte 5"):
+        async with refused:
+            await refused.take(replace(piece(b"blurred"), preview=True))
+            await refused.take(piece(b"late", offset=5, artifact_id="1"))
+    assert not refused.has_told
+    async with artifacts.collector(job) as taken:
+        await taken.take(piece(b"in time"))
+        assert taken.has_told
+
+
 async def test_a_caller_that_is_cancelled_while_the_row_is_stored_leaves_nothing(
     artifacts: Artifacts, rows: MemoryRows
 ) -> None:

@@ -16,6 +16,7 @@ from controlplane.fleet import DeploymentView, NodeSchedulers, log_alert
 from controlplane.ladder import Candidate, Circuits, Modality, RungSpec, TargetKind, build_ladder
 from controlplane.pipelines import Slots
 from controlplane.pipelines._engage import Engaged, Engager
+from controlplane.pipelines._generation import DeliveredError
 from controlplane.pipelines._router import Judged, Router
 from controlplane.pipelines._wish import Wish
 from rung.errors import (
@@ -362,6 +363,23 @@ class TestCircuits:
             with pytest.raises(EngineProtocolError):
                 async with await place.ask():
                     raise EngineProtocolError("it ended in mid-answer")
+        assert await place.answered_by() == "far"
+
+    async def test_so_does_a_result_that_is_made_piece_by_piece_and_it_is_not_begun_anew(
+        self, place: Place
+    ) -> None:
+        wish = Wish(kind=JobKind.CHAT, model="rung/auto", body=b"{}", policy=Policy(priority=Priority.USER))
+        tried: list[str] = []
+
+        async def attempt(target: Candidate) -> None:
+            tried.append(target.id)
+            raise DeliveredError(EngineProtocolError("it ended in mid-picture"))
+
+        for _ in range(3):
+            targets = place.router.choose(place.router.route(wish))
+            with pytest.raises(EngineProtocolError, match="mid-picture"):
+                await place.engager.first(place.job, wish, targets, attempt)
+        assert tried == ["near"] * 3
         assert await place.answered_by() == "far"
 
     async def test_a_whole_answer_makes_up_for_what_was_before(self, place: Place) -> None:

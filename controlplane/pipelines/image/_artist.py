@@ -251,7 +251,7 @@ class Artist:
             async with collector:
                 await generate(relay)
         except RungError as error:
-            if relay.delivered:
+            if collector.has_told:
                 raise DeliveredError(error) from error
             raise
         if not collector.artifacts:

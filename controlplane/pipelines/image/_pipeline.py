@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from controlplane.ladder import Candidate
 from controlplane.pipelines._begun import Begun
 from controlplane.pipelines._engage import Engager
-from controlplane.pipelines._generation import DeliveredError, GenerationPipeline
+from controlplane.pipelines._generation import GenerationPipeline
 from controlplane.pipelines._router import Router
 from controlplane.pipelines._wish import Wish
 from controlplane.pipelines.image._artist import Artist, Drawn
@@ -103,10 +103,7 @@ class ImagePipeline(GenerationPipeline):
             async def attempt(target: Candidate) -> Drawn:
                 return await self._artist.draw(begun.job, picture, staging, target)
 
-            try:
-                drawn = await self._engager.first(begun.job, wish, begun.targets, attempt)
-            except DeliveredError as broken:
-                raise broken.error from None
+            drawn = await self._engager.first(begun.job, wish, begun.targets, attempt)
         what = "video" if wish.kind is JobKind.VIDEO else "image"
         drawn.telling.tell(Phase.DONE, f"{drawn.count} {what}(s) generated", percent=100.0)
         return "stop"

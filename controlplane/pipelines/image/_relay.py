@@ -20,9 +20,6 @@ class Relay:
         telling: told of progress.
         collector: keeps pictures.
         pace: how fast it goes; None where that is not learnt.
-
-    Attributes:
-        delivered: whether a piece of a picture is in the job's log.
     """
 
     def __init__(self, telling: Telling, collector: Collector, pace: Pace | None = None) -> None:
@@ -30,7 +27,6 @@ class Relay:
         self._collector = collector
         self._pace = pace
         self._now_s = asyncio.get_running_loop().time
-        self.delivered = False
 
     async def all_of(self, events: AsyncGenerator[GenerationEvent, None]) -> None:
         """Take all events to the end; cancelled, or after an error, the generation is cancelled, too."""
@@ -48,8 +44,6 @@ class Relay:
     async def take(self, event: GenerationEvent) -> None:
         """Take one event."""
         if isinstance(event, ArtifactChunk):
-            if not event.preview:
-                self.delivered = True
             await self._collector.take(event)
         elif isinstance(event, PhaseProgress):
             self._progress(event)

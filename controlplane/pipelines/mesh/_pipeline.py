@@ -14,7 +14,7 @@ from controlplane.jobs import LiveJob
 from controlplane.ladder import Candidate, TargetKind
 from controlplane.pipelines._begun import Begun
 from controlplane.pipelines._engage import Engager
-from controlplane.pipelines._generation import GenerationFleet, GenerationPipeline
+from controlplane.pipelines._generation import DeliveredError, GenerationFleet, GenerationPipeline
 from controlplane.pipelines._wish import Wish
 from controlplane.pipelines.mesh._ports import Pictures
 from rung.errors import EngineProtocolError, InvalidRequestError, RungError, UnsuitableTargetError
@@ -92,10 +92,7 @@ class MeshPipeline(GenerationPipeline):
         async def attempt(target: Candidate) -> Artifact:
             return await self._model(job, wish, wanted, target)
 
-        try:
-            mesh = await self._engager.first(job, wish, begun.targets, attempt)
-        except _DeliveredError as broken:
-            raise broken.error from None
+        mesh = await self._engager.first(job, wish, begun.targets, attempt)
         job.progress(Phase.DONE, f"1 mesh of {mesh.size_bytes / _MIB:.1f} MiB generated", percent=100.0)
         return "stop"
 
@@ -107,8 +104,9 @@ class MeshPipeline(GenerationPipeline):
             spec = view.deployment.spec
             job.routed(Served(requested=job.model, target=spec.id, node=view.node.id, model=spec.model))
             making = _Making(job, spec.id, wanted, self._estimates)
+            collector = self._artifacts.collector(job)
             try:
-                async with self._artifacts.collector(job) as collector:
+                async with collector:
                     events = self._fleet.generate_through_agent(spec.id, job.id, wanted, self._idle_timeout_s)
                     async with aclosing(events):
                         async for event in events:
@@ -118,28 +116,16 @@ class MeshPipeline(GenerationPipeline):
                                 making.encode(event)
                                 await collector.take(event)
             except RungError as error:
-                if making.delivered:
-                    raise _DeliveredError(error) from error
+                if collector.has_told:
+                    raise DeliveredError(error) from error
                 raise
             if not collector.artifacts:
                 raise EngineProtocolError(f"{spec.id} ended without a mesh", engine=spec.id)
             return collector.artifacts[0]
 
 
-class _DeliveredError(Exception):
-    """It went wrong after a part of the mesh was told of: nobody else may begin anew."""
-
-    def __init__(self, error: RungError) -> None:
-        super().__init__(error.message)
-        self.error = error
-
-
 class _Making:
-    """Tells how an engine gets on with a mesh, and learns how long it takes.
-
-    Attributes:
-        delivered: whether a piece of the mesh is in the job's log.
-    """
+    """Tells how an engine gets on with a mesh, and learns how long it takes."""
 
     def __init__(self, job: LiveJob, deployment_id: str, wanted: MeshInput, estimates: Estimates) -> None:
         self._job = job
@@ -149,7 +135,7 @@ class _Making:
         self._estimates = estimates
         self._now_s = asyncio.get_running_loop().time
         self._began_s: float | None = None
-        self.delivered = False
+        self._is_made = False
 
     def progress(self, step: PhaseProgress) -> None:
         """The engine says how far it is. What goes before its own work is not learnt."""
@@ -171,9 +157,9 @@ class _Making:
 
     def encode(self, piece: ArtifactChunk) -> None:
         """The engine has made the mesh, and gives it."""
-        if self.delivered:
+        if self._is_made:
             return
-        self.delivered = True
+        self._is_made = True
         if self._began_s is not None:
             self._estimates.observe(self._deployment_id, self._step, self._now_s() - self._began_s)
         size = f" of {piece.size_bytes / _MIB:.1f} MiB" if piece.size_bytes else ""

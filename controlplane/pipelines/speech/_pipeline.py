@@ -103,10 +103,7 @@ class VoicePipeline(GenerationPipeline):
         async def attempt(target: Candidate) -> _Made:
             return await self._attempt(job, wish, wanted, target)
 
-        try:
-            made = await self._engager.first(job, wish, iter(targets), attempt)
-        except DeliveredError as broken:
-            raise broken.error from None
+        made = await self._engager.first(job, wish, iter(targets), attempt)
         job.progress(Phase.DONE, made.summary(wanted), percent=100.0)
         return "stop"
 
@@ -129,11 +126,12 @@ class VoicePipeline(GenerationPipeline):
                     Served(requested=job.model, target=spec.id, node=node_id, model=spec.engine_model_name)
                 )
                 made = _Made(job, spec.id, wanted, self._estimates)
+                collector = self._artifacts.collector(job)
                 try:
-                    async with self._artifacts.collector(job) as collector:
+                    async with collector:
                         await self._generate(job, spec.id, wanted, made, collector)
                 except RungError as error:
-                    if made.delivered:
+                    if made.has_said or collector.has_told:
                         raise DeliveredError(error) from error
                     raise
                 if _is_file(wanted) and not collector.artifacts:
@@ -161,7 +159,7 @@ class _Made:
     """What an engine gives of one job; tells the job, and learns how long it takes.
 
     Attributes:
-        delivered: whether any of it is in the job's log.
+        has_said: whether text of it is in the job's log.
     """
 
     def __init__(
@@ -182,7 +180,7 @@ class _Made:
         self._now_s = asyncio.get_running_loop().time
         self._began_s = self._now_s()
         self._size_bytes = 0
-        self.delivered = False
+        self.has_said = False
 
     def take(self, event: GenerationEvent) -> None:
         """Tell the job of an event; files are for the collector to tell of."""
@@ -199,10 +197,9 @@ class _Made:
                     job_remaining_s=left_s,
                 )
             case TokenDelta():
-                self.delivered = True
+                self.has_said = True
                 self._job.text(event)
             case ArtifactChunk():
-                self.delivered = True
                 self._size_bytes += len(event.data)
 
     def ended(self) -> None:
