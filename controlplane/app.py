@@ -109,6 +109,7 @@ async def serve(config: Config) -> None:
             alert=alerts,
             reserves=reserves,
             max_grades=config.voice.max_grades(),
+            own_grades=config.deployment_grades(),
             marks=marks,
         )
         fleet.make_awake = schedulers.make_awake

@@ -163,7 +163,12 @@ class LlamaCppConfig(_Model):
     gpu_layers: int = Field(-1, ge=-1)
     parallel: int = Field(default=1, ge=1)
     embedding: bool = False
-    projector_path: str = ""
+    projector_path: str = Field(default="", description="Projector of a vision model, on the node.")
+    projector_on_gpu: bool = Field(
+        default=False,
+        description="Where llama-server runs the projector; unset: by the CPU, which leaves the GPU's memory "
+        "to others and takes a moment longer for each picture.",
+    )
     chat_template: str = ""
     kv_cache_type: Literal["", "f16", "q8_0", "q4_0"] = ""
     router_model: str = Field(
@@ -181,6 +186,8 @@ class LlamaCppConfig(_Model):
 
     @model_validator(mode="after")
     def _one_model(self) -> Self:
+        if self.projector_on_gpu and not self.projector_path:
+            raise FieldError(("projector_on_gpu",), "is for a projector: name it as projector_path")
         if not self.router_model:
             return self
         if self.server is not types.LlamaCppServer.LLAMA_SERVER:
@@ -343,6 +350,11 @@ class DeploymentConfig(_Model):
     )
     vram_bytes: ByteSize = Field(default=0, ge=0, alias="vram")
     idle_timeout_s: DurationS | None = Field(default=None, alias="idle_timeout")
+    max_grade: types.ReclaimGrade | None = Field(
+        default=None,
+        description="How much others may be disturbed, at most, to start or wake it; unset: as much as it "
+        "takes (full), or for voice as `voice` says.",
+    )
     shrinkable: bool = Field(
         default=False,
         description="May give up its KV cache for a while, even if pinned; vLLM with sleep mode.",
@@ -460,6 +472,10 @@ class Config(_Model):
     def deployment_specs(self) -> tuple[types.DeploymentSpec, ...]:
         """The deployments as the rest of the system has them."""
         return tuple(deployment.spec() for deployment in self.deployments)
+
+    def deployment_grades(self) -> dict[str, types.ReclaimGrade]:
+        """How much others may be disturbed for a deployment, for those that say so themselves."""
+        return {each.id: each.max_grade for each in self.deployments if each.max_grade is not None}
 
     def cloud_providers(self) -> tuple[CloudProvider, ...]:
         """The cloud providers as the rest of the system has them."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 
 import structlog
@@ -35,6 +35,7 @@ from controlplane.vram import (
 from rung import error_of_failure
 from rung.errors import RungError, UnknownNodeError
 from rung.types import (
+    DeploymentSpec,
     LifecycleDone,
     LifecycleFailed,
     NodeState,
@@ -71,6 +72,7 @@ class NodeWorld:
         idle_s: time since a deployment was last used.
         reserve: what is never granted.
         max_grades: by capability, the most that others may be disturbed to raise what has it.
+        own_grades: the same by deployment, for those that have one of their own.
     """
 
     def __init__(
@@ -81,9 +83,11 @@ class NodeWorld:
         idle_s: Callable[[str], float],
         reserve: Reserve = _RESERVE,
         max_grades: Mapping[str, ReclaimGrade] = _NO_GRADES,
+        own_grades: Mapping[str, ReclaimGrade] = _NO_GRADES,
     ) -> None:
         self._fleet = fleet
         self._max_grades = max_grades
+        self._own_grades = own_grades
         self._node_id = node_id
         self._idle_s = idle_s
         self._reserve = reserve
@@ -115,13 +119,16 @@ class NodeWorld:
                     warm=self._is_warm(found),
                     swap_slot=found.deployment.spec.swap_slot,
                     pulls=found.deployment.spec.engine.pulls,
-                    max_grade=self._max_grade(found.deployment.spec.capabilities),
+                    max_grade=self._max_grade(found.deployment.spec),
                 )
             )
         return placed
 
-    def _max_grade(self, capabilities: Iterable[str]) -> ReclaimGrade:
-        grades = [self._max_grades[each] for each in capabilities if each in self._max_grades]
+    def _max_grade(self, spec: DeploymentSpec) -> ReclaimGrade:
+        own = self._own_grades.get(spec.id)
+        if own is not None:
+            return own
+        grades = [self._max_grades[each] for each in spec.capabilities if each in self._max_grades]
         return max(grades, key=GRADES.index, default=ReclaimGrade.FULL)
 
     def _is_warm(self, found: DeploymentView) -> bool:
@@ -224,6 +231,7 @@ class NodeSchedulers:
         alert: told when a pool runs low, and when it has recovered.
         reserves: by node, what is never granted, where that is not as usual.
         max_grades: by capability, the most that others may be disturbed to raise what has it.
+        own_grades: the same by deployment, for those that have one of their own.
         marks: remembers the swaps that are under way.
     """
 
@@ -235,6 +243,7 @@ class NodeSchedulers:
         alert: Callable[[VramAlert], None],
         reserves: Mapping[str, Reserve] = _NO_RESERVES,
         max_grades: Mapping[str, ReclaimGrade] = _NO_GRADES,
+        own_grades: Mapping[str, ReclaimGrade] = _NO_GRADES,
         marks: Marks = _NO_MARKS,
     ) -> None:
         self._fleet = fleet
@@ -246,6 +255,7 @@ class NodeSchedulers:
                     idle_s=idle_s,
                     reserve=reserves.get(node_id, _RESERVE),
                     max_grades=max_grades,
+                    own_grades=own_grades,
                 ),
                 alert,
                 NodeSwaps(marks, node_id),

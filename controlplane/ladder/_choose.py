@@ -30,12 +30,14 @@ class Demand(Struct, frozen=True, kw_only=True):
         context_tokens: prompt and answer together, estimated; 0 if nobody looked.
         local_only: never leaves hardware of ours.
         priority: who is in a hurry.
+        prefers_awake: one of ours that is awake and free comes before all that would be started for this.
     """
 
     capabilities: frozenset[str] = frozenset()
     context_tokens: int = 0
     local_only: bool = False
     priority: Priority = Priority.AGENT
+    prefers_awake: bool = False
 
 
 class Chain(Struct, frozen=True, kw_only=True):
@@ -118,6 +120,7 @@ def choose(chain: Chain, demand: Demand, passing: Passing) -> Iterator[Candidate
        another model make room, and a queue is usually shorter.
     3. Whoever was passed over for being busy comes after, and whoever is not ready and comes later in the
        chain; then what costs money for those who can wait.
+    4. Before all of this, where the demand prefers what is awake: free ones of ours that are ready.
 
     Args:
         chain: made ready for a demand of these capabilities and this privacy.
@@ -127,6 +130,13 @@ def choose(chain: Chain, demand: Demand, passing: Passing) -> Iterator[Candidate
     busy = _Busy(chain, demand, passing)
     done: set[str] = set()
     dearer: list[Candidate] = []
+    # 4. Those for which nothing has to be started, where that counts more than the order of the chain.
+    if demand.prefers_awake:
+        for candidate in _in_order(chain, chain.ready, busy.sets, passing):
+            free = candidate.owned and candidate.id not in done and candidate.id not in busy
+            if free and _is_open(candidate, demand, passing):
+                done.add(candidate.id)
+                yield candidate
     # 1. Those that are free.
     for candidate in _free_in_order(chain, busy, passing):
         if candidate.id not in done and candidate.id not in busy and _is_open(candidate, demand, passing):

@@ -32,7 +32,7 @@ from controlplane.ladder import (
     read_asking,
     refusals,
 )
-from controlplane.pipelines._openai import RequestHead, has_images, picture_bytes, read_head
+from controlplane.pipelines._openai import RequestHead, count_images, has_images, picture_bytes, read_head
 from controlplane.pipelines._slots import Slots
 from controlplane.pipelines._wish import Wish
 from rung.errors import InvalidRequestError, NoTargetError, UnknownModelError
@@ -42,8 +42,12 @@ _CAPABILITIES = {kind: kind.value for kind in JobKind}
 _MODALITIES = {kind: Modality(kind.value) for kind in JobKind}
 #: Bytes of a request's JSON for each token, with its syntax: an estimate that errs on the short side.
 _BYTES_PER_TOKEN = 5
+#: Tokens of a picture at least: what Gemma takes for each; others take more for large ones.
+_TOKENS_PER_IMAGE = 256
+_VISION = "vision"
 _NO_LADDER = Ladder((), {})
 _NOTHING: frozenset[str] = frozenset()
+_PICTURES = frozenset({_VISION})
 
 
 class CloudModels(Protocol):
@@ -241,33 +245,38 @@ class Router:
 
     def _named(self, wish: Wish) -> Route:
         policy = wish.policy
-        demand = Demand(local_only=policy.local_only, priority=policy.priority)
-        key = (wish.kind, wish.model, _NOTHING, policy.local_only)
+        wanted = _PICTURES if wish.kind is JobKind.CHAT and has_images(wish.body) else _NOTHING
+        demand = Demand(
+            local_only=policy.local_only, priority=policy.priority, prefers_awake=wanted is _PICTURES
+        )
+        key = (wish.kind, wish.model, wanted, policy.local_only)
         chain = self._chains.get(key)
         if chain is None:
-            chain = self._chains[key] = chain_of([self._able(wish)], demand)
+            chain = self._chains[key] = chain_of([self._able(wish, wanted)], demand)
         return Route(chain=chain, demand=demand)
 
-    def _able(self, wish: Wish) -> Group:
-        """The targets of the name in a wish that can do its kind of job, as far as anybody knows.
+    def _able(self, wish: Wish, also: frozenset[str]) -> Group:
+        """The targets of the name in a wish that can do its kind of job and more, as far as anybody knows.
 
         Raises:
             UnknownModelError: there is no such name.
             InvalidRequestError: none of them can.
         """
-        group, wanted = self._group(wish.model), _CAPABILITIES[wish.kind]
-        able = [each for each in group if wanted in each.capabilities or not each.capabilities_known]
+        group, wanted = self._group(wish.model), also | {_CAPABILITIES[wish.kind]}
+        able = [each for each in group if wanted <= each.capabilities or not each.capabilities_known]
         if not able:
-            can = ", ".join(sorted(frozenset[str]().union(*(each.capabilities for each in group))))
+            can = frozenset[str]().union(*(each.capabilities for each in group))
+            missing = ", ".join(sorted(wanted - can or wanted))
             raise InvalidRequestError(
-                f"{wish.model} cannot do {wanted}; as configured it can do {can or 'nothing'}",
+                f"{wish.model} cannot do {missing}; as configured it can do "
+                f"{', '.join(sorted(can)) or 'nothing'}",
                 model=wish.model,
             )
         return able
 
     def _on_ladder(self, wish: Wish, asking: Asking, demand: Demand) -> Route:
         modality = _MODALITIES[wish.kind]
-        if modality is Modality.CHAT and "vision" in demand.capabilities:
+        if modality is Modality.CHAT and _VISION in demand.capabilities:
             modality = Modality.VISION if Modality.VISION in self._ladder.modalities else modality
         if modality not in self._ladder.modalities:
             return self._capable(wish, demand)
@@ -296,32 +305,38 @@ class Router:
     def _capable(self, wish: Wish, demand: Demand) -> Route:
         """Without a ladder: whoever can do it, nearest and idlest first."""
         wanted = _CAPABILITIES[wish.kind]
-        demand = Demand(local_only=demand.local_only, priority=demand.priority)
+        # What takes pictures says so; whether tools are understood is left to the engine.
+        demand = replace(demand, capabilities=demand.capabilities & _PICTURES, context_tokens=0)
         key = ("capability", wanted, demand.capabilities, demand.local_only)
         chain = self._chains.get(key)
         if chain is None:
             views = self._view.deployments.values()
-            found = [candidate_of(each) for each in views if wanted in each.deployment.spec.capabilities]
+            able = demand.capabilities | {wanted}
+            found = [candidate_of(each) for each in views if able <= set(each.deployment.spec.capabilities)]
             chain = self._chains[key] = chain_of((found,), demand)
         if not chain.groups[0]:
+            able_to = " and ".join(sorted(demand.capabilities | {wanted}))
             raise UnknownModelError(
-                f"no deployment can do {wanted}; `rung models` lists what there is", model=wish.model
+                f"no deployment can do {able_to}; `rung models` lists what there is", model=wish.model
             )
         return Route(chain=chain, demand=demand)
 
     def _demand(self, wish: Wish, head: RequestHead) -> Demand:
         capabilities = set()
-        text_bytes = len(wish.body)
+        text_bytes, picture_tokens = len(wish.body), 0
         if head.has_tools:
             capabilities.add("tools")
         if has_images(wish.body):
-            capabilities.add("vision")
+            capabilities.add(_VISION)
             text_bytes -= picture_bytes(wish.body)
+            picture_tokens = count_images(wish.body) * _TOKENS_PER_IMAGE
+        tokens = text_bytes // _BYTES_PER_TOKEN + picture_tokens
         return Demand(
             capabilities=frozenset(capabilities),
-            context_tokens=text_bytes // _BYTES_PER_TOKEN if wish.kind is JobKind.CHAT else 0,
+            context_tokens=tokens if wish.kind is JobKind.CHAT else 0,
             local_only=wish.policy.local_only,
             priority=wish.policy.priority,
+            prefers_awake=_VISION in capabilities,
         )
 
     def _chain(self, kind: str, name: str, targets: Sequence[str], demand: Demand) -> Chain:

@@ -137,6 +137,8 @@ def _llama_server(spec: DeploymentSpec, engine: LlamaCppEngine, host: str, port:
         arguments.append("--embedding")
     if engine.projector_path:
         arguments += ["--mmproj", seen_by_engine(engine.projector_path, runtime)]
+        if not engine.projector_on_gpu:
+            arguments.append("--no-mmproj-offload")
     if engine.chat_template:
         arguments += ["--chat-template", engine.chat_template]
     if engine.kv_cache_type:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import math
 import re
@@ -22,6 +23,8 @@ _CALL_THE_TOOL = re.compile(r"\b(?:call|use) (?:the|a|your) tool\b", re.IGNORECA
 _HARD = re.compile(r"\b(?:prove|proof|derive|debug|analy[sz]e|step by step)\b", re.IGNORECASE)
 #: What a chat template adds around each message.
 _TOKENS_PER_MESSAGE = 4
+_TOKENS_PER_IMAGE = 256
+_PICTURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM")
 EMBEDDING_DIMENSIONS = 64
 
 
@@ -35,8 +38,16 @@ class Message(Struct):
     def text(self) -> str:
         """The text in it, without images and the like."""
         if isinstance(self.content, list):
-            return " ".join(str(part.get("text", "")) for part in self.content)
+            return " ".join(str(part["text"]) for part in self.content if part.get("text"))
         return self.content or ""
+
+    @property
+    def images(self) -> list[str]:
+        """URLs of the pictures in it."""
+        parts = [part.get("image_url") for part in self.content] if isinstance(self.content, list) else []
+        return [
+            str(part.get("url", "") if isinstance(part, dict) else part) for part in parts if part is not None
+        ]
 
 
 class ToolFunction(Struct):
@@ -84,7 +95,13 @@ class GenerationRequest(Struct):
         """Length of everything that was sent."""
         if not self.messages:
             return count_tokens(self.last_text)
-        return sum(_TOKENS_PER_MESSAGE + count_tokens(message.text) for message in self.messages)
+        texts = sum(_TOKENS_PER_MESSAGE + count_tokens(message.text) for message in self.messages)
+        return texts + _TOKENS_PER_IMAGE * len(self.images)
+
+    @property
+    def images(self) -> list[str]:
+        """URLs of all pictures."""
+        return [url for message in self.messages for url in message.images]
 
 
 class EmbeddingRequest(Struct):
@@ -135,6 +152,17 @@ def tokens_of(text: str) -> list[str]:
 def count_tokens(text: str) -> int:
     """How many tokens a text has."""
     return len(tokens_of(text))
+
+
+def is_picture(url: str) -> bool:
+    """Whether a data URL has something in it that begins like a picture."""
+    head, _, data = url.partition(",")
+    if not head.startswith("data:") or not head.endswith(";base64"):
+        return False
+    try:
+        return base64.b64decode(data, validate=True).startswith(_PICTURES)
+    except ValueError:
+        return False
 
 
 def plan_answer(
@@ -202,6 +230,8 @@ def _answer(request: GenerationRequest, engine: str, model: str) -> str:
         return f"The tool answered: {_shortened(text)}. This is a simulated {engine}: I can only repeat it."
     words = text.split()
     said = f"You sent {len(words)} word{'' if len(words) == 1 else 's'}: \u201c{_shortened(text)}\u201d."
+    if request.images:
+        said += f" Pictures beside them: {len(request.images)}, which were not looked at."
     return (
         f"This is a simulated {engine} in the role of {model}: there are no weights behind it, and nothing "
         f"was understood. {said} What is real is the way that these words took to you, token by token, "

@@ -21,7 +21,12 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from nodeagent.simulators._faults import Fault
-from nodeagent.simulators._generation import EmbeddingRequest, GenerationRequest, is_reasoner
+from nodeagent.simulators._generation import (
+    EmbeddingRequest,
+    GenerationRequest,
+    is_picture,
+    is_reasoner,
+)
 from nodeagent.simulators._http import SimulatedEngine, Timing, json_response
 from nodeagent.simulators._llama_router import CHILD_VARIABLE, LlamaRouter, add_router_options
 from nodeagent.simulators._memory import GpuMemory, SimulatedOutOfMemory, gpu_memory_from
@@ -54,6 +59,8 @@ _KV_BYTES_OF_8B = 131_072
 _KV_TYPES = {"f32": 2.0, "f16": 1.0, "bf16": 1.0, "q8_0": 0.53, "q5_1": 0.375, "q5_0": 0.34, "q4_1": 0.31}
 _KV_TYPES |= {"q4_0": 0.28, "iq4_nl": 0.28}
 _COMPUTE_BUFFER_BYTES = 300 * 1024**2
+#: A projector of a 7B model at f16.
+_PROJECTOR_BYTES = 1_400_000_000
 _MIB = 1024**2
 
 
@@ -76,7 +83,8 @@ def _parser() -> _Parser:
     add("-ngl", "--n-gpu-layers", "--gpu-layers", default="auto")
     add("-np", "--parallel", type=int, default=1)
     add("--embedding", "--embeddings", action="store_true")
-    add("--mmproj", default="")
+    add("-mm", "--mmproj", default="")
+    add("--mmproj-offload", action=argparse.BooleanOptionalAction, default=True)
     add("--chat-template", default="")
     add("-ctk", "--cache-type-k", choices=sorted(_KV_TYPES), default="f16")
     add("-ctv", "--cache-type-v", choices=sorted(_KV_TYPES), default="f16")
@@ -203,7 +211,9 @@ class LlamaServer:
             return 0
         if self._settings.vram_bytes is not None:
             return self._settings.vram_bytes
-        return (weights + self._kv_bytes()) * layers // _LAYERS + _COMPUTE_BUFFER_BYTES
+        options = self._options
+        projector = _PROJECTOR_BYTES if options.mmproj and options.mmproj_offload else 0
+        return (weights + self._kv_bytes()) * layers // _LAYERS + _COMPUTE_BUFFER_BYTES + projector
 
     def _kv_bytes(self) -> int:
         keys, values = (_KV_TYPES[name] for name in (self._options.cache_type_k, self._options.cache_type_v))
@@ -223,6 +233,8 @@ class LlamaServer:
             return self._engine.failure(
                 501, "This server does not support completions. Start it without `--embeddings`"
             )
+        if refused := self._refuse_pictures(request):
+            return refused
         tokens = request.prompt_tokens
         if tokens < self.context_tokens:
             return None
@@ -233,6 +245,16 @@ class LlamaServer:
         body["error"] |= {"type": "exceed_context_size_error", "n_prompt_tokens": tokens}
         body["error"]["n_ctx"] = self.context_tokens
         return json_response(body, status=400)
+
+    def _refuse_pictures(self, request: GenerationRequest) -> web.Response | None:
+        images = request.images
+        if images and not self._options.mmproj:
+            message = "image input is not supported - hint: if this is unexpected, you may need to provide"
+            return self._engine.failure(500, f"{message} the mmproj")
+        # The real one fetches those of other URLs itself; this one has nowhere to fetch from.
+        if all(image.startswith(("http://", "https://")) or is_picture(image) for image in images):
+            return None
+        return self._engine.failure(400, "Failed to load image or audio file")
 
     def refuse_embedding(self, request: EmbeddingRequest) -> web.Response | None:
         """See `Dialect.refuse_embedding`."""

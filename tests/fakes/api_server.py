@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from controlplane.profiles import Profiles
 from controlplane.workflows import Workflows
 from rung.service import CallInterceptor, GrpcServer, ServerOptions
 from rung.transport import ChannelOptions, open_channel
-from rung.types import DeploymentSpec, NodeOwnership, Profile
+from rung.types import DeploymentSpec, NodeOwnership, Profile, ReclaimGrade
 from tests.fakes.agent_server import ScriptedAgent
 from tests.fakes.artifacts import some_artifacts
 from tests.fakes.jobs import FakeJobs, FakePipelines
@@ -52,6 +52,7 @@ async def an_api_server(
     profiles: Sequence[Profile] = (),
     profile_store: MemoryProfileStore | None = None,
     served_artifacts: ArtifactsPort | None = None,
+    own_grades: Mapping[str, ReclaimGrade] | None = None,
 ) -> AsyncIterator[ApiServer]:
     load: dict[str, tuple[int, int]] = {}
     fleet = Fleet(
@@ -63,7 +64,9 @@ async def an_api_server(
     )
     jobs = FakeJobs()
     pipelines = FakePipelines(jobs)
-    schedulers = NodeSchedulers(fleet, idle_s=lambda _: 60.0, alert=MemoryAlerts(fleet))
+    schedulers = NodeSchedulers(
+        fleet, idle_s=lambda _: 60.0, alert=MemoryAlerts(fleet), own_grades=own_grades or {}
+    )
     fleet.make_awake = schedulers.make_awake
     all_profiles = Profiles(fleet=fleet, store=profile_store or MemoryProfileStore(), profiles=profiles)
     await all_profiles.start()

@@ -17,6 +17,7 @@ from rung.types import (
     LifecycleFailed,
     LifecycleProgress,
     NodeState,
+    ReclaimGrade,
     Residency,
     ResidencyClass,
     VllmEngine,
@@ -37,7 +38,8 @@ REASONER = replace(
 CODER = replace(a_spec("coder"), vram_bytes=16 * GIB)
 HUGE = replace(a_spec("huge"), vram_bytes=24 * GIB)
 OLLAMA = a_spec("ollama", external=True)
-SPECS = (PINNED, REASONER, CODER, HUGE, OLLAMA)
+MODEST = replace(a_spec("modest"), vram_bytes=6 * GIB)
+SPECS = (PINNED, REASONER, CODER, HUGE, MODEST, OLLAMA)
 
 
 @pytest.fixture
@@ -53,7 +55,8 @@ async def card() -> AsyncIterator[GpuAgent]:
 
 @pytest.fixture
 async def client(card: GpuAgent) -> AsyncIterator[AsyncClient]:
-    async with an_api_server([card.agent], SPECS) as plane:
+    # What is modest disturbs nobody.
+    async with an_api_server([card.agent], SPECS, own_grades={"modest": ReclaimGrade.QUICK}) as plane:
         async with asyncio.timeout(10):
             async for view in plane.fleet.changes():
                 if view.nodes["box"].state is NodeState.READY:
@@ -90,6 +93,25 @@ async def test_so_does_a_wake(client: AsyncClient, card: GpuAgent) -> None:
 
     assert card.told == [("stop", "coder"), ("wake", "reasoner")]
     assert isinstance(events[-1].payload, LifecycleDone)
+
+
+async def test_what_may_disturb_nobody_comes_up_in_what_is_free_or_not_at_all(
+    client: AsyncClient, card: GpuAgent
+) -> None:
+    with pytest.raises(VramInfeasibleError, match="at grade quick"):
+        await all_of(client.start_deployment("modest"))
+    assert card.told == []
+
+    await all_of(client.sleep_deployment("reasoner"))
+    async with asyncio.timeout(20):
+        async for fleet in client.watch_fleet():
+            status = fleet.nodes[0].status
+            if status is not None and status.gpus[0].memory_used_bytes < 16 * GIB:
+                break
+    events = await all_of(client.start_deployment("modest"))
+
+    assert isinstance(events[-1].payload, LifecycleDone)
+    assert card.told == [("sleep", "reasoner"), ("start", "modest")]
 
 
 async def test_what_cannot_fit_is_refused_with_what_would_make_it_fit(

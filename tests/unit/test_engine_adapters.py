@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from msgspec.structs import replace
 
 from nodeagent.engines import (
     ComfyUiAdapter,
@@ -110,8 +111,20 @@ async def test_every_parameter_of_llama_server_becomes_an_option(client: EngineC
 
     arguments = " ".join(line.arguments)
     assert "--n-gpu-layers 999" in arguments
-    assert "--embedding --mmproj /m/p.gguf --chat-template chatml" in arguments
+    assert "--embedding --mmproj /m/p.gguf --no-mmproj-offload --chat-template chatml" in arguments
     assert "--cache-type-k q8_0 --cache-type-v q8_0" in arguments
+
+
+async def test_a_projector_leaves_the_host_only_if_it_is_told_to(client: EngineClient) -> None:
+    blind = LlamaCppEngine(model_path="/m/a.gguf")
+    seeing = replace(blind, projector_path="/m/p.gguf")
+    adapter = LlamaCppAdapter(client)
+    offload = [
+        "--no-mmproj-offload"
+        in adapter.command_line(spec_of(engine), listen_host="127.0.0.1", listen_port=1).arguments
+        for engine in (blind, seeing, replace(seeing, projector_on_gpu=True))
+    ]
+    assert offload == [False, True, False]
 
 
 async def test_a_container_sees_files_through_its_innermost_mount(client: EngineClient) -> None:

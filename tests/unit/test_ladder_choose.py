@@ -189,6 +189,31 @@ class TestGivingWay:
         assert order([[cloud("m")], [cloud("n")]], moment=Moment({"m": (900, 0)})) == ["m", "n"]
 
 
+class TestPreferringWhatIsAwake:
+    SEES = Demand(prefers_awake=True)
+    GROUPS: ClassVar[Any] = [[ours("asleep", rank=3)], [ours("awake")], [cloud("m")]]
+
+    def test_a_later_one_of_ours_that_is_awake_comes_before_one_that_would_be_started(self) -> None:
+        assert order(self.GROUPS, self.SEES) == ["awake", "asleep", "m"]
+        assert order(self.GROUPS) == ["asleep", "awake", "m"]
+
+    def test_one_that_costs_money_keeps_its_place(self) -> None:
+        assert order([self.GROUPS[0], [cloud("m")]], self.SEES) == ["asleep", "m"]
+
+    def test_of_several_that_are_awake_the_order_of_the_chain_holds(self) -> None:
+        groups = [[ours("first")], *self.GROUPS]
+        assert order(groups, self.SEES) == ["first", "awake", "asleep", "m"]
+
+    def test_one_that_is_full_or_failed_is_not_preferred(self) -> None:
+        assert order(self.GROUPS, self.SEES, Moment({"awake": FULL})) == ["asleep", "awake", "m"]
+        assert order(self.GROUPS, self.SEES, Moment(failed={"awake": "it failed"})) == ["asleep", "m"]
+
+    def test_it_is_explained_in_the_order_in_which_they_are_tried(self) -> None:
+        passing = Moment().passing(self.GROUPS)
+        explained = explain(chain_of(self.GROUPS, self.SEES), self.SEES, passing)
+        assert [each.target for each in explained if each.taken] == ["awake"]
+
+
 class TestRefusals:
     CASES: ClassVar[Any] = (
         ([[ours("a", refusal="its node box is unreachable")]], Demand(), {}, "its node box is unreachable"),

@@ -133,6 +133,7 @@ def _llamacpp_to_proto(value: LlamaCppEngine) -> v1.LlamaCppEngine:
         chat_template=value.chat_template,
         kv_cache_type=value.kv_cache_type,
         router_model=value.router_model,
+        projector_on_gpu=value.projector_on_gpu,
     )
 
 
@@ -148,6 +149,7 @@ def _llamacpp_from_proto(message: v1.LlamaCppEngine) -> LlamaCppEngine:
         chat_template=message.chat_template,
         kv_cache_type=message.kv_cache_type,
         router_model=message.router_model,
+        projector_on_gpu=message.projector_on_gpu,
     )
 
 

@@ -169,6 +169,9 @@ class LlamaCppEngine(Struct, frozen=True, kw_only=True, tag="llamacpp", tag_fiel
 
     `router_model` is one model of a llama-server in router mode that somebody else runs: it is loaded and
     unloaded by that name, with the router's own settings, and the other fields say nothing.
+
+    The projector of a vision model is run by the CPU, and takes nothing of the GPU, unless
+    `projector_on_gpu`; llama-cpp-python always has it on the GPU.
     """
 
     model_path: str = ""
@@ -181,6 +184,7 @@ class LlamaCppEngine(Struct, frozen=True, kw_only=True, tag="llamacpp", tag_fiel
     chat_template: str = ""
     kv_cache_type: str = ""
     router_model: str = ""
+    projector_on_gpu: bool = False
 
 
 class OpenAiCompatibleEngine(Struct, frozen=True, kw_only=True, tag="openai_compatible", tag_field="kind"):

@@ -295,6 +295,7 @@ class LlamaCppEngine(_message.Message):
     CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     KV_CACHE_TYPE_FIELD_NUMBER: _builtins.int
     ROUTER_MODEL_FIELD_NUMBER: _builtins.int
+    PROJECTOR_ON_GPU_FIELD_NUMBER: _builtins.int
     server: Global___LlamaCppServer.ValueType
     """Which program."""
     model_path: _builtins.str
@@ -308,7 +309,7 @@ class LlamaCppEngine(_message.Message):
     embedding: _builtins.bool
     """Serve embeddings."""
     projector_path: _builtins.str
-    """Projector file of a vision model."""
+    """Projector file of a vision model, which stays in host memory."""
     chat_template: _builtins.str
     """Name of the chat template; empty for the model's own."""
     kv_cache_type: _builtins.str
@@ -317,6 +318,8 @@ class LlamaCppEngine(_message.Message):
     """Name of one model of a llama-server in router mode that somebody else runs; empty for a server with
     one model. The router's own settings count then, and none of the others here.
     """
+    projector_on_gpu: _builtins.bool
+    """The projector is on the GPU, too: pictures are read faster, and it takes memory there."""
     def __init__(
         self,
         *,
@@ -330,10 +333,11 @@ class LlamaCppEngine(_message.Message):
         chat_template: _builtins.str = ...,
         kv_cache_type: _builtins.str = ...,
         router_model: _builtins.str = ...,
+        projector_on_gpu: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_template", b"chat_template", "context_tokens", b"context_tokens", "embedding", b"embedding", "gpu_layers", b"gpu_layers", "kv_cache_type", b"kv_cache_type", "model_path", b"model_path", "parallel", b"parallel", "projector_path", b"projector_path", "router_model", b"router_model", "server", b"server"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_template", b"chat_template", "context_tokens", b"context_tokens", "embedding", b"embedding", "gpu_layers", b"gpu_layers", "kv_cache_type", b"kv_cache_type", "model_path", b"model_path", "parallel", b"parallel", "projector_on_gpu", b"projector_on_gpu", "projector_path", b"projector_path", "router_model", b"router_model", "server", b"server"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
