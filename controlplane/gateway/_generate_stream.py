@@ -112,6 +112,9 @@ class GenerateStreamRoutes:
 
     async def _line(self, event: JobEvent, followed: Followed, *, inline: bool) -> dict[str, object] | None:
         match event.payload:
+            case PhaseProgress(phase=Phase.DONE):
+                # The terminal event says it, with what was made: a reader stops at the first `done`.
+                return None
             case PhaseProgress() as progress:
                 return progress_line(progress, event.elapsed_s)
             case ArtifactChunk(preview=True, content_type=content_type, data=data) if data:

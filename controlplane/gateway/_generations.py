@@ -99,9 +99,6 @@ class Followed:
         """The events to the terminal one, with a heartbeat wherever nothing happens for a while."""
         watching = self._jobs.watch(self.job_id, heartbeat_s=KEEP_ALIVE_S, with_data=self._with_data)
         async for event in watching:
-            if isinstance(event.payload, PhaseProgress) and event.payload.phase is Phase.DONE:
-                # The terminal event says it, with what was made: a reader stops at the first `done`.
-                continue
             self._take(event)
             yield event
 
@@ -132,7 +129,8 @@ class Followed:
     def _take(self, event: JobEvent) -> None:
         payload = event.payload
         if isinstance(payload, PhaseProgress):
-            self.progress = payload
+            # That it is done is for the terminal event to say.
+            self.progress = self.progress if payload.phase is Phase.DONE else payload
         elif isinstance(payload, ArtifactChunk):
             if payload.sha256 and not payload.preview:
                 self.artifacts.append(

@@ -23,7 +23,7 @@ from controlplane.gateway._openai import read_policy, read_request_id
 from controlplane.gateway._pictures import picture_from_text, picture_of, read_size
 from controlplane.pipelines import Wish
 from rung.errors import InvalidRequestError, RungError
-from rung.types import Artifact, ArtifactChunk, ImageInput, ImagePart, JobKind, PhaseProgress, Usage
+from rung.types import Artifact, ArtifactChunk, ImageInput, ImagePart, JobKind, Phase, PhaseProgress, Usage
 
 #: OpenAI's qualities, the old ones included, as tiers; None leaves it to the effort.
 TIER_OF_QUALITY = {
@@ -159,6 +159,9 @@ class ImageRoutes:
         sent = 0
         async for event in followed.events():
             match event.payload:
+                case PhaseProgress(phase=Phase.DONE):
+                    # The terminal event says it.
+                    pass
                 case PhaseProgress() as progress:
                     line = _encode(progress_line(progress, event.elapsed_s))
                     await response.write(b": rung.progress " + line + b"\n\n")
