@@ -27,6 +27,8 @@ from rung.types import (
     Model,
     Node,
     PhaseProgress,
+    Predictions,
+    PredictionTask,
     Priority,
     ProfileEvent,
     ProfileList,
@@ -98,6 +100,7 @@ class FakeClient(AsyncClient):
         self.snapshots: list[FleetSnapshot] = []
         self.jobs: list[Job] = []
         self.models: tuple[Model, ...] = ()
+        self.predictions = Predictions()
         self.route = RouteExplanation(considered=())
         self.stream: FakeStream | None = None
         self.interrupt: Callable[[], None] = lambda: None
@@ -216,6 +219,18 @@ class FakeClient(AsyncClient):
     async def cancel_job(self, job_id: str) -> Job:
         self._ask("cancel_job", job_id)
         return next(job for job in self.jobs if job.id == job_id)
+
+    async def predict(
+        self,
+        task: PredictionTask,
+        *,
+        model: str = "",
+        policy: Policy = Policy(),  # noqa: B008 - frozen
+        request_id: str = "",
+        timeout_s: float = 1.0,
+    ) -> Predictions:
+        self._ask("predict", (task, model, policy))
+        return self.predictions
 
     async def list_models(self) -> tuple[Model, ...]:
         self._ask("list_models")

@@ -12,6 +12,7 @@ from rung.cli.views._phases import show_phases
 from rung.cli.views._profiles import print_profile, print_switch_plan, profiles_view, show_switch
 from rung.cli.views._reclaim import leases_table, print_reclaim, wait_words
 from rung.cli.views._routes import print_route
+from rung.cli.views._sparkline import sparkline
 from rung.cli.views._words import format_age, format_bytes, format_duration, format_part, printable
 from rung.cli.views._workflows import print_workflow, workflows_table
 
@@ -46,6 +47,7 @@ __all__ = [
     "show_operation",
     "show_phases",
     "show_switch",
+    "sparkline",
     "vram_bar",
     "vram_legend",
     "vram_shares",
