@@ -8,21 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import itertools
-import random
-import struct
-import zlib
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import msgspec
 import pytest
 import pytest_asyncio
 
-from nodeagent.engines import ComfyUiAdapter, Generation
+from nodeagent.engines import ComfyUiAdapter
 from nodeagent.engines._comfyui_classes import NodeClass, node_class_of
 from nodeagent.engines._comfyui_generate import ComfyUiPace
 from nodeagent.simulators._comfyui_nodes import node_kinds
@@ -31,16 +25,11 @@ from rung.codec import GenerationEvent
 from rung.errors import EngineFailedError, EngineUnreachableError, InvalidRequestError
 from rung.service import EngineClient
 from rung.types import (
-    ArtifactChunk,
-    ComfyUiEngine,
-    DeploymentSpec,
-    EngineSpec,
     Phase,
     PhaseProgress,
-    ProcessRuntime,
     WorkflowFile,
-    WorkflowInput,
 )
+from tests.engines.comfyui_client import PATIENCE_S, SEEDS, Comfy, Told, noise
 from tests.engines.comfyui_graphs import Graph, changed, node, painted, sampled, sampled_twice, uploaded
 from tests.engines.comfyui_server import (
     CHECKPOINT,
@@ -54,17 +43,9 @@ from tests.integration.engine_process import EngineProcess
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
 
-SPEC = DeploymentSpec(
-    id="pictures",
-    node_id="n1",
-    model="comfyui",
-    engine=EngineSpec(engine=ComfyUiEngine(), runtime=ProcessRuntime(executable="comfyui")),
-)
-_PATIENCE_S = 120.0
 #: More than any test waits for.
 _ENDLESS = 5000
 _PACE = ComfyUiPace(waiting_poll_s=0.1, running_poll_s=0.2, rejoin_pause_s=0.1, stop_pause_s=0.1)
-_seeds = itertools.count(1)
 
 
 @pytest_asyncio.fixture(
@@ -87,93 +68,6 @@ def _is_real(request: pytest.FixtureRequest) -> bool:
     return real
 
 
-class Comfy:
-    """A ComfyUI, by our adapter and by its own routes."""
-
-    def __init__(self, base_url: str, side: int, adapter: ComfyUiAdapter, routes: httpx.AsyncClient) -> None:
-        self.base_url = base_url
-        self.side = side
-        self.adapter = adapter
-        self.routes = routes
-
-    def sampled(self, *, steps: int, count: int = 1) -> Graph:
-        return sampled(CHECKPOINT, seed=next(_seeds), steps=steps, side=self.side, count=count)
-
-    def events(
-        self, graph: Graph, *, files: Sequence[WorkflowFile] = (), previews: bool = False, base_url: str = ""
-    ) -> aclosing[Any]:
-        wanted = WorkflowInput(graph_json=msgspec.json.encode(graph), files=tuple(files), previews=previews)
-        generation = Generation(job_id="j1", input=wanted, idle_timeout_s=_PATIENCE_S)
-        return aclosing(self.adapter.generate(base_url or self.base_url, SPEC, generation))
-
-    async def told(self, graph: Graph, *, files: Sequence[WorkflowFile] = (), previews: bool = False) -> Told:
-        async with asyncio.timeout(_PATIENCE_S), self.events(graph, files=files, previews=previews) as events:
-            return Told([event async for event in events])
-
-    async def submit(self, graph: Graph) -> str:
-        """As somebody else would."""
-        answer = await self.routes.post("/prompt", json={"prompt": graph})
-        assert answer.status_code == 200, answer.text
-        return str(answer.json()["prompt_id"])
-
-    async def queue(self) -> tuple[list[str], list[str]]:
-        """The ids of those that run, and of those that wait."""
-        found = (await self.routes.get("/queue")).json()
-        return (
-            [row[1] for row in found["queue_running"]],
-            [row[1] for row in found["queue_pending"]],
-        )
-
-    async def until_running(self, prompt_id: str) -> None:
-        async with asyncio.timeout(_PATIENCE_S):
-            # Another process brings it about.
-            while prompt_id not in (await self.queue())[0]:  # noqa: ASYNC110 - as above
-                await asyncio.sleep(0.05)
-
-    async def until_empty(self) -> None:
-        async with asyncio.timeout(_PATIENCE_S):
-            while (await self.queue()) != ([], []):  # noqa: ASYNC110 - as above
-                await asyncio.sleep(0.05)
-
-
-class Told:
-    """What the adapter said of one generation."""
-
-    def __init__(self, events: list[GenerationEvent]) -> None:
-        self.progress = [event for event in events if isinstance(event, PhaseProgress)]
-        chunks = [event for event in events if isinstance(event, ArtifactChunk)]
-        self.previews = [chunk for chunk in chunks if chunk.preview]
-        self.files: dict[str, tuple[str, bytes]] = {}
-        for chunk in chunks:
-            if chunk.preview:
-                continue
-            _, before = self.files.get(chunk.artifact_id, ("", b""))
-            data = before + chunk.data
-            assert (chunk.offset_bytes, chunk.length_bytes) == (len(before), len(chunk.data))
-            assert len(chunk.data) <= 256 * 1024
-            if chunk.sha256:
-                assert (chunk.size_bytes, chunk.sha256) == (len(data), hashlib.sha256(data).hexdigest())
-            self.files[chunk.artifact_id] = (chunk.content_type, data)
-
-    @property
-    def phases(self) -> list[Phase]:
-        """Without repeats, and without the queue, which may be too short to be seen."""
-        found = [each.phase for each in self.progress if each.phase is not Phase.QUEUED]
-        return [phase for phase, _ in itertools.groupby(found)]
-
-    @property
-    def steps(self) -> list[tuple[int | None, int | None, float | None]]:
-        return [
-            (each.step, each.total, each.percent) for each in self.progress if each.phase is Phase.SAMPLING
-        ]
-
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """Of its pictures, in pixels."""
-        assert all(kind == "image/png" for kind, _ in self.files.values())
-        return [struct.unpack_from(">II", data, 16) for _, data in self.files.values()]
-
-
 @pytest_asyncio.fixture(loop_scope="module")
 async def comfy(process: EngineProcess, request: pytest.FixtureRequest) -> AsyncIterator[Comfy]:
     """With an empty queue, before and after."""
@@ -189,19 +83,6 @@ async def comfy(process: EngineProcess, request: pytest.FixtureRequest) -> Async
     await client.aclose()
 
 
-def noise(width: int, height: int) -> bytes:
-    """A picture that no compression makes smaller."""
-    pixels = random.Random(1)
-    rows = b"".join(b"\0" + pixels.randbytes(3 * width) for _ in range(height))
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = zlib.compress(rows, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
-
-
 # What it makes.
 
 
@@ -213,7 +94,7 @@ async def test_a_graph_without_weights_gives_a_picture(comfy: Comfy) -> None:
 
 
 async def test_a_batch_gives_a_file_for_each_picture(comfy: Comfy) -> None:
-    told = await comfy.told(painted(32, 32, count=3, color=next(_seeds)))
+    told = await comfy.told(painted(32, 32, count=3, color=next(SEEDS)))
 
     assert list(told.files) == ["0", "1", "2"]
     assert told.sizes == [(32, 32)] * 3
@@ -243,7 +124,7 @@ async def test_files_of_one_name_do_not_meet(comfy: Comfy) -> None:
 
 
 async def test_what_is_only_shown_is_the_result_if_nothing_is_saved(comfy: Comfy) -> None:
-    shown = {**painted(16, 16, color=next(_seeds)), "3": node("PreviewImage", images=["1", 0])}
+    shown = {**painted(16, 16, color=next(SEEDS)), "3": node("PreviewImage", images=["1", 0])}
     only_shown = {name: each for name, each in shown.items() if name != "2"}
 
     assert len((await comfy.told(shown)).files) == 1
@@ -310,7 +191,7 @@ async def test_the_same_again_comes_from_the_cache(comfy: Comfy) -> None:
 
 
 async def test_two_samplers_are_told_of_as_a_whole(comfy: Comfy) -> None:
-    graph = sampled_twice(CHECKPOINT, seed=next(_seeds), steps=(4, 2), side=comfy.side)
+    graph = sampled_twice(CHECKPOINT, seed=next(SEEDS), steps=(4, 2), side=comfy.side)
     told = await comfy.told(graph)
 
     percents = [percent for _, _, percent in told.steps]
@@ -430,7 +311,7 @@ async def test_it_waits_behind_others_and_says_where(comfy: Comfy) -> None:
     others = [await comfy.submit(comfy.sampled(steps=_ENDLESS)) for _ in range(2)]
     await comfy.until_running(others[0])
     details = []
-    async with asyncio.timeout(_PATIENCE_S), comfy.events(painted(color=next(_seeds))) as events:
+    async with asyncio.timeout(PATIENCE_S), comfy.events(painted(color=next(SEEDS))) as events:
         async for event in events:
             if isinstance(event, PhaseProgress) and event.phase is Phase.QUEUED:
                 details.append(event.detail)
@@ -445,7 +326,7 @@ async def test_one_that_waits_is_cancelled_and_the_others_stay(comfy: Comfy) -> 
     await comfy.until_running(running)
     async with comfy.events(painted()) as events:
         first = await anext(events)
-        behind = await comfy.submit(painted(color=next(_seeds)))
+        behind = await comfy.submit(painted(color=next(SEEDS)))
         assert first.phase is Phase.QUEUED
         assert len((await comfy.queue())[1]) == 2
 
@@ -457,7 +338,7 @@ async def test_one_that_runs_is_cancelled_and_the_others_go_on(comfy: Comfy) -> 
         async for event in events:
             if isinstance(event, PhaseProgress) and event.step:
                 break
-        behind = await comfy.submit(painted(color=next(_seeds)))
+        behind = await comfy.submit(painted(color=next(SEEDS)))
     # Gone when `aclose` returns; the one behind it was not touched.
     running, waiting = await comfy.queue()
     assert [found for found in running + waiting if found != behind] == []
@@ -476,7 +357,7 @@ async def test_a_task_that_is_cancelled_cancels_the_workflow(comfy: Comfy) -> No
                     sampling.set()
 
     reading = asyncio.create_task(read())
-    async with asyncio.timeout(_PATIENCE_S):
+    async with asyncio.timeout(PATIENCE_S):
         await sampling.wait()
     reading.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -512,7 +393,7 @@ async def test_a_history_that_somebody_clears_loses_nothing_that_was_told(comfy:
     clearing = asyncio.create_task(_clear_histories(comfy))
     try:
         for _ in range(5):
-            assert len((await comfy.told(painted(16, 16, color=next(_seeds)))).files) == 1
+            assert len((await comfy.told(painted(16, 16, color=next(SEEDS)))).files) == 1
     finally:
         clearing.cancel()
 
@@ -568,7 +449,7 @@ async def test_one_that_is_killed_is_unreachable_and_one_that_is_new_knows_nothi
         async with comfyui_server(tmp_path, real=real) as engine:
             comfy = Comfy(engine.base_url, side, ComfyUiAdapter(client, pace=pace), routes)
             waiting = asyncio.create_task(_killed(comfy, engine))
-            await engine.exit_code(_PATIENCE_S)
+            await engine.exit_code(PATIENCE_S)
             port = int(engine.base_url.rpartition(":")[2])
             async with comfyui_server(tmp_path, real=real, port=port):
                 with pytest.raises(EngineFailedError, match="knows the workflow no more"):
