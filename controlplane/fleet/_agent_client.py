@@ -208,6 +208,7 @@ class AgentClient:
         Raises:
             InvalidRequestError: the engine has no such generation, or refused this one.
             NotAwakeError, UnknownDeploymentError: as the agent says.
+            VramInfeasibleError: the engine ran out of GPU memory.
             EngineUnreachableError, EngineTimeoutError, EngineProtocolError, EngineFailedError: the engine.
             NodeUnreachableError: the agent does not answer.
         """

@@ -281,7 +281,8 @@ class GenerateControl(Protocol):
             InvalidRequestError: this kind of engine has no such generation, or it refused this one; the
                 message says what is wrong with what.
             EngineUnreachableError, EngineTimeoutError, EngineProtocolError: as the engine client does.
-            EngineFailedError: it tried, and failed.
+            VramInfeasibleError: it ran out of GPU memory, and may hold on to what it has.
+            EngineFailedError: it tried, and failed otherwise.
         """
         ...
 

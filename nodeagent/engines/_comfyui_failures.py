@@ -10,7 +10,13 @@ import msgspec
 from nodeagent.engines._comfyui_check import Finding, told
 from nodeagent.engines._comfyui_graph import Graph, named
 from nodeagent.engines._comfyui_http import HistoryStatus
-from rung.errors import EngineFailedError, EngineProtocolError, EngineRejectedError, RungError
+from rung.errors import (
+    EngineFailedError,
+    EngineProtocolError,
+    EngineRejectedError,
+    RungError,
+    VramInfeasibleError,
+)
 
 _LONGEST_TEXT = 600
 _OUT_OF_MEMORY = ("outofmemory", "out of memory")
@@ -82,10 +88,9 @@ def failure(what: str, graph: Graph, messages: Iterable[Any]) -> RungError:
         kind = str(data.get("exception_type", ""))
         said = _short(str(data.get("exception_message", "")))
         if any(mark in f"{kind} {said}".lower() for mark in _OUT_OF_MEMORY):
-            return EngineFailedError(
+            return VramInfeasibleError(
                 f"{what}: ComfyUI ran out of GPU memory at {where}: fewer pixels, a smaller batch or a "
                 f"smaller model need less ({said or kind})",
-                out_of_memory="true",
                 node_id=node_id,
             )
         return EngineFailedError(f"{what}: {where} failed: {kind}: {said}", node_id=node_id)

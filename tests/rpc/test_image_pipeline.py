@@ -13,7 +13,14 @@ from controlplane.pipelines import Wish
 from controlplane.pipelines._leasing import leased
 from controlplane.pipelines.image import IMAGE_PHASES, OnEvent
 from controlplane.vram import Demand, Granted
-from rung.errors import EngineFailedError, InvalidRequestError, NoTargetError, UnknownModelError
+from rung.errors import (
+    EngineFailedError,
+    InvalidRequestError,
+    NoTargetError,
+    RungError,
+    UnknownModelError,
+    VramInfeasibleError,
+)
 from rung.types import (
     ArtifactChunk,
     FailureReason,
@@ -251,14 +258,28 @@ async def test_a_picture_of_which_the_memory_is_not_to_be_had_fails_and_says_why
     assert "6.0 GiB do not fit on box/0" in failed.detail
 
 
-async def test_an_engine_that_fails_is_flushed_before_its_lease_is_given_back(studio: Studio) -> None:
-    studio.card.fails[Phase.SAMPLING] = EngineFailedError("comfyui: ComfyUI ran out of GPU memory")
+@pytest.mark.parametrize(
+    ("error", "reason", "told"),
+    [
+        (
+            VramInfeasibleError("comfyui: ComfyUI ran out of GPU memory"),
+            FailureReason.VRAM_INFEASIBLE,
+            [("free", "comfyui")],
+        ),
+        (EngineFailedError("comfyui: node 3 failed"), FailureReason.ENGINE_ERROR, []),
+    ],
+)
+async def test_an_engine_that_runs_out_of_memory_is_flushed_and_one_that_fails_otherwise_is_not(
+    studio: Studio, error: RungError, reason: FailureReason, told: list[tuple[str, str]]
+) -> None:
+    studio.card.fails[Phase.SAMPLING] = error
     log = await studio.draw()
 
     failed = log[-1].payload
     assert isinstance(failed, JobFailed)
-    assert failed.detail == "comfyui: ComfyUI ran out of GPU memory"
-    assert studio.card.told == [("free", "comfyui")]
+    assert (failed.reason, failed.detail) == (reason, error.message)
+    # Before its lease was given back.
+    assert studio.card.told == told
     assert studio.leases == []
     assert studio.slots.load("comfyui") == (0, 0)
 
@@ -276,7 +297,7 @@ async def two() -> AsyncIterator[Studio]:
 
 
 async def test_the_next_target_is_tried_and_named_if_nothing_was_delivered(two: Studio) -> None:
-    two.card.fails[Phase.SAMPLING] = EngineFailedError("comfyui: ComfyUI ran out of GPU memory")
+    two.card.fails[Phase.SAMPLING] = VramInfeasibleError("comfyui: ComfyUI ran out of GPU memory")
     log = await two.draw()
 
     served = [event.payload.served.target for event in log if isinstance(event.payload, Routed)]

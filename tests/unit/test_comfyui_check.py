@@ -17,7 +17,13 @@ from nodeagent.engines._comfyui_http import StoredFile
 from nodeagent.engines._comfyui_results import content_type_of, files_of
 from nodeagent.simulators._comfyui_graph import validate
 from nodeagent.simulators._comfyui_nodes import node_kinds
-from rung.errors import EngineFailedError, EngineProtocolError, EngineRejectedError, InvalidRequestError
+from rung.errors import (
+    EngineFailedError,
+    EngineProtocolError,
+    EngineRejectedError,
+    InvalidRequestError,
+    VramInfeasibleError,
+)
 from tests.engines.comfyui_graphs import changed, node, painted, sampled
 
 KINDS = node_kinds(tuple(f"sd_xl_{number}.safetensors" for number in range(12)))
@@ -258,8 +264,16 @@ def test_too_little_memory_is_said_so() -> None:
     }
     found = failure("d1", GOOD, [["execution_start", {}], ["execution_error", data]])
 
+    assert isinstance(found, VramInfeasibleError)
     assert "ran out of GPU memory at node 3 (KSampler)" in found.message
-    assert found.metadata["out_of_memory"] == "true"
+
+
+def test_a_node_that_fails_otherwise_has_not_run_out_of_memory() -> None:
+    data = {"node_id": "3", "exception_type": "ValueError", "exception_message": "a cat is no tensor"}
+    found = failure("d1", GOOD, [["execution_error", data]])
+
+    assert isinstance(found, EngineFailedError)
+    assert found.message == "d1: node 3 (KSampler) failed: ValueError: a cat is no tensor"
 
 
 def test_a_failure_of_which_nothing_is_known_says_that() -> None:

@@ -230,7 +230,8 @@ class ArtifactNotStoredError(RungError):
 class VramInfeasibleError(RungError):
     """The memory cannot be had; the message says why and what would make it fit.
 
-    `metadata` has `missing_bytes` and `largest_fit_bytes`, the greatest demand that would fit.
+    `metadata` has `missing_bytes` and `largest_fit_bytes`, the greatest demand that would fit, unless it was
+    an engine that ran out of it at work.
     """
 
     status = Status.RESOURCE_EXHAUSTED

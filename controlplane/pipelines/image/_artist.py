@@ -24,12 +24,12 @@ from controlplane.pipelines.image._staging import Staging
 from controlplane.pipelines.image._telling import Telling
 from controlplane.workflows import build
 from rung.errors import (
-    EngineFailedError,
     EngineProtocolError,
     EngineStartFailedError,
     RungError,
     UnknownDeploymentError,
     UnsuitableTargetError,
+    VramInfeasibleError,
 )
 from rung.types import ComfyUiEngine, Phase, Residency, Served, ServiceEngine
 
@@ -156,8 +156,8 @@ class Artist:
             count = await self._collected(attempt, generate, pace)
         except BaseException as error:
             self._rooms.forget(target_id)
-            if isinstance(_cause_of(error), EngineFailedError):
-                # It may be out of memory, and hold on to what it has.
+            if isinstance(_cause_of(error), VramInfeasibleError):
+                # It ran out of memory, and may hold on to what it has.
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_EMPTYING_S), self._slots.parked(target_id):
                         await self._rooms.empty(target_id)
