@@ -23,14 +23,13 @@ from nodeagent.engines._base import (
     RunKind,
 )
 from nodeagent.engines._loading import milestone, recognise
-from nodeagent.engines._multipart import FormFile, form
 from nodeagent.engines._openai_relay import Answer, ask, guarded
 from nodeagent.engines._speech import failure, read_whole, require_dialect, require_voice, says, speech_of
 from nodeagent.engines._tell import drop, tell
 from nodeagent.engines._transcript import TranscriptReader, read_text
 from rung.codec import GenerationEvent
 from rung.errors import EngineFailedError, EngineProtocolError, InvalidRequestError
-from rung.service import EngineClient, EngineReply
+from rung.service import EngineClient, EngineReply, FormFile, form
 from rung.types import (
     ArtifactChunk,
     DeploymentSpec,

@@ -9,12 +9,11 @@ from email.parser import BytesParser
 import pytest
 
 from nodeagent.engines import PiperAdapter, SpeachesAdapter, XttsAdapter
-from nodeagent.engines._multipart import FormFile, form
 from nodeagent.engines._speech import is_silent, require_wav
 from nodeagent.engines._transcript import TranscriptReader, read_text
 from nodeagent.simulators._sound import silence, wav
 from rung.errors import EngineFailedError, EngineProtocolError, InvalidRequestError
-from rung.service import EngineClient
+from rung.service import EngineClient, FormFile, form
 from rung.types import DeploymentSpec, EngineSpec, ProcessRuntime, ServiceEngine
 
 OPENAI = (

@@ -12,6 +12,7 @@ from rung.service._engine_client import EngineClient, EngineReply
 from rung.service._host import host_id
 from rung.service._interceptors import CallInterceptor
 from rung.service._logging import configure_logging
+from rung.service._multipart import FormFile, form
 from rung.service._retry_after import parse_retry_after, parse_seconds, seconds_until
 from rung.service._server import GrpcServer, ServerOptions, require_loopback
 from rung.service._services import add_service
@@ -26,6 +27,7 @@ __all__ = [
     "EngineClient",
     "EngineReply",
     "FieldError",
+    "FormFile",
     "GrpcServer",
     "ServerOptions",
     "Signal",
@@ -34,6 +36,7 @@ __all__ = [
     "add_service",
     "configure_logging",
     "event_data",
+    "form",
     "host_id",
     "load_json_lines_model",
     "load_yaml_model",

@@ -13,7 +13,7 @@ _UNKNOWN_TYPE = "application/octet-stream"
 
 
 class FormFile(Struct, frozen=True, kw_only=True):
-    """A file in a form; `name` is the field's, and both names are the adapter's own."""
+    """A file in a form; `name` is the field's, and both names are ours and never a caller's."""
 
     name: str
     file_name: str
@@ -21,7 +21,7 @@ class FormFile(Struct, frozen=True, kw_only=True):
     data: bytes
 
 
-def form(fields: Mapping[str, str], file: FormFile) -> tuple[str, bytes]:
+def form(fields: Mapping[str, str], *files: FormFile) -> tuple[str, bytes]:
     """The content type and the body of a form. What a caller chose stands in values and data only.
 
     A media type that is none goes as one that says nothing.
@@ -32,10 +32,11 @@ def form(fields: Mapping[str, str], file: FormFile) -> tuple[str, bytes]:
         f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
         for name, value in fields.items()
     ]
-    media_type = file.content_type if _MEDIA_TYPE.fullmatch(file.content_type) else _UNKNOWN_TYPE
-    head = (
-        f'--{boundary}\r\nContent-Disposition: form-data; name="{file.name}"; filename="{file.file_name}"\r\n'
-        f"Content-Type: {media_type}\r\n\r\n"
-    )
-    body = b"".join((*parts, head.encode(), file.data, f"\r\n--{boundary}--\r\n".encode()))
-    return f"multipart/form-data; boundary={boundary}", body
+    for file in files:
+        media_type = file.content_type if _MEDIA_TYPE.fullmatch(file.content_type) else _UNKNOWN_TYPE
+        head = (
+            f'--{boundary}\r\nContent-Disposition: form-data; name="{file.name}"; '
+            f'filename="{file.file_name}"\r\nContent-Type: {media_type}\r\n\r\n'
+        )
+        parts += [head.encode(), file.data, b"\r\n"]
+    return f"multipart/form-data; boundary={boundary}", b"".join((*parts, f"--{boundary}--\r\n".encode()))
