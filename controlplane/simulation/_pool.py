@@ -7,6 +7,7 @@ still take. It looks at it after every change, and an over-commitment ends the s
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Generic, NoReturn, TypeVar
@@ -30,6 +31,8 @@ GIB = 1 << 30
 #: Weights come in so many pieces: what watches the pool sees them grow.
 _PIECES = 3
 _DEFAULT_TIMINGS = Timings()
+#: An agent takes a sample so long after each operation, whenever the next one would be.
+_LOOK_AFTER_S = 0.15
 
 
 class BrokenInvariantError(AssertionError):
@@ -214,6 +217,8 @@ class VirtualPool(Generic[EngineT]):
         self.ongoing: set[asyncio.Task[None]] = set()
         self._kept: Measurement | None = None
         self._kept_s = 0.0
+        #: When the sample after the newest operation is there.
+        self._look_s = -math.inf
 
     # The truth.
 
@@ -266,7 +271,7 @@ class VirtualPool(Generic[EngineT]):
         """What telemetry says; who is busy is known at once."""
         now_s = asyncio.get_running_loop().time()
         kept = self._kept
-        if kept is None or now_s - self._kept_s >= self.keep_s:
+        if kept is None or now_s - self._kept_s >= self.keep_s or self._kept_s < self._look_s <= now_s:
             kept, self._kept_s = self.sample(now_s), now_s
             self._kept = kept
             return kept
@@ -312,6 +317,7 @@ class VirtualPool(Generic[EngineT]):
         async with engine.drained():
             await asyncio.sleep(_action_s(engine, step))
             self.give_way(engine, step)
+        self._look_s = asyncio.get_running_loop().time() + _LOOK_AFTER_S
         return Measured(freed_bytes=self.free_bytes - before_bytes, free_bytes=self.free_bytes)
 
     async def bring_up(self, pool_id: str, deployment_id: str) -> None:
@@ -375,6 +381,7 @@ class VirtualPool(Generic[EngineT]):
         engine.residency = Residency.AWAKE
         engine.asleep_level, engine.shrunk = 0, False
         engine.used_s = asyncio.get_running_loop().time()
+        self._look_s = engine.used_s + _LOOK_AFTER_S
         self.changed()
 
     async def load(self, engine: EngineT, duration_s: float, size_bytes: int) -> None:

@@ -37,7 +37,7 @@ class TraceNode(_Model):
     """The machine: one GPU.
 
     The scheduler hears of a measurement as late as it does of a real agent: `telemetry` is how often one
-    is made, and each is taken to be `telemetry_lag` older than it is heard.
+    is made, beside those after each operation, and each counts as `telemetry_lag` older than it is heard.
     """
 
     vram_bytes: ByteSize = Field(alias="vram", gt=0)
@@ -45,7 +45,7 @@ class TraceNode(_Model):
     unattributed_bytes: ByteSize = Field(default=0, alias="unattributed", ge=0)
     host_memory_bytes: ByteSize = Field(default=64 * _GIB, alias="host_memory", ge=0)
     telemetry_s: NotNegative = Field(default=1.0, alias="telemetry")
-    telemetry_lag_s: NotNegative = Field(default=0.8, alias="telemetry_lag")
+    telemetry_lag_s: NotNegative = Field(default=0.1, alias="telemetry_lag")
 
 
 class TraceCheckpoint(_Model):
