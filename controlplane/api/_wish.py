@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from controlplane.pipelines import GENERATION_KINDS, Wish
+from controlplane.pipelines import GENERATION_KINDS, Wish, looked_into, picture_of
 from rung import codec, v1
 from rung.errors import InvalidRequestError
 from rung.types import ChatMessage, Conversation, ImagePart, JobKind, PredictionTask, Tool
@@ -27,6 +27,7 @@ def wish_from_generate(request: v1.GenerateRequest) -> Wish:
     wanted = codec.read_generation_input(request)
     if wanted is not None:
         kind = GENERATION_KINDS[type(wanted)]
+        wanted = looked_into(wanted, request.WhichOneof("input") or "input")
     elif request.HasField("chat"):
         model, body = _chat_body(model, request.chat)
     else:
@@ -136,7 +137,9 @@ def _message(index: int, message: ChatMessage) -> Json:
     turn: Json = {"role": message.role, "content": message.content}
     if message.images:
         parts: list[Json] = [{"type": "text", "text": message.content}] if message.content else []
-        parts.extend(_image(index, image) for image in message.images)
+        parts.extend(
+            _image(f"messages[{index}].images[{place}]", image) for place, image in enumerate(message.images)
+        )
         turn["content"] = parts
     if message.tool_calls:
         turn["content"] = message.content or None
@@ -155,13 +158,12 @@ def _message(index: int, message: ChatMessage) -> Json:
     return turn
 
 
-def _image(index: int, image: ImagePart) -> Json:
+def _image(name: str, image: ImagePart) -> Json:
     if not image.content_type.startswith("image/"):
-        raise InvalidRequestError(
-            f"messages[{index}] has an image of type {image.content_type!r}; it must be image/…"
-        )
-    data = base64.b64encode(image.data).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:{image.content_type};base64,{data}"}}
+        raise InvalidRequestError(f"{name} is of type {image.content_type!r}; it must be image/…")
+    picture = picture_of(image.data, name)
+    data = base64.b64encode(picture.data).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:{picture.content_type};base64,{data}"}}
 
 
 def _tool(tool: Tool) -> Json:

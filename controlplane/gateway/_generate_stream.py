@@ -20,8 +20,8 @@ from controlplane.gateway._generations import (
     artifact_base64,
 )
 from controlplane.gateway._openai import read_policy, read_request_id
-from controlplane.gateway._pictures import check_side, picture_from_text
-from controlplane.pipelines import Wish
+from controlplane.gateway._pictures import picture_from_text
+from controlplane.pipelines import Wish, check_side
 from rung.errors import InvalidRequestError, RungError
 from rung.types import (
     Artifact,

@@ -20,8 +20,8 @@ from controlplane.gateway._generations import (
     artifact_base64,
 )
 from controlplane.gateway._openai import read_policy, read_request_id
-from controlplane.gateway._pictures import picture_from_text, picture_of, read_size
-from controlplane.pipelines import Wish
+from controlplane.gateway._pictures import picture_from_text, read_size
+from controlplane.pipelines import Wish, picture_of
 from rung.errors import InvalidRequestError, RungError
 from rung.types import Artifact, ArtifactChunk, ImageInput, ImagePart, JobKind, Phase, PhaseProgress, Usage
 

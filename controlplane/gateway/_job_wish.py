@@ -9,8 +9,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from controlplane.gateway._generate_stream import check_effort, checked
-from controlplane.gateway._pictures import picture_of
-from controlplane.pipelines import Wish
+from controlplane.pipelines import Wish, looked_into
 from rung.errors import InvalidRequestError
 from rung.types import (
     GenerationInput,
@@ -113,17 +112,9 @@ def _input(kind: JobKind, text: msgspec.Raw) -> GenerationInput | None:
         return None
     if not text:
         raise InvalidRequestError(f"input is missing; a job of kind {kind} is made from one", param="input")
-    value = msgspec.json.decode(text, type=input_type)
-    match value:
-        case ImageInput(images=images):
-            pictures = tuple(
-                picture_of(image.data, f"input.images[{place}]") for place, image in enumerate(images)
-            )
-            operation = value.operation
-            if kind is JobKind.VIDEO and operation == "generate":
-                operation = _VIDEO_OPERATION
-            return checked(replace(value, images=pictures, operation=operation))
-        case MeshInput(image=image) if image is not None:
-            return replace(value, image=picture_of(image.data, "input.image"))
-        case _:
-            return value
+    value = looked_into(msgspec.json.decode(text, type=input_type), "input")
+    if not isinstance(value, ImageInput):
+        return value
+    if kind is JobKind.VIDEO and value.operation == "generate":
+        value = replace(value, operation=_VIDEO_OPERATION)
+    return checked(value)

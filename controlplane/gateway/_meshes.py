@@ -17,8 +17,8 @@ from controlplane.gateway._generate_stream import check_effort
 from controlplane.gateway._generations import Followed, Follower
 from controlplane.gateway._jobs import ndjson_event, sse_event
 from controlplane.gateway._openai import read_policy, read_request_id
-from controlplane.gateway._pictures import picture_from_text, picture_of
-from controlplane.pipelines import Wish
+from controlplane.gateway._pictures import picture_from_text
+from controlplane.pipelines import Wish, picture_of
 from rung.errors import InvalidRequestError, RungError
 from rung.types import ImagePart, JobKind, MeshInput
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from typing import Any
 
 import msgspec
@@ -14,12 +15,16 @@ from rung.errors import InvalidRequestError
 from rung.types import (
     GenerationInput,
     ImageInput,
+    ImagePart,
     JobKind,
     MeshInput,
     Priority,
     SpeechInput,
     TranscriptionInput,
 )
+from tests.fakes.pictures import a_png
+
+PNG = a_png()
 
 
 def chat(**fields: Any) -> v1.GenerateRequest:
@@ -45,7 +50,7 @@ def test_a_conversation_becomes_an_openai_request_that_streams() -> None:
             v1.ChatMessage(
                 role="user",
                 content="What?",
-                images=[v1.ImagePart(content_type="image/png", data=b"\x01\x02")],
+                images=[v1.ImagePart(content_type="image/png", data=PNG)],
             ),
             v1.ChatMessage(role="assistant", tool_calls=[call]),
             v1.ChatMessage(role="tool", content="42", tool_call_id="c1"),
@@ -66,7 +71,10 @@ def test_a_conversation_becomes_an_openai_request_that_streams() -> None:
                 "role": "user",
                 "content": [
                     {"type": "text", "text": "What?"},
-                    {"type": "image_url", "image_url": {"url": "data:image/png;base64,AQI="}},
+                    {
+                        "type": "image_url",
+                        "image_url": {"url": f"data:image/png;base64,{b64encode(PNG).decode()}"},
+                    },
                 ],
             },
             {
@@ -131,6 +139,10 @@ def with_effort(effort: int) -> v1.GenerateRequest:
     return request
 
 
+def image(data: bytes) -> v1.ImagePart:
+    return v1.ImagePart(content_type="image/jpeg", data=data)
+
+
 @pytest.mark.parametrize(
     ("request_", "said"),
     [
@@ -145,6 +157,15 @@ def with_effort(effort: int) -> v1.GenerateRequest:
             chat(messages=[v1.ChatMessage(role="user", images=[v1.ImagePart(content_type="text/html")])]),
             "'text/html'",
         ),
+        (
+            chat(messages=[v1.ChatMessage(role="user", images=[image(PNG), image(b"<svg/>")])]),
+            r"^messages\[0\].images\[1\] is not an image; send a PNG, JPEG or WebP file",
+        ),
+        (
+            v1.GenerateRequest(image=v1.ImageInput(prompt="x", images=[image(PNG), image(a_png(9000, 1))])),
+            r"^image.images\[1\] is 9000x1 pixels; each side must be 1 to 8192",
+        ),
+        (v1.GenerateRequest(mesh=v1.MeshInput(image=image(b""))), "^mesh.image is empty"),
         (openai(b"[1]"), "not a JSON object"),
         (openai(b'{"messages":'), "not a JSON object"),
         (openai(b"\xff"), "not a JSON object"),
@@ -164,6 +185,12 @@ def test_malformed_requests_say_what_is_wrong(request_: v1.GenerateRequest, said
             v1.GenerateRequest(image=v1.ImageInput(prompt="a cat")),
             JobKind.IMAGE,
             ImageInput(prompt="a cat"),
+        ),
+        (
+            v1.GenerateRequest(image=v1.ImageInput(prompt="a cat", images=[image(PNG)])),
+            JobKind.IMAGE,
+            # What it is counts, not what it is said to be.
+            ImageInput(prompt="a cat", images=(ImagePart(content_type="image/png", data=PNG),)),
         ),
         (v1.GenerateRequest(speech=v1.SpeechInput(text="Hi")), JobKind.SPEECH, SpeechInput(text="Hi")),
         (
