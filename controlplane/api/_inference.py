@@ -84,7 +84,12 @@ class InferenceServicer:
         if request.after_sequence < 0:
             raise InvalidRequestError("after_sequence is negative")
         heartbeat_s = _heartbeat_s(request)
-        events = self._jobs.watch(request.job_id, request.after_sequence, heartbeat_s, with_data=True)
+        events = self._jobs.watch(
+            request.job_id,
+            request.after_sequence,
+            heartbeat_s,
+            with_data=not request.without_artifact_data,
+        )
         async for event in events:
             response = v1.WatchJobResponse()
             codec.write_job_event(event, response.event)

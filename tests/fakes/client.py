@@ -7,6 +7,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection,
 from contextlib import asynccontextmanager
 from typing import Any
 
+from msgspec.structs import replace
+
 from rung import AsyncClient, GenerationStream, HeldLease, JobStream, Policy, v1
 from rung._client_calls import Connection
 from rung._client_generation import Messages, OpenAiBody
@@ -14,6 +16,7 @@ from rung.errors import RungError
 from rung.transport import ChannelOptions
 from rung.types import (
     TERMINAL_EVENTS,
+    ArtifactChunk,
     ChatMessage,
     Deployment,
     FleetSnapshot,
@@ -209,10 +212,17 @@ class FakeClient(AsyncClient):
             yield job
 
     async def watch_job(
-        self, job_id: str, after_sequence: int = 0, *, heartbeats: bool = False
+        self,
+        job_id: str,
+        after_sequence: int = 0,
+        *,
+        heartbeats: bool = False,
+        artifact_data: bool = True,
     ) -> AsyncGenerator[JobEvent, None]:
         self._ask("watch_job", (job_id, after_sequence))
         for event in self.events:
+            if not artifact_data and isinstance(event.payload, ArtifactChunk):
+                event = replace(event, payload=replace(event.payload, data=b""))
             if event.sequence > after_sequence or (heartbeats and event.sequence == 0):
                 yield event
 

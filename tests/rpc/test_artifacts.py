@@ -122,13 +122,15 @@ class TestGrpc:
                 with pytest.raises(error):
                     await anext(connection.stream(connection.stubs.inference.GetArtifact, request))
 
-    async def test_logs_come_with_data(self, plane: ApiServer) -> None:
+    async def test_logs_come_with_data_unless_it_is_not_wanted(self, plane: ApiServer) -> None:
         async with AsyncClient(f"127.0.0.1:{plane.server.port}") as client:
             await client.chat("hi", model="tiny").result()
             async for _ in client.watch_job("job-1"):
                 pass
+            async for _ in client.watch_job("job-1", artifact_data=False):
+                pass
 
-        assert plane.jobs.asked_data == [True, True]
+        assert plane.jobs.asked_data == [True, True, False]
 
 
 class TestSdk:

@@ -297,6 +297,14 @@ def test_watching_a_job_that_has_phases_shows_them(rung: Rung) -> None:
     assert "engine_lost: ComfyUI is gone" in rung.out
 
 
+def test_watching_does_not_fetch_what_was_drawn(rung: Rung) -> None:
+    assert rung("jobs", "watch", "job-1", "--json") == ExitCode.OK
+    payloads = [json.loads(line)["payload"] for line in rung.out.splitlines()]
+    pieces = [payload for payload in payloads if "artifact_id" in payload]
+    assert pieces
+    assert all(piece["length_bytes"] and not piece.get("data") for piece in pieces)
+
+
 def test_the_log_of_such_a_job_can_still_be_had(rung: Rung) -> None:
     assert rung("jobs", "watch", "job-1", "--log") == ExitCode.OK
     assert rung.out.splitlines()[0].split() == ["1", "1.000", "s", "accepted", "image"]

@@ -237,7 +237,12 @@ class AsyncClient(SpeechCalls, PredictionCalls):
             request.page_token = response.next_page_token
 
     def watch_job(
-        self, job_id: str, after_sequence: int = 0, *, heartbeats: bool = False
+        self,
+        job_id: str,
+        after_sequence: int = 0,
+        *,
+        heartbeats: bool = False,
+        artifact_data: bool = True,
     ) -> AsyncGenerator[JobEvent, None]:
         """The events of a job, those to come included, to its terminal one.
 
@@ -247,13 +252,21 @@ class AsyncClient(SpeechCalls, PredictionCalls):
             job_id: job.
             after_sequence: only events with a higher sequence.
             heartbeats: also pass on what the server says while nothing happens (sequence 0).
+            artifact_data: pieces of artifacts and previews come with their data; without, they say where they
+                are and how long, and `get_artifact` has the rest.
 
         Raises:
             UnknownJobError: there is no such job.
             OutOfRangeError: `after_sequence` is beyond the log.
             UnavailableError: the server cannot be reached, or not again.
         """
-        return watch_events(self._connection, job_id, after_sequence, heartbeats=heartbeats)
+        return watch_events(
+            self._connection,
+            job_id,
+            after_sequence,
+            heartbeats=heartbeats,
+            artifact_data=artifact_data,
+        )
 
     async def cancel_job(self, job_id: str) -> Job:
         """End a job; its terminal event may still be on the way. Raises UnknownJobError."""

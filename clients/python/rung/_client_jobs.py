@@ -229,13 +229,16 @@ async def watch_events(
     after_sequence: int,
     *,
     heartbeats: bool = False,
+    artifact_data: bool = True,
     reconnect: Reconnect | None = None,
     on_call: Callable[[AnyCall], None] | None = None,
 ) -> AsyncGenerator[JobEvent, None]:
     """The events of a job after a sequence, through lost connections, to the terminal one."""
     reconnect = reconnect or Reconnect(connection.reconnect_s)
     while True:
-        request = v1.WatchJobRequest(job_id=job_id, after_sequence=after_sequence)
+        request = v1.WatchJobRequest(
+            job_id=job_id, after_sequence=after_sequence, without_artifact_data=not artifact_data
+        )
         try:
             responses = connection.stream(connection.stubs.inference.WatchJob, request, on_call=on_call)
             async with aclosing(responses):

@@ -176,10 +176,18 @@ class Client(SyncSpeechCalls, SyncPredictionCalls):
         return Stream(self._thread, self._client.list_jobs(states, page_size))
 
     def watch_job(
-        self, job_id: str, after_sequence: int = 0, *, heartbeats: bool = False
+        self,
+        job_id: str,
+        after_sequence: int = 0,
+        *,
+        heartbeats: bool = False,
+        artifact_data: bool = True,
     ) -> Stream[JobEvent]:
         """See `AsyncClient.watch_job`."""
-        return Stream(self._thread, self._client.watch_job(job_id, after_sequence, heartbeats=heartbeats))
+        events = self._client.watch_job(
+            job_id, after_sequence, heartbeats=heartbeats, artifact_data=artifact_data
+        )
+        return Stream(self._thread, events)
 
     def cancel_job(self, job_id: str) -> Job:
         """See `AsyncClient.cancel_job`."""

@@ -116,7 +116,9 @@ async def _follow(
     last: JobEvent | None = None
     live = _Heartbeat(session.err)
     try:
-        async with aclosing(client.watch_job(job_id, after, heartbeats=True)) as events:
+        # Nothing here shows what is in a file, and a video is large.
+        watching = client.watch_job(job_id, after, heartbeats=True, artifact_data=False)
+        async with aclosing(watching) as events:
             async for event in events:
                 if _has_phases(event) and not as_log:
                     return await _show_phases(session, events)

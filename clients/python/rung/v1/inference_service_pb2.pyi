@@ -281,10 +281,15 @@ class WatchJobRequest(_message.Message):
     JOB_ID_FIELD_NUMBER: _builtins.int
     AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
     HEARTBEAT_INTERVAL_FIELD_NUMBER: _builtins.int
+    WITHOUT_ARTIFACT_DATA_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """Job."""
     after_sequence: _builtins.int
     """Send events with a higher sequence only; 0 for all."""
+    without_artifact_data: _builtins.bool
+    """Leave out the data of artifacts and previews: pieces say where they are and how long, and `GetArtifact` has
+    the rest.
+    """
     @_builtins.property
     def heartbeat_interval(self) -> _duration_pb2.Duration:
         """Send a heartbeat (sequence 0, `progress` set) when nothing happened for this long; unset means 0.9 s."""
@@ -295,10 +300,11 @@ class WatchJobRequest(_message.Message):
         job_id: _builtins.str = ...,
         after_sequence: _builtins.int = ...,
         heartbeat_interval: _duration_pb2.Duration | None = ...,
+        without_artifact_data: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "heartbeat_interval", b"heartbeat_interval", "job_id", b"job_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "heartbeat_interval", b"heartbeat_interval", "job_id", b"job_id", "without_artifact_data", b"without_artifact_data"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
