@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 
 from controlplane.api import build_services
 from controlplane.artifacts import Artifacts
-from controlplane.cloud import CloudSpend, CloudTargets
+from controlplane.cloud import CloudPictures, CloudSpend, CloudTargets
 from controlplane.config import Config
 from controlplane.estimates import EstimateKeeper
 from controlplane.fleet import DrainMarks, Fleet, MemoryAlerts, NodeSchedulers
@@ -121,6 +121,7 @@ async def serve(config: Config) -> None:
         providers = config.cloud_providers()
         spend = await CloudSpend.open(providers, CloudCalls(store))
         stack.push_async_callback(spend.aclose)
+        cloud = CloudTargets(providers, client, spend, registry) if providers else None
         workflows = config.images.workflows()
         for problem in workflows.problems:
             _log.warning("workflow_unusable", file=problem.file, problem=problem.what)
@@ -133,7 +134,7 @@ async def serve(config: Config) -> None:
             registry=registry,
             ladder=config.ladder.value() if config.ladder is not None else None,
             ask_judge=config.ladder is not None and config.ladder.classifier == "judge",
-            cloud=CloudTargets(providers, client, spend, registry) if providers else None,
+            cloud=cloud,
             engine_idle_timeout_s=server.engine_idle_timeout_s,
         )
         pipelines.add(
@@ -155,6 +156,7 @@ async def serve(config: Config) -> None:
             rooms=Rooms(fleet, schedulers, keeper.estimates),
             artifacts=artifacts,
             estimates=keeper.estimates,
+            cloud=CloudPictures(cloud, idle_timeout_s=server.engine_idle_timeout_s) if cloud else None,
             idle_timeout_s=server.engine_idle_timeout_s,
         )
         images = ImagePipeline(

@@ -1,7 +1,9 @@
 """Cloud model APIs as targets: keys, budgets, two dialects, one shape for callers."""
 
 from controlplane.cloud._budget import Spending
+from controlplane.cloud._drawing import CloudDrawing, sides_of
 from controlplane.cloud._failure import CloudFailure, CloudFailureKind, classify_failure
+from controlplane.cloud._images import CloudPictures
 from controlplane.cloud._spend import CloudSpend, SpendStore
 from controlplane.cloud._targets import CloudReply, CloudTargets
 from controlplane.cloud._values import (
@@ -14,9 +16,11 @@ from controlplane.cloud._values import (
 )
 
 __all__ = [
+    "CloudDrawing",
     "CloudFailure",
     "CloudFailureKind",
     "CloudModel",
+    "CloudPictures",
     "CloudProvider",
     "CloudReply",
     "CloudSpend",
@@ -28,4 +32,5 @@ __all__ = [
     "Spending",
     "Thinking",
     "classify_failure",
+    "sides_of",
 ]

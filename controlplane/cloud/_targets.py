@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from types import TracebackType
 from typing import Protocol
@@ -145,6 +146,16 @@ class CloudReply:
         )
 
 
+class PaidCall:
+    """A call that is paid for otherwise than by tokens: its answer, and what it has cost so far."""
+
+    __slots__ = ("cost_micro_usd", "reply")
+
+    def __init__(self, reply: EngineReply, cost_micro_usd: int) -> None:
+        self.reply = reply
+        self.cost_micro_usd = cost_micro_usd
+
+
 class _Hold(Struct, frozen=True):
     """Why a provider or a target is left alone, until when."""
 
@@ -224,9 +235,16 @@ class CloudTargets:
         """All targets, in the order of the configuration."""
         return tuple(self._models.values())
 
+    def model(self, target_id: str) -> CloudModel:
+        """A target. Raises UnknownModelError."""
+        model = self._models.get(target_id)
+        if model is None:
+            raise UnknownModelError(f"there is no cloud model {target_id!r}", model=target_id)
+        return model
+
     def model_name(self, target_id: str) -> str:
         """The provider's own name of a model. Raises UnknownModelError."""
-        return self._model(target_id).model
+        return self.model(target_id).model
 
     def refusal(self, target_id: str) -> str:
         """Why a target cannot answer now: no key, no money, or it said so itself. Empty if it can.
@@ -234,7 +252,7 @@ class CloudTargets:
         Raises:
             UnknownModelError: there is no such target.
         """
-        model = self._model(target_id)
+        model = self.model(target_id)
         return self._trouble(model) or self._spend.refusal(model.provider)
 
     def _trouble(self, model: CloudModel) -> str:
@@ -270,12 +288,8 @@ class CloudTargets:
                 EngineProtocolError, what goes wrong on the way.
             EngineTimeoutError: it said nothing for the idle timeout.
         """
-        model = self._model(target_id)
-        provider = self._providers[model.provider]
-        key = self._keys[provider.id]
-        trouble = self._trouble(model)
-        if trouble or isinstance(key, str):
-            raise UnavailableError(f"{target_id} cannot be asked: {trouble}", target=target_id)
+        model = self.model(target_id)
+        provider, key = self._may_ask(model)
         fields = request_fields(body)
         request, translator = self._prepare(provider, model, fields, stream=stream)
         most = most_tokens(fields, len(body), model)
@@ -298,6 +312,67 @@ class CloudTargets:
             raise
         settle = partial(self._settle, call, model)
         return CloudReply(upstream, translator, stream=stream, most=most, settle=settle)
+
+    @asynccontextmanager
+    async def paid_call(
+        self,
+        target_id: str,
+        path: str,
+        body: bytes,
+        *,
+        content_type: str,
+        most_micro_usd: int,
+        idle_timeout_s: float,
+    ) -> AsyncIterator[PaidCall]:
+        """Send what is not paid for by tokens, in OpenAI's dialect; the context has its successful answer.
+
+        Leaving the context settles it at its `cost_micro_usd`, which is the most until somebody knows better.
+
+        Args:
+            target_id: `provider/model`.
+            path: under the base URL, from its slash on.
+            body: of the kind `content_type`.
+            content_type: of the body.
+            most_micro_usd: what it can cost, in millionths of a dollar.
+            idle_timeout_s: longest silence of the provider.
+
+        Raises:
+            RungError: as `open`.
+        """
+        model = self.model(target_id)
+        provider, key = self._may_ask(model)
+        call = await self._spend.reserve(provider.id, model.id, most_micro_usd)
+        paid: PaidCall | None = None
+        cost_micro_usd = most_micro_usd
+        try:
+            try:
+                upstream = await self._client.post(
+                    provider.base_url + path,
+                    body,
+                    what=model.id,
+                    idle_timeout_s=idle_timeout_s,
+                    api_key=key.value,
+                    content_type=content_type,
+                )
+            except EngineUnreachableError:
+                cost_micro_usd = 0
+                raise
+            async with upstream:
+                if not 200 <= upstream.status < 300:
+                    cost_micro_usd = 0
+                await self._check(upstream, model, provider, key, stream=False)
+                paid = PaidCall(upstream, most_micro_usd)
+                yield paid
+        finally:
+            self._paid(call, model, cost_micro_usd if paid is None else paid.cost_micro_usd)
+
+    def _may_ask(self, model: CloudModel) -> tuple[CloudProvider, ApiKey]:
+        """Provider and key of a target. Raises UnavailableError: it is left alone."""
+        key = self._keys[model.provider]
+        trouble = self._trouble(model)
+        if trouble or isinstance(key, str):
+            raise UnavailableError(f"{model.id} cannot be asked: {trouble}", target=model.id)
+        return self._providers[model.provider], key
 
     def _prepare(
         self, provider: CloudProvider, model: CloudModel, fields: dict[str, object], *, stream: bool
@@ -359,20 +434,16 @@ class CloudTargets:
 
     def _settle(self, call: CloudCall, model: CloudModel, usage: CloudUsage) -> float:
         """Write down what a call has cost; returns it in dollars."""
-        cost = usage.cost_micro_usd(model.prices)
-        self._spend.settle(call, cost)
-        usd = cost / MICRO_USD_PER_USD
+        return self._paid(call, model, usage.cost_micro_usd(model.prices))
+
+    def _paid(self, call: CloudCall, model: CloudModel, cost_micro_usd: int) -> float:
+        self._spend.settle(call, cost_micro_usd)
+        usd = cost_micro_usd / MICRO_USD_PER_USD
         self._spent.labels(model.provider, model.id).inc(usd)
         return usd
 
     def _reserved_of(self, provider: str) -> Callable[[], float]:
         return lambda: self._spend.spending(provider).reserved_micro_usd / MICRO_USD_PER_USD
-
-    def _model(self, target_id: str) -> CloudModel:
-        model = self._models.get(target_id)
-        if model is None:
-            raise UnknownModelError(f"there is no cloud model {target_id!r}", model=target_id)
-        return model
 
 
 def _candidate(model: CloudModel) -> Candidate:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from controlplane.cloud._drawing import CloudDrawing
+
 #: In US dollars, what one token costs at a price of one dollar for a million is one millionth: so micro
 #: dollars are tokens times price.
 MICRO_USD_PER_USD = 1_000_000
@@ -49,6 +51,7 @@ class CloudModel(Struct, frozen=True, kw_only=True):
         prices: what tokens cost.
         drop_fields: fields of a request that it refuses; they are left out.
         thinking: how it is told to think, where a request asks for it.
+        drawing: how it draws; None if it does not.
     """
 
     id: str
@@ -61,6 +64,7 @@ class CloudModel(Struct, frozen=True, kw_only=True):
     prices: ModelPrices
     drop_fields: frozenset[str] = frozenset()
     thinking: Thinking = Thinking.OFF
+    drawing: CloudDrawing | None = None
 
 
 class CloudProvider(Struct, frozen=True, kw_only=True):

@@ -9,11 +9,23 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from controlplane.cloud import CloudModel, CloudProvider, Dialect, ModelPrices, Thinking
+from controlplane.cloud import (
+    CloudDrawing,
+    CloudModel,
+    CloudProvider,
+    Dialect,
+    ModelPrices,
+    Thinking,
+    sides_of,
+)
 from rung.errors import LoopbackOnlyError
 from rung.service import FieldError, require_loopback
 
 _ID = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+
+_IMAGE = "image"
+#: What answers with tokens cannot do without.
+_OF_TOKENS = ("max_output_tokens", "usd_per_million_prompt_tokens", "usd_per_million_completion_tokens")
 
 #: What need not be written of providers that are known by their ids.
 _KNOWN: dict[str, dict[str, str]] = {
@@ -31,6 +43,11 @@ _KNOWN: dict[str, dict[str, str]] = {
 }
 
 
+def _size(text: str) -> str:
+    sides_of(text)
+    return text
+
+
 def _base_url(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -45,6 +62,39 @@ def _base_url(url: str) -> str:
     return url.rstrip("/")
 
 
+class CloudDrawingConfig(BaseModel):
+    """How a cloud model draws, and what its pictures cost, in US dollars. Defaults are gpt-image-1's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    usd_per_image: float = Field(
+        ge=0,
+        description="The dearest picture's, or any where `prices` has none: so much is reserved for each.",
+    )
+    prices: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default={},
+        description="By quality and size, such as `low 1024x1024`, or by one of the two.",
+    )
+    sizes: tuple[Annotated[str, AfterValidator(_size)], ...] = Field(
+        default=("1024x1024", "1536x1024", "1024x1536"),
+        description="All that it draws; the nearest in shape is asked for. An empty list: any.",
+    )
+    qualities: dict[str, str] = Field(
+        default={"lightning": "low", "quality": "medium", "ultra": "high"},
+        description="What it calls the quality of each tier.",
+    )
+    most: int = Field(default=10, ge=1, le=10, description="Pictures of one request.")
+    edits: bool = Field(default=True, description="Whether it draws from pictures, too.")
+    asks_for_data: bool = Field(
+        default=False,
+        description="Send `response_format`, which most need to send no links, and gpt-image-1 refuses.",
+    )
+
+    def value(self) -> CloudDrawing:
+        """As the rest of the system has it."""
+        return CloudDrawing(**{name: getattr(self, name) for name in CloudDrawing.__struct_fields__})
+
+
 class CloudModelConfig(BaseModel):
     """A model of a provider. Prices are in US dollars for a million tokens."""
 
@@ -55,11 +105,14 @@ class CloudModelConfig(BaseModel):
     aliases: tuple[str, ...] = ()
     capabilities: tuple[str, ...] = ("chat",)
     context_tokens: int = Field(default=0, ge=0)
-    max_output_tokens: int = Field(
-        ge=1, description="Asked for where a request sets no limit; what is reserved follows from it."
+    max_output_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Asked for where a request sets no limit; what is reserved follows from it. What only "
+        "draws needs none, and no prices of tokens.",
     )
-    usd_per_million_prompt_tokens: float = Field(ge=0)
-    usd_per_million_completion_tokens: float = Field(ge=0)
+    usd_per_million_prompt_tokens: float | None = Field(default=None, ge=0)
+    usd_per_million_completion_tokens: float | None = Field(default=None, ge=0)
     usd_per_million_cached_tokens: float | None = Field(
         default=None, ge=0, description="As other tokens of the prompt where it is left out."
     )
@@ -73,8 +126,26 @@ class CloudModelConfig(BaseModel):
         description="Anthropic's dialect: how it is told to think where a request has reasoning_effort.",
     )
 
+    images: CloudDrawingConfig | None = Field(default=None, description="For what has the capability image.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        draws = _IMAGE in self.capabilities
+        if draws and self.images is None:
+            raise FieldError(
+                ("images",), "is missing: what a picture costs at most has to be known before it is drawn"
+            )
+        if self.images is not None and not draws:
+            raise FieldError(("images",), "is for a model with the capability image")
+        if set(self.capabilities) != {_IMAGE}:
+            for name in _OF_TOKENS:
+                if getattr(self, name) is None:
+                    raise FieldError((name,), "is missing")
+        return self
+
     def value(self, provider: str) -> CloudModel:
         """As the rest of the system has it."""
+        prompt_usd = self.usd_per_million_prompt_tokens or 0.0
         cached = self.usd_per_million_cached_tokens
         return CloudModel(
             id=f"{provider}/{self.id}",
@@ -83,14 +154,15 @@ class CloudModelConfig(BaseModel):
             aliases=self.aliases,
             capabilities=self.capabilities,
             context_tokens=self.context_tokens,
-            max_output_tokens=self.max_output_tokens,
+            max_output_tokens=self.max_output_tokens or 0,
             prices=ModelPrices(
-                prompt_usd=self.usd_per_million_prompt_tokens,
-                completion_usd=self.usd_per_million_completion_tokens,
-                cached_usd=self.usd_per_million_prompt_tokens if cached is None else cached,
+                prompt_usd=prompt_usd,
+                completion_usd=self.usd_per_million_completion_tokens or 0.0,
+                cached_usd=prompt_usd if cached is None else cached,
             ),
             drop_fields=frozenset(self.drop_fields),
             thinking=self.thinking,
+            drawing=self.images.value() if self.images is not None else None,
         )
 
 
@@ -130,6 +202,8 @@ class CloudProviderConfig(BaseModel):
         if bool(self.api_key_env) == (self.api_key_file is not None):
             raise FieldError(("api_key_env",), "give one of api_key_env and api_key_file")
         for place, model in enumerate(self.models):
+            if model.images is not None and self.dialect is not Dialect.OPENAI:
+                raise FieldError(("models", place, "images"), "are drawn in OpenAI's dialect only")
             if any(model.id == other.id for other in self.models[:place]):
                 raise FieldError(("models", place, "id"), f"{model.id} is used twice")
         return self

@@ -56,6 +56,11 @@ class CloudFault(StrEnum):
     KEEP_ALIVE = "keep_alive"
     #: Answer a stream with something else.
     NOT_A_STREAM = "not_a_stream"
+    #: Of pictures: refused for what they show; not base64; no pictures; links in place of them.
+    MODERATION = "moderation"
+    BROKEN_BASE64 = "broken_base64"
+    NO_PICTURE = "no_picture"
+    LINKS = "links"
 
 
 class Refusal(Struct, frozen=True):

@@ -13,7 +13,7 @@ import argparse
 import asyncio
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -29,6 +29,7 @@ from controlplane.simulators._faults import (
     parse_faults,
     refusal_of,
 )
+from controlplane.simulators._images import check_images, images_answer, moderated
 from controlplane.simulators._openai import OpenAiDialect
 
 _MAX_BODY_BYTES = 64 * 1024 * 1024
@@ -99,14 +100,24 @@ class CloudSimulator:
         app = web.Application(client_max_size=_MAX_BODY_BYTES)
         app.router.add_post(self._dialect.path, self._generate)
         app.router.add_post(f"/v1{self._dialect.path}", self._generate)
+        if not self._dialect.anthropic:
+            for path in ("/images/generations", "/images/edits"):
+                app.router.add_post(path, self._draw)
+                app.router.add_post(f"/v1{path}", self._draw)
         app.router.add_get("/sim/state", self._state)
         app.router.add_post("/sim/faults", self._switch_faults)
         return app
 
     async def _generate(self, http: web.Request) -> web.StreamResponse:
+        return await self._counted(self._answer(http))
+
+    async def _draw(self, http: web.Request) -> web.StreamResponse:
+        return await self._counted(self._pictures(http))
+
+    async def _counted(self, answer: Awaitable[web.StreamResponse]) -> web.StreamResponse:
         self._counters["requests"] += 1
         try:
-            response = await self._answer(http)
+            response = await answer
         except (asyncio.CancelledError, ConnectionError):
             self._counters["aborted"] += 1
             raise
@@ -136,6 +147,34 @@ class CloudSimulator:
         if fields.get("stream") and CloudFault.NOT_A_STREAM not in faults:
             return await self._stream(http, fields, answer, faults)
         return await self._whole(http, fields, answer, faults)
+
+    async def _pictures(self, http: web.Request) -> web.StreamResponse:
+        fields: dict[str, Any] = {}
+        if http.content_type == "multipart/form-data":
+            for name, value in (await http.post()).items():
+                fields[name] = (
+                    f"{value.filename}: {value.content_type}" if isinstance(value, web.FileField) else value
+                )
+        else:
+            fields = msgspec.json.decode(await http.read(), type=dict[str, Any])
+        self._last_request = fields
+        faults = self._faults
+        key = self._dialect.key_of(http.headers)
+        if self._api_key and key != self._api_key:
+            faults |= {CloudFault.WRONG_KEY}
+        refused = refusal_of(faults, anthropic=False, key=key) or check_images(fields)
+        if refused is None and CloudFault.MODERATION in faults:
+            refused = moderated()
+        if refused is not None:
+            return _refuse(refused)
+        if CloudFault.HANG in faults:
+            await asyncio.Event().wait()
+        if CloudFault.SLOW_FIRST_BYTE in faults:
+            await asyncio.sleep(self._slow_first_byte_s)
+        whole = msgspec.json.encode(images_answer(fields, faults))
+        if CloudFault.MALFORMED in faults:
+            whole = whole[: len(whole) // 2]
+        return web.Response(body=whole, content_type="application/json")
 
     async def _whole(
         self, http: web.Request, fields: dict[str, Any], answer: Answer, faults: frozenset[CloudFault]

@@ -117,6 +117,7 @@ async def stack(
     server: Mapping[str, Any] | None = None,
     profiles: Sequence[Mapping[str, Any]] = (),
     ladder: Mapping[str, Any] | None = None,
+    cloud: Sequence[Mapping[str, Any]] = (),
 ) -> AsyncIterator[Stack]:
     """Start both; at the end stop whatever engine is left, and both."""
     agent_file, plane_file = folder / "agent.yaml", folder / "rung.yaml"
@@ -140,6 +141,7 @@ async def stack(
         "nodes": [{"id": "box", "address": f"127.0.0.1:{agent_process.ready['port']}"}],
         "deployments": [{"node": "box", **deployment} for deployment in deployments],
         "profiles": list(profiles),
+        "cloud": list(cloud),
     }
     if ladder is not None:
         plane_config["ladder"] = dict(ladder)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from controlplane.cloud import CloudProvider, Dialect, ModelPrices, Thinking
+from controlplane.cloud import CloudDrawing, CloudProvider, Dialect, ModelPrices, Thinking
 from controlplane.cloud._keys import ApiKey, read_key
 from controlplane.config import load_config
 from rung.errors import ConfigError
@@ -83,6 +83,33 @@ def test_of_known_providers_only_the_models_are_written(
             "rung.yaml:4: cloud[0].models[0].max_output_tokens: is missing",
         ),
         (
+            "cloud:\n  - id: openai\n    models:\n      - {id: a, capabilities: [image]}\n",
+            "rung.yaml:4: cloud[0].models[0].images: is missing: what a picture costs at most",
+        ),
+        (
+            "cloud:\n  - id: openai\n    models:\n      - {id: a, capabilities: [image], images: {}}\n",
+            "cloud[0].models[0].images.usd_per_image: ",
+        ),
+        (
+            f"cloud:\n  - id: openai\n    models:\n{MODEL}        images: {{usd_per_image: 1}}\n",
+            "cloud[0].models[0].images: is for a model with the capability image",
+        ),
+        (
+            "cloud:\n  - id: openai\n    models:\n      - id: a\n        capabilities: [image]\n"
+            "        images: {usd_per_image: 1, sizes: ['1024']}\n",
+            "cloud[0].models[0].images.sizes[0]: '1024' is not WIDTHxHEIGHT",
+        ),
+        (
+            "cloud:\n  - id: openai\n    models:\n      - id: a\n        capabilities: [chat, image]\n"
+            "        images: {usd_per_image: 1}\n",
+            "cloud[0].models[0].max_output_tokens: is missing",
+        ),
+        (
+            "cloud:\n  - id: anthropic\n    models:\n      - id: a\n        capabilities: [image]\n"
+            "        images: {usd_per_image: 1}\n",
+            "cloud[0].models[0].images: are drawn in OpenAI's dialect only",
+        ),
+        (
             f"cloud:\n  - id: openai\n    models:\n{MODEL}{MODEL}",
             "rung.yaml:8: cloud[0].models[1].id: chat is used twice",
         ),
@@ -103,6 +130,48 @@ def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, text: str, said: s
         _load(tmp_path, text)
 
     assert said in raised.value.message
+
+
+def test_what_only_draws_needs_no_prices_of_tokens(tmp_path: Path) -> None:
+    drawing = "{usd_per_image: 0.25, prices: {low: 0.02, medium 1536x1024: 0.06}, qualities: {ultra: high}}"
+    text = (
+        f"cloud:\n  - id: openai\n    models:\n      - {{id: a, capabilities: [image], images: {drawing}}}\n"
+    )
+    (provider,) = _load(tmp_path, text)
+    (model,) = provider.models
+    assert model.drawing == CloudDrawing(
+        usd_per_image=0.25,
+        prices={"low": 0.02, "medium 1536x1024": 0.06},
+        sizes=("1024x1024", "1536x1024", "1024x1536"),
+        qualities={"ultra": "high"},
+    )
+    assert (model.max_output_tokens, model.prices.completion_usd) == (0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "size"),
+    [
+        ((0, 0), "1024x1024"),
+        ((512, 0), "1024x1024"),
+        ((1920, 1080), "1536x1024"),
+        ((0, 300), "1024x1024"),
+        ((600, 1600), "1024x1536"),
+        ((1200, 1150), "1024x1024"),
+        ((3000, 3000), "2048x2048"),
+    ],
+)
+def test_the_nearest_size_is_asked_for(wanted: tuple[int, int], size: str) -> None:
+    drawing = CloudDrawing(usd_per_image=1.0, sizes=("1024x1024", "1536x1024", "1024x1536", "2048x2048"))
+    assert drawing.size_for(*wanted) == size
+    free = replace(drawing, sizes=())
+    assert free.size_for(0, 0) == ""
+    assert free.size_for(640, 0) == "640x640"
+
+
+def test_the_most_particular_price_counts() -> None:
+    drawing = CloudDrawing(usd_per_image=1.0, prices={"low": 0.1, "9x9": 0.2, "low 9x9": 0.3})
+    prices = [drawing.price_usd(*each) for each in (("low", "9x9"), ("low", "1x1"), ("", "9x9"), ("", ""))]
+    assert prices == [0.3, 0.1, 0.2, 1.0]
 
 
 def test_a_model_of_ours_and_one_of_the_cloud_do_not_share_a_name(tmp_path: Path) -> None:
