@@ -65,6 +65,7 @@ from rung.types import (
 )
 from tests.fakes.client import FakeClient
 from tests.fakes.fleet import a_deployment, a_fleet
+from tests.fakes.pictures import a_png
 
 JOB = Job(
     id="job-1",
@@ -313,6 +314,28 @@ class TestChat:
         monkeypatch.setattr("sys.stdin", io.StringIO("Why?"))
         assert rung("chat") == ExitCode.OK
         assert rung.client.asked[0][1]["messages"][0].content == "Why?"
+
+    def test_pictures_are_shown_with_the_prompt(self, rung: Terminal, tmp_path: Path) -> None:
+        self.answer(rung)
+        (tmp_path / "a.png").write_bytes(a_png())
+        (tmp_path / "b.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+        shown = ["-i", str(tmp_path / "a.png"), "--image", str(tmp_path / "b.jpg")]
+        assert rung("chat", "What differs?", *shown) == ExitCode.OK
+        [message] = rung.client.asked[0][1]["messages"]
+        assert message.content == "What differs?"
+        assert [each.content_type for each in message.images] == ["image/png", "image/jpeg"]
+        assert message.images[0].data == a_png()
+
+    def test_a_picture_that_is_none_or_comes_without_a_prompt_is_not_sent(
+        self, rung: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "a.png").write_bytes(b"no picture")
+        assert rung("chat", "What?", "-i", str(tmp_path / "a.png")) == ExitCode.USAGE
+        assert "is no picture" in rung.err
+        (tmp_path / "a.png").write_bytes(a_png())
+        monkeypatch.setattr("sys.stdin", None)
+        assert rung("chat", "-i", str(tmp_path / "a.png")) == ExitCode.USAGE
+        assert rung.client.asked == []
 
     def test_nothing_to_ask(self, rung: Terminal) -> None:
         assert rung("chat") == ExitCode.USAGE

@@ -8,6 +8,7 @@ import os
 import stat
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,6 +17,7 @@ from rich.text import Text
 
 from rung import AsyncClient, ChatMessage, Policy
 from rung.cli._failures import ExitCode, failure_of, is_unreachable
+from rung.cli._files import read_picture
 from rung.cli._session import Session, session_of
 from rung.cli.views import Answer, print_answer
 from rung.errors import RungError
@@ -50,6 +52,10 @@ def chat(
     effort: Annotated[
         int | None, typer.Option("--effort", "-e", min=1, max=10, help="How hard to think, 1 to 10.")
     ] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option("--image", "-i", metavar="FILE", help="Show a picture; may be repeated."),
+    ] = None,
     system: Annotated[str, typer.Option("--system", "-s", help="Instructions for the model.")] = "",
     local_only: Annotated[bool, typer.Option("--local-only", help="Never leave your own hardware.")] = False,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens to produce.")] = None,
@@ -63,19 +69,24 @@ def chat(
     Examples: rung chat 'Why is the sky blue?'
 
     git diff | rung chat --effort 7 'Review this change'
+
+    rung chat 'What is on it?' --image receipt.jpg
     """
     session = session_of(context)
     options = ChatOptions(
         model=model, effort=effort, local_only=local_only, max_tokens=max_tokens, temperature=temperature
     )
     messages = [ChatMessage("system", system)] if system else []
+    pictures = tuple(read_picture(path) for path in images or ())
     question = _question(prompt)
     if question is None:
+        if pictures:
+            raise typer.BadParameter("a picture is shown with a prompt: say what to ask of it")
         _converse(session, options, messages)
         return
     if not question.strip():
         raise typer.BadParameter("there is nothing to ask: the prompt is empty")
-    messages.append(ChatMessage("user", question))
+    messages.append(ChatMessage("user", question, images=pictures))
     session.run(lambda client: _ask(session, client, options, messages))
 
 
