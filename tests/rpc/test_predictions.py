@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from controlplane.ladder import Modality, RungSpec, build_ladder
 from rung import AsyncClient, Client
@@ -17,6 +18,7 @@ from rung.types import (
     FailureReason,
     ForecastTask,
     JobState,
+    NodeOwnership,
     Policy,
     Predictions,
     QuantileForecast,
@@ -25,7 +27,7 @@ from rung.types import (
     Served,
 )
 from tests.fakes.api_server import an_api_server
-from tests.fakes.fleet_view import deployment_view
+from tests.fakes.fleet_view import NODE, deployment_view
 from tests.fakes.gateway import Plane, a_plane
 
 FORECAST: dict[str, Any] = {"task": "forecast", "series": [[1, 2, 3]], "horizon": 2}
@@ -119,6 +121,22 @@ async def test_a_task_goes_to_who_does_it(plane: Plane) -> None:
     status, answer, _ = await plane.post("/v1/predictions", FORECAST | {"model": "tabfm"})
     assert status == 503
     assert "does forecast: tabfm does classify, regress" in answer["error"]["message"]
+
+
+async def test_what_is_local_only_does_not_leave_owned_hardware(plane: Plane) -> None:
+    rented = replace(NODE, id="rented", ownership=NodeOwnership.RENTED)
+    plane.fleet.show(
+        deployment_view("far", plane.engine.url, model="far", node=rented, capabilities=("prediction",))
+    )
+    plane.engine.predictions = {"forecasts": [[4, 5]]}
+    assert (await plane.post("/v1/predictions", FORECAST))[0] == 200
+    plane.engine.bodies.clear()
+    for local_only in (FORECAST | {"local_only": True}, FORECAST | {"local_only": True, "model": "far"}):
+        status, answer, _ = await plane.post("/v1/predictions", local_only)
+        assert (status, answer["error"]["code"]) == (503, "no_target")
+    status, _, _ = await plane.post("/v1/predictions", FORECAST, **{"X-Rung-Local-Only": "true"})
+    assert status == 503
+    assert plane.engine.bodies == []
 
 
 @pytest.mark.parametrize(
