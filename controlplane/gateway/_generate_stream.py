@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -13,12 +14,7 @@ from msgspec.structs import replace
 
 from controlplane.artifacts import Artifacts
 from controlplane.gateway._artifacts import artifact_url
-from controlplane.gateway._generations import (
-    KEEP_ALIVE_S,
-    Followed,
-    Follower,
-    artifact_base64,
-)
+from controlplane.gateway._generations import Followed, Follower, artifact_base64
 from controlplane.gateway._openai import read_policy, read_request_id
 from controlplane.gateway._pictures import picture_from_text
 from controlplane.pipelines import Wish, check_side
@@ -38,6 +34,10 @@ from rung.types import (
 
 #: Pictures in one job; more are more jobs, between which others get their turn.
 MAX_COUNT = 16
+
+#: After so long without a line, an event of which there is nothing to tell is one: the next event, or a
+#: heartbeat, may be `KEEP_ALIVE_S` away, and both together are to be no more than a second.
+_QUIET_S = 0.2
 
 
 class _Body(Struct, forbid_unknown_fields=True):
@@ -85,30 +85,42 @@ class GenerateStreamRoutes:
         body = _read_body(await request.read())
         wish = _wish(body, request)
         sse = "text/event-stream" in request.headers.get("Accept", "")
-        async with await self._follower.begin(wish, with_data=body.previews) as followed:
+        async with await self._follower.begin(wish, with_previews=body.previews) as followed:
             response = web.StreamResponse(
                 headers={**followed.headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
             )
             response.content_type = "text/event-stream" if sse else "application/x-ndjson"
             response.charset = "utf-8"
             await response.prepare(request)
-            await self._write(response, followed, sse=sse, inline=body.response_format == "b64_json")
+            lines = self.lines(followed, sse=sse, inline=body.response_format == "b64_json")
+            async with aclosing(lines):
+                async for line in lines:
+                    await response.write(line)
             await response.write_eof()
         return response
 
-    async def _write(
-        self, response: web.StreamResponse, followed: Followed, *, sse: bool, inline: bool
-    ) -> None:
+    async def lines(
+        self, followed: Followed, *, sse: bool = False, inline: bool = False
+    ) -> AsyncGenerator[bytes, None]:
+        """A job as `/generate/stream` tells it, from its first line to the last.
+
+        Args:
+            followed: the job.
+            sse: as server-sent events instead of NDJSON.
+            inline: the last line has the pictures themselves, too.
+
+        Raises:
+            RungError: the log of the job cannot be read.
+        """
         told_s = 0.0
         async for event in followed.events():
             line = await self._line(event, followed, inline=inline)
             if line is None:
-                if event.elapsed_s - told_s < KEEP_ALIVE_S or followed.progress is None:
+                if event.elapsed_s - told_s < _QUIET_S or followed.progress is None:
                     continue
-                # Much happens of which there is nothing to tell: that, too, is no silence.
                 line = progress_line(followed.progress, event.elapsed_s)
             told_s = event.elapsed_s
-            await response.write(_sse(event, line) if sse else _encode(line) + b"\n")
+            yield _sse(event, line) if sse else _encode(line) + b"\n"
 
     async def _line(self, event: JobEvent, followed: Followed, *, inline: bool) -> dict[str, object] | None:
         match event.payload:
@@ -149,6 +161,8 @@ class GenerateStreamRoutes:
             "size_bytes": artifact.size_bytes,
             "sha256": artifact.sha256,
         }
+        if artifact.seed is not None:
+            image["seed"] = artifact.seed
         if inline:
             try:
                 image["b64_json"] = await artifact_base64(self._artifacts, artifact)

@@ -17,7 +17,6 @@ from rung.errors import JobCancelledError, RungError, UnavailableError
 from rung.types import (
     TERMINAL_EVENTS,
     Artifact,
-    ArtifactChunk,
     JobCancelled,
     JobDone,
     JobEvent,
@@ -27,6 +26,7 @@ from rung.types import (
     Terminal,
     Usage,
     UsageReported,
+    whole_artifact,
 )
 
 #: A stream says what is under way at least once a second: this leaves time to send it.
@@ -40,12 +40,13 @@ class Follower:
         self._jobs = jobs
         self._pipelines = pipelines
 
-    async def begin(self, wish: Wish, *, with_data: bool = False) -> Followed:
+    async def begin(self, wish: Wish, *, with_data: bool = False, with_previews: bool = False) -> Followed:
         """Begin a job.
 
         Args:
             wish: what is wanted.
             with_data: its events come with the data of artifacts and previews.
+            with_previews: they come with the data of previews.
 
         Raises:
             RungError: as `Pipelines.launch`.
@@ -53,9 +54,9 @@ class Follower:
         wish = await self._pipelines.prepare(wish)
         if wish.policy.detached:
             job = await self._pipelines.create_detached(wish)
-            return Followed(self._jobs, job.id, None, with_data=with_data)
+            return Followed(self._jobs, job.id, None, with_data=with_data, with_previews=with_previews)
         begun = self._pipelines.launch(wish)
-        return Followed(self._jobs, begun.job.id, begun, with_data=with_data)
+        return Followed(self._jobs, begun.job.id, begun, with_data=with_data, with_previews=with_previews)
 
 
 class Followed:
@@ -64,9 +65,18 @@ class Followed:
     As a context manager it is cancelled when it is left before its end, unless it is detached.
     """
 
-    def __init__(self, jobs: Jobs, job_id: str, begun: Begun | None, *, with_data: bool) -> None:
+    def __init__(
+        self,
+        jobs: Jobs,
+        job_id: str,
+        begun: Begun | None,
+        *,
+        with_data: bool = False,
+        with_previews: bool = False,
+    ) -> None:
         self._jobs = jobs
         self._with_data = with_data
+        self._with_previews = with_previews
         self._begun = begun
         self.job_id = job_id
         self.progress: PhaseProgress | None = None
@@ -97,7 +107,12 @@ class Followed:
 
     async def events(self) -> AsyncGenerator[JobEvent, None]:
         """The events to the terminal one, with a heartbeat wherever nothing happens for a while."""
-        watching = self._jobs.watch(self.job_id, heartbeat_s=KEEP_ALIVE_S, with_data=self._with_data)
+        watching = self._jobs.watch(
+            self.job_id,
+            heartbeat_s=KEEP_ALIVE_S,
+            with_data=self._with_data,
+            with_previews=self._with_previews,
+        )
         async for event in watching:
             self._take(event)
             yield event
@@ -131,18 +146,8 @@ class Followed:
         if isinstance(payload, PhaseProgress):
             # That it is done is for the terminal event to say.
             self.progress = self.progress if payload.phase is Phase.DONE else payload
-        elif isinstance(payload, ArtifactChunk):
-            if payload.sha256 and not payload.preview:
-                self.artifacts.append(
-                    Artifact(
-                        id=payload.artifact_id,
-                        job_id=event.job_id,
-                        content_type=payload.content_type,
-                        size_bytes=payload.size_bytes,
-                        sha256=payload.sha256,
-                        create_time_s=event.time_s,
-                    )
-                )
+        elif (artifact := whole_artifact(event)) is not None:
+            self.artifacts.append(artifact)
         elif isinstance(payload, UsageReported):
             self.usage = payload.usage
         elif isinstance(payload, TERMINAL_EVENTS):

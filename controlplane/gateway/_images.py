@@ -123,7 +123,7 @@ class ImageRoutes:
     ) -> web.StreamResponse:
         wish = _wish(request, body, images, operation)
         partial_images = (body.partial_images or 0) if body.stream else 0
-        async with await self._follower.begin(wish, with_data=partial_images > 0) as followed:
+        async with await self._follower.begin(wish, with_previews=partial_images > 0) as followed:
             if body.stream:
                 return await self._stream(request, followed, event_name, partial_images)
             try:
@@ -141,10 +141,11 @@ class ImageRoutes:
                 body=_encode(answer), content_type="application/json", headers=followed.headers
             )
 
-    async def _image(self, request: web.Request, body: _Body, artifact: Artifact) -> dict[str, str]:
+    async def _image(self, request: web.Request, body: _Body, artifact: Artifact) -> dict[str, object]:
         if body.response_format == "b64_json":
-            return {"b64_json": await artifact_base64(self._artifacts, artifact)}
-        return {"url": f"{request.scheme}://{request.host}{artifact_url(artifact.id)}"}
+            return {"b64_json": await artifact_base64(self._artifacts, artifact), **_seed(artifact)}
+        url = f"{request.scheme}://{request.host}{artifact_url(artifact.id)}"
+        return {"url": url, **_seed(artifact)}
 
     async def _stream(
         self, request: web.Request, followed: Followed, event_name: str, partial_images: int
@@ -191,6 +192,7 @@ class ImageRoutes:
                     artifact.content_type,
                     usage=_usage(followed.usage),
                     rung=followed.mark(),
+                    **_seed(artifact),
                 )
                 for artifact in followed.artifacts
             ]
@@ -219,6 +221,11 @@ def _event(name: str, picture: str, content_type: str, **more: object) -> bytes:
         **more,
     }
     return f"event: {name}\ndata: ".encode() + _encode(fields) + b"\n\n"
+
+
+def _seed(artifact: Artifact) -> dict[str, int]:
+    """Our own field beside OpenAI's, where there is one."""
+    return {} if artifact.seed is None else {"seed": artifact.seed}
 
 
 def _usage(usage: Usage) -> dict[str, object]:

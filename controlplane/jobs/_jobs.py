@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Protocol
 
 import msgspec
@@ -113,6 +113,12 @@ class Jobs:
 
     A job's events are appended in memory and stored in batches. Subscribers pull from memory (or
     from the store when they are far behind), so that a slow one holds up nobody.
+
+    Args:
+        store: keeps them.
+        retention_s: ended ones are deleted at this age.
+        artifacts: what they made.
+        monotonic_s: the clock of their elapsed times.
     """
 
     def __init__(
@@ -121,8 +127,10 @@ class Jobs:
         *,
         retention_s: float = 7 * 24 * 3600.0,
         artifacts: KeptArtifacts | None = None,
+        monotonic_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
+        self._monotonic_s = monotonic_s
         self._artifacts = artifacts
         self._retention_s = retention_s
         self._live: dict[str, LiveJob] = {}
@@ -167,7 +175,7 @@ class Jobs:
         if self._draining:
             raise DrainingError("the control plane is shutting down; try again in a moment")
         failing = self._store_failing_since
-        if failing is not None and time.monotonic() - failing > _STORE_PATIENCE_S:
+        if failing is not None and self._monotonic_s() - failing > _STORE_PATIENCE_S:
             raise UnavailableError("jobs cannot be stored; see the server's log and its disk")
         job = LiveJob(
             job_id=_new_id(),
@@ -176,6 +184,7 @@ class Jobs:
             policy=policy,
             request_id=request_id,
             on_change=self._on_change,
+            monotonic_s=self._monotonic_s,
         )
         self._live[job.id] = job
         if request_id:
@@ -229,6 +238,7 @@ class Jobs:
         heartbeat_s: float = HEARTBEAT_S,
         *,
         with_data: bool = False,
+        with_previews: bool = False,
     ) -> AsyncIterator[JobEvent]:
         """Events after a sequence, then new ones as they come, to the terminal one.
 
@@ -238,8 +248,8 @@ class Jobs:
             job_id: which.
             after_sequence: the last event that is known already.
             heartbeat_s: the longest silence.
-            with_data: pieces of artifacts come with their data, as long as the artifact is kept; of previews
-                only the newest has any.
+            with_data: pieces of artifacts come with their data, as long as the artifact is kept.
+            with_previews: previews come with their data, as with `with_data`; only the newest has any.
 
         Raises:
             UnknownJobError: no such job.
@@ -257,10 +267,11 @@ class Jobs:
                     await self._refuse_beyond_end(job_id, after_sequence)
                     return
             for event in events:
-                if type(event.payload) is ArtifactChunk:
-                    yield await self._filled(event, event.payload) if with_data else without_data(event)
-                else:
+                payload = event.payload
+                if type(payload) is not ArtifactChunk or (with_previews and payload.preview):
                     yield event
+                else:
+                    yield await self._filled(event, payload) if with_data else without_data(event)
                 sequence = event.sequence
                 if isinstance(event.payload, TERMINAL_EVENTS):
                     return
@@ -341,7 +352,7 @@ class Jobs:
                 self._store_failing_since = None
             except RungError as error:
                 if self._store_failing_since is None:
-                    self._store_failing_since = time.monotonic()
+                    self._store_failing_since = self._monotonic_s()
                 _log.error("jobs_not_stored", error=error.message, jobs=len(self._changed))
                 await asyncio.sleep(1.0)
             if self._changed:

@@ -53,3 +53,30 @@ def test_whatever_comes_the_phases_are_a_beginning_of_all_in_order(given: list[T
     seen = list(dict.fromkeys(phases))
     assert seen == list(IMAGE_PHASES[: len(seen)])
     assert phases == sorted(phases, key=IMAGE_PHASES.index)
+
+
+def sampling(*percents: float, detail: str = "") -> list[Told]:
+    return [Told(Phase.SAMPLING, detail, percent=percent) for percent in percents]
+
+
+def test_sampling_is_told_in_steps_of_ten_percent_and_never_goes_back() -> None:
+    found = told(Told(Phase.QUEUED), *sampling(0.0, 3.0, 12.0, 7.0, 21.9, 22.0, 95.0, 100.0, 100.0, 40.0))
+
+    assert [each.percent for each in found if each.phase is Phase.SAMPLING] == [0.0, 12.0, 22.0, 95.0, 100.0]
+
+
+def test_a_second_sampler_is_told_without_taking_the_whole_back() -> None:
+    second = [
+        Told(Phase.SAMPLING, "sampler 2 of 2", step=step, percent=percent)
+        for step, percent in ((0, 0.0), (2, 50.0))
+    ]
+    found = told(*sampling(0.0, 50.0, 100.0, detail="sampler 1 of 2"), *second)
+
+    assert [(each.step, each.percent) for each in found][-2:] == [(0, None), (2, None)]
+    assert [each.percent for each in found if each.detail == "sampler 1 of 2"] == [0.0, 50.0, 100.0]
+
+
+def test_numbers_of_a_phase_that_is_over_are_not_told_of_another() -> None:
+    saving = Told(Phase.ENCODING, "saving")
+
+    assert told(saving, *sampling(75.0))[-1] == saving

@@ -225,3 +225,16 @@ def test_a_job_that_said_nothing_yet_has_a_heartbeat() -> None:
 
 def test_no_second_is_silent() -> None:
     assert HEARTBEAT_S < 1.0
+
+
+async def test_who_wants_previews_is_not_made_to_read_artifacts(
+    jobs: Jobs, artifacts: WatchedArtifacts
+) -> None:
+    job = begin(jobs)
+    job.artifact(ArtifactChunk("preview", "image/jpeg", data=b"seen", preview=True))
+    tell(job, 1)
+    events = jobs.watch(job.id, 1, with_previews=True)
+    found = [chunk_of(await anext(events)) for _ in range(2)]
+
+    assert [chunk.data for chunk in found] == [b"seen", b""]
+    assert artifacts.most_held == 0
