@@ -11,7 +11,14 @@ from controlplane.config import config_schema, default_config, load_config
 from rung._sizes import parse_size
 from rung.errors import ConfigError
 from rung.service._config_file import parse_duration
-from rung.types import DockerRuntime, ExternalRuntime, LlamaCppEngine, ProcessRuntime, ResidencyClass
+from rung.types import (
+    DockerRuntime,
+    ExternalRuntime,
+    LlamaCppEngine,
+    ProcessRuntime,
+    ReclaimGrade,
+    ResidencyClass,
+)
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -155,6 +162,24 @@ def test_a_model_of_a_router_may_sleep_and_is_known_by_its_name_there(tmp_path: 
     assert spec.engine.engine == LlamaCppEngine(router_model="qwen3")
     assert (spec.model, spec.engine_model_name) == ("m", "qwen3")
     assert spec.residency_class is ResidencyClass.SLEEPABLE
+
+
+def test_a_picture_of_the_household_is_looked_at_in_what_is_free_by_the_cpu() -> None:
+    config = load_config(ROOT / "deploy" / "rung.household.yaml")
+    [engine] = [each.engine.engine for each in config.deployment_specs() if each.id == "vision"]
+
+    assert isinstance(engine, LlamaCppEngine)
+    assert (bool(engine.projector_path), engine.projector_on_gpu) == (True, False)
+    assert config.deployment_grades() == {"vision": ReclaimGrade.QUICK}
+
+
+def test_a_projector_that_is_not_there_is_not_on_the_gpu(tmp_path: Path) -> None:
+    path = tmp_path / "rung.yaml"
+    wrong = "model_path: /m, projector_on_gpu: true"
+    path.write_text(ROUTED.replace("router_model: m", wrong))
+
+    with pytest.raises(ConfigError, match="projector_on_gpu: is for a projector"):
+        load_config(path)
 
 
 def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
