@@ -116,11 +116,16 @@ class Artifacts:
         gone = frozenset(widowed)
         self._total_bytes = sum(row.size_bytes for row in rows if row.id not in gone)
 
-    def collector(self, job: LiveJob) -> Collector:
-        """What keeps the artifacts of one attempt at a job; an async context manager."""
+    def collector(self, job: LiveJob, seed: int | None = None) -> Collector:
+        """What keeps the artifacts of one attempt at a job; an async context manager.
+
+        Args:
+            job: told of each piece.
+            seed: what they are made with; None if with none, or nobody knows it.
+        """
         self._making()
         self._makers[job.id] = job
-        return Collector(self, job)
+        return Collector(self, job, seed)
 
     async def get(self, artifact_id: str) -> Artifact:
         """One artifact that is whole. Raises UnknownArtifactError, UnavailableError."""
@@ -172,7 +177,7 @@ class Artifacts:
             os.close(descriptor)
 
     async def chunks(self, artifact_id: str, offset_bytes: int = 0) -> AsyncGenerator[ArtifactChunk, None]:
-        """A whole artifact from a place on, at least one piece of it; the last one has the SHA-256.
+        """A whole artifact from a place on, at least one piece; the last one has the SHA-256 and the seed.
 
         Raises:
             UnknownArtifactError: there is none; with the first piece.
@@ -186,20 +191,20 @@ class Artifacts:
                 f"artifact {artifact_id} has {size_bytes} bytes; there is no byte {offset_bytes}",
                 size_bytes=str(size_bytes),
             )
-        ended = ArtifactChunk(
+        begun = ArtifactChunk(
             artifact_id=artifact_id, content_type=artifact.content_type, size_bytes=size_bytes
         )
+        ended = replace(begun, sha256=artifact.sha256, seed=artifact.seed)
         async with aclosing(self.pieces(artifact_id, offset_bytes, size_bytes - offset_bytes)) as pieces:
             async for data in pieces:
                 end = offset_bytes + len(data)
-                sha256 = artifact.sha256 if end == size_bytes else ""
-                yield replace(
-                    ended, offset_bytes=offset_bytes, data=data, length_bytes=len(data), sha256=sha256
-                )
+                is_last = end == size_bytes
+                piece = replace(ended if is_last else begun, offset_bytes=offset_bytes)
+                yield replace(piece, data=data, length_bytes=len(data))
                 offset_bytes = end
-                if sha256:
+                if is_last:
                     return
-        yield replace(ended, offset_bytes=offset_bytes, sha256=artifact.sha256)
+        yield replace(ended, offset_bytes=offset_bytes)
 
     async def expire(self) -> None:
         """Delete what is too old, or whose job was deleted; then the oldest, while they are too large.

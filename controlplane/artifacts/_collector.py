@@ -62,9 +62,10 @@ class Collector:
     whole. Not for several tasks at once.
     """
 
-    def __init__(self, artifacts: Artifacts, job: LiveJob) -> None:
+    def __init__(self, artifacts: Artifacts, job: LiveJob, seed: int | None) -> None:
         self._artifacts = artifacts
         self._job = job
+        self._seed = seed
         self._ids: dict[str, str] = {}
         self._making: dict[str, _Making] = {}
 
@@ -145,6 +146,7 @@ class Collector:
             size_bytes=size_bytes,
             sha256=sha256,
             create_time_s=self._artifacts.now_s(),
+            seed=self._seed,
         )
         await self._on_disk(making.draft.finish)
         making.has_row = True
@@ -172,6 +174,7 @@ class Collector:
                         sha256=whole.sha256 if last and whole is not None else "",
                         size_bytes=making.wanted_bytes or (whole.size_bytes if whole is not None else 0),
                         length_bytes=length,
+                        seed=whole.seed if last and whole is not None else None,
                     )
                 )
             making.told_bytes = end

@@ -78,6 +78,7 @@ artifacts = Table(
     Column("size_bytes", BigInteger, nullable=False),
     Column("sha256", String(64), nullable=False),
     Column("create_time_s", Double, nullable=False),
+    Column("seed", BigInteger, nullable=True),
     Index("artifacts_by_job", "job_id", "id"),
     sqlite_with_rowid=False,
 )

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from controlplane.artifacts import Artifacts, Collector
 from controlplane.pipelines import Begun, Wish
-from rung.types import ArtifactChunk, JobKind, Phase, Served
+from rung.types import ArtifactChunk, ImageInput, JobKind, Phase, Served
 from tests.fakes.fleet_view import deployment_view
 from tests.fakes.gateway import Plane, a_plane
 
@@ -52,7 +52,9 @@ class ScriptedPictures:
         return wish
 
     async def run(self, begun: Begun) -> str:
-        async with self._artifacts.collector(begun.job) as collector:
+        wanted = begun.wish.input
+        seed = wanted.seed if isinstance(wanted, ImageInput) else None
+        async with self._artifacts.collector(begun.job, seed) as collector:
             await self.script(begun, collector)
         return "stop"
 

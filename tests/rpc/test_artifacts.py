@@ -351,6 +351,7 @@ class TestHttp:
                 "size_bytes": 7,
                 "sha256": made.sha256,
                 "create_time_s": 1_000_000.0,
+                "seed": None,
                 "url": url,
             }
         ]

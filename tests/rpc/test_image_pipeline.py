@@ -22,6 +22,7 @@ from rung.errors import (
     VramInfeasibleError,
 )
 from rung.types import (
+    Artifact,
     ArtifactChunk,
     FailureReason,
     ImageInput,
@@ -39,6 +40,7 @@ from rung.types import (
     Routed,
     Served,
     UsageReported,
+    whole_artifact,
 )
 from tests.fakes.artifacts import a_job
 from tests.fakes.gpu_agent import GIB
@@ -80,10 +82,9 @@ def phases(log: list[JobEvent]) -> list[Phase]:
     return [phase for place, phase in enumerate(found) if place == 0 or found[place - 1] is not phase]
 
 
-def wholes(log: list[JobEvent]) -> list[str]:
-    """Ids of the artifacts that the log tells to their end."""
-    chunks = [event.payload for event in log if isinstance(event.payload, ArtifactChunk)]
-    return [chunk.artifact_id for chunk in chunks if chunk.sha256]
+def wholes(log: list[JobEvent]) -> list[Artifact]:
+    """The artifacts that the log tells to their end."""
+    return [artifact for event in log if (artifact := whole_artifact(event)) is not None]
 
 
 async def test_a_picture_is_told_phase_by_phase_and_stored(studio: Studio) -> None:
@@ -131,7 +132,10 @@ async def test_a_seed_is_chosen_told_and_used(studio: Studio) -> None:
         if name == "seed"
     }
     assert len(seeds) == 1
-    assert f"seed {seeds.pop()})" in details(log, Phase.WORKFLOW_BUILD)[0]
+    seed = seeds.pop()
+    assert f"seed {seed})" in details(log, Phase.WORKFLOW_BUILD)[0]
+    assert [each.seed for each in wholes(log)] == [seed]
+    assert [each.seed for each in studio.rows.kept.values()] == [seed]
 
 
 async def test_the_lease_is_held_for_the_whole_run_for_what_is_missing(studio: Studio) -> None:
@@ -312,7 +316,7 @@ async def test_the_next_target_is_tried_and_named_if_nothing_was_delivered(two: 
     second = len(found) - found[::-1].index(Phase.ROUTE)
     assert found[second:] == list(IMAGE_PHASES)
     assert "ComfyUI ran out of GPU memory; trying sana" in details(log, Phase.ROUTE)[-1]
-    assert list(two.rows.kept) == wholes(log)
+    assert list(two.rows.kept) == [each.id for each in wholes(log)]
     assert len(wholes(log)) == 1
 
 
@@ -327,7 +331,7 @@ async def test_nothing_is_tried_elsewhere_once_one_of_two_pictures_was_delivered
     assert len(two.card.agent.generations) == 1
     assert two.leases == []
     # The one that is whole can still be had, by the id that the log of the failed job names.
-    assert list(two.rows.kept) == wholes(log)
+    assert list(two.rows.kept) == [each.id for each in wholes(log)]
     assert len(wholes(log)) == 1
 
 
@@ -343,6 +347,7 @@ async def test_sana_takes_no_lease_and_what_it_draws_can_be_drawn_again(two: Stu
     assert details(log, Phase.WORKFLOW_BUILD) == ["Skipped (no workflow; seed 9)"]
     asked = two.card.agent.generations[0].image
     assert (asked.prompt, asked.seed) == ("a red cube", 9)
+    assert [each.seed for each in wholes(log)] == [9]
 
 
 async def test_what_starts_from_a_picture_is_not_for_sana(two: Studio) -> None:

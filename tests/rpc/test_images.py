@@ -51,6 +51,8 @@ async def test_pictures_by_url(rig: Rig) -> None:
         assert image.url is not None
         async with plane.http.get(image.url) as response:
             assert await response.read() == a_png(place + 1)
+        # Our own field: what it takes to make it again.
+        assert image.model_extra == {"seed": 7}
     wanted = wanted_of(pictures)
     assert (wanted.width_pixels, wanted.height_pixels, wanted.tier) == (1536, 1024, "ultra")
     assert (wanted.seed, wanted.negative_prompt, wanted.parameters) == (7, "dogs", {"cfg": 5})
@@ -119,7 +121,13 @@ async def test_a_stream_has_partial_pictures_and_then_the_whole(rig: Rig) -> Non
     events = []
     async with plane.openai as client:
         stream = await client.images.generate(
-            model="sdxl", prompt="a cat", stream=True, partial_images=2, quality="low", size="auto"
+            model="sdxl",
+            prompt="a cat",
+            stream=True,
+            partial_images=2,
+            quality="low",
+            size="auto",
+            extra_body={"seed": 9},
         )
         async for event in stream:
             events.append(event)
@@ -141,6 +149,8 @@ async def test_a_stream_has_partial_pictures_and_then_the_whole(rig: Rig) -> Non
     assert completed.type == "image_generation.completed"
     assert completed.output_format == "png"
     assert completed.usage.total_tokens == 7
+    assert completed.model_extra is not None
+    assert completed.model_extra["seed"] == 9
     assert wanted_of(pictures).previews
 
 

@@ -200,10 +200,13 @@ async def test_of_words_a_picture_is_drawn_first_by_a_job_of_its_own_that_has_en
 
 
 async def test_a_seed_that_is_left_open_is_chosen_and_told(rig: Rig) -> None:
-    steps = await rig.steps(rig.wish("", image=CHAIR))
+    events = await rig.events(rig.wish("", image=CHAIR))
     _, asked = rig.engines.asked[0]
     assert asked.seed == random.Random(1).getrandbits(32)
-    assert any(f"seed {asked.seed}" in step.detail for step in steps)
+    details = [event.payload.detail for event in events if isinstance(event.payload, PhaseProgress)]
+    assert any(f"seed {asked.seed}" in detail for detail in details)
+    (mesh,) = await rig.plane.artifacts.of_job(events[0].job_id)
+    assert mesh.seed == asked.seed
 
 
 async def test_a_target_that_fails_is_followed_by_the_next_and_the_picture_is_drawn_once(rig: Rig) -> None:

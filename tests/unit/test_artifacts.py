@@ -193,10 +193,9 @@ async def test_a_failed_attempt_keeps_what_is_whole_and_nothing_else(artifacts: 
 async def test_an_attempt_has_told_something_once_a_piece_is_in_the_log(artifacts: Artifacts) -> None:
     job = a_job()
     refused = artifacts.collector(job)
+    await refused.take(replace(piece(b"blurred"), preview=True))
     with pytest.raises(EngineProtocolError, match="byte 5"):
-        async with refused:
-            await refused.take(replace(piece(b"blurred"), preview=True))
-            await refused.take(piece(b"late", offset=5, artifact_id="1"))
+        await refused.take(piece(b"late", offset=5, artifact_id="1"))
     assert not refused.has_told
     async with artifacts.collector(job) as taken:
         await taken.take(piece(b"in time"))
@@ -322,6 +321,18 @@ async def test_a_reader_goes_on_when_its_artifact_is_deleted(artifacts: Artifact
     assert received == data
     with pytest.raises(UnknownArtifactError):
         await artifacts.read(made.id, 0, 1)
+
+
+async def test_what_it_was_made_with_is_told_with_the_last_piece_and_kept(artifacts: Artifacts) -> None:
+    job = a_job()
+    async with artifacts.collector(job, 0) as collector:
+        await collector.take(piece(b"abc", size=5))
+        await collector.take(last(b"de", offset=3, of=b"abcde"))
+
+    assert [each.seed for each in told(job)] == [None, 0]
+    (made,) = await artifacts.of_job(job.id)
+    assert made.seed == 0
+    assert [each.seed async for each in artifacts.chunks(made.id)] == [0]
 
 
 async def test_an_artifact_can_be_fetched_from_any_place(artifacts: Artifacts) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from rung import ArtifactFile
 from rung.cli import ExitCode, main
@@ -210,12 +211,13 @@ def test_a_picture_goes_to_stdout_and_nothing_else_does(rung: Rung, monkeypatch:
 
 
 def test_as_json_it_is_the_result(rung: Rung) -> None:
+    rung.client.events = drawn(replace(picture("artifact-1", a_png()), seed=7))
     assert rung("image", "a cat", "--json", "-o", "cat.png") == ExitCode.OK
     result = json.loads(rung.out)
     assert (result["job_id"], result["served"]["target"]) == ("job-1", "comfyui")
     (image,) = result["images"]
     assert (image["path"], image["id"], image["size_bytes"]) == ("cat.png", "artifact-1", len(a_png()))
-    assert image["sha256"] == hashlib.sha256(a_png()).hexdigest()
+    assert (image["sha256"], image["seed"]) == (hashlib.sha256(a_png()).hexdigest(), 7)
 
 
 def test_detached_it_prints_the_job_and_leaves(rung: Rung) -> None:

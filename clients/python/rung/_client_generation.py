@@ -30,6 +30,7 @@ from rung.types import (
     Tool,
     Usage,
     UsageReported,
+    whole_artifact,
 )
 
 Messages: TypeAlias = str | Sequence[ChatMessage]
@@ -52,15 +53,7 @@ class _Receiving:
         if chunk.offset_bytes == len(self.content):
             self.content += chunk.data
             self.digest.update(chunk.data)
-        if chunk.sha256:
-            self.artifact = Artifact(
-                id=chunk.artifact_id,
-                job_id=event.job_id,
-                content_type=chunk.content_type,
-                size_bytes=chunk.size_bytes,
-                sha256=chunk.sha256,
-                create_time_s=event.time_s,
-            )
+        self.artifact = whole_artifact(event) or self.artifact
 
 
 class GenerationStream(EventStream):

@@ -153,7 +153,7 @@ class Artist:
             )
 
         try:
-            count = await self._collected(attempt, generate, pace)
+            count = await self._collected(attempt, generate, pace, seed=picture.used_seed)
         except BaseException as error:
             self._rooms.forget(target_id)
             if isinstance(_cause_of(error), VramInfeasibleError):
@@ -206,7 +206,7 @@ class Artist:
                     )
                 )
 
-            return await self._collected(attempt, generate)
+            return await self._collected(attempt, generate, seed=picture.seed)
 
     async def _by_cloud(self, attempt: _Attempt) -> int:
         cloud, telling, target_id = self._cloud, attempt.telling, attempt.target_id
@@ -242,10 +242,15 @@ class Artist:
         return enhanced.prompt
 
     async def _collected(
-        self, attempt: _Attempt, generate: Callable[[Relay], Awaitable[None]], pace: Pace | None = None
+        self,
+        attempt: _Attempt,
+        generate: Callable[[Relay], Awaitable[None]],
+        pace: Pace | None = None,
+        *,
+        seed: int | None = None,
     ) -> int:
         """Have it generated, and keep what comes; returns how many pictures that are."""
-        collector = self._artifacts.collector(attempt.job)
+        collector = self._artifacts.collector(attempt.job, seed)
         relay = Relay(attempt.telling, collector, pace)
         try:
             async with collector:

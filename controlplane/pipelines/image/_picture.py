@@ -32,6 +32,11 @@ class Picture(Struct, frozen=True, kw_only=True):
         return self.wanted.seed or 0
 
     @property
+    def used_seed(self) -> int | None:
+        """The seed, if the workflow takes one."""
+        return self.seed if "seed" in self.template.places() else None
+
+    @property
     def width_pixels(self) -> int:
         """Of each."""
         return self.wanted.width_pixels or self.tier.width_pixels

@@ -104,7 +104,7 @@ class MeshPipeline(GenerationPipeline):
             spec = view.deployment.spec
             job.routed(Served(requested=job.model, target=spec.id, node=view.node.id, model=spec.model))
             making = _Making(job, spec.id, wanted, self._estimates)
-            collector = self._artifacts.collector(job)
+            collector = self._artifacts.collector(job, wanted.seed)
             try:
                 async with collector:
                     events = self._fleet.generate_through_agent(spec.id, job.id, wanted, self._idle_timeout_s)

@@ -310,6 +310,7 @@ def artifact_chunk_to_proto(value: ArtifactChunk) -> v1.ArtifactChunk:
         size_bytes=value.size_bytes,
         length_bytes=value.length_bytes,
         preview=value.preview,
+        seed=value.seed,
     )
 
 
@@ -416,6 +417,7 @@ def artifact_chunk_from_proto(message: v1.ArtifactChunk) -> ArtifactChunk:
         size_bytes=message.size_bytes,
         length_bytes=message.length_bytes,
         preview=message.preview,
+        seed=message.seed if message.HasField("seed") else None,
     )
 
 

@@ -93,6 +93,7 @@ from rung.types._job import (
     ToolCallDelta,
     Usage,
     UsageReported,
+    whole_artifact,
 )
 from rung.types._prediction import (
     ClassifyTask,
@@ -232,4 +233,5 @@ __all__ = [
     "WorkflowParameter",
     "artifact_file_name",
     "default_slots",
+    "whole_artifact",
 ]

@@ -183,7 +183,7 @@ class ToolCallDelta(Struct, frozen=True, tag="tool_call", tag_field="event", omi
 
 
 class ArtifactChunk(Struct, frozen=True, tag="artifact", tag_field="event", omit_defaults=True):
-    """A piece of a file of `length_bytes`; `sha256` (of the whole file) comes with the last piece.
+    """A piece of a file of `length_bytes`; `sha256` (of the whole file) and `seed` come with the last piece.
 
     `data` is left out of a job's log: the artifact itself is stored. A `preview` is no result, and is not.
     """
@@ -196,10 +196,14 @@ class ArtifactChunk(Struct, frozen=True, tag="artifact", tag_field="event", omit
     size_bytes: int = 0
     length_bytes: int = 0
     preview: bool = False
+    seed: int | None = None
 
 
 class Artifact(Struct, frozen=True):
-    """A file that a job made and that is stored whole. `create_time_s` is Unix time."""
+    """A file that a job made and that is stored whole. `create_time_s` is Unix time.
+
+    `seed` is what it was made with; None where none was used, or nobody knows it.
+    """
 
     id: str
     job_id: str
@@ -207,6 +211,7 @@ class Artifact(Struct, frozen=True):
     size_bytes: int
     sha256: str
     create_time_s: float
+    seed: int | None = None
 
 
 class UsageReported(Struct, frozen=True, tag="usage", tag_field="event"):
@@ -272,3 +277,19 @@ class JobEvent(Struct, frozen=True):
     time_s: float
     elapsed_s: float
     payload: EventPayload
+
+
+def whole_artifact(event: JobEvent) -> Artifact | None:
+    """The artifact of which an event is the last piece; None for any other event."""
+    chunk = event.payload
+    if not isinstance(chunk, ArtifactChunk) or chunk.preview or not chunk.sha256:
+        return None
+    return Artifact(
+        id=chunk.artifact_id,
+        job_id=event.job_id,
+        content_type=chunk.content_type,
+        size_bytes=chunk.size_bytes,
+        sha256=chunk.sha256,
+        create_time_s=event.time_s,
+        seed=chunk.seed,
+    )

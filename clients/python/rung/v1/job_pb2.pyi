@@ -745,6 +745,7 @@ class ArtifactChunk(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     LENGTH_BYTES_FIELD_NUMBER: _builtins.int
     PREVIEW_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
     artifact_id: _builtins.str
     """Artifact it belongs to."""
     content_type: _builtins.str
@@ -761,6 +762,10 @@ class ArtifactChunk(_message.Message):
     """Bytes of this piece, also where `data` is left out."""
     preview: _builtins.bool
     """A picture of what is there so far, and no result; it is not stored."""
+    seed: _builtins.int
+    """Seed that it was made with, so that it can be made again; with the last piece only, and unset where none was
+    used or nobody knows it.
+    """
     def __init__(
         self,
         *,
@@ -772,12 +777,15 @@ class ArtifactChunk(_message.Message):
         size_bytes: _builtins.int = ...,
         length_bytes: _builtins.int = ...,
         preview: _builtins.bool = ...,
+        seed: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "content_type", b"content_type", "data", b"data", "length_bytes", b"length_bytes", "offset_bytes", b"offset_bytes", "preview", b"preview", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "artifact_id", b"artifact_id", "content_type", b"content_type", "data", b"data", "length_bytes", b"length_bytes", "offset_bytes", b"offset_bytes", "preview", b"preview", "seed", b"seed", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
 
 Global___ArtifactChunk: _TypeAlias = ArtifactChunk  # noqa: Y015
 
