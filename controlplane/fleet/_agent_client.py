@@ -6,7 +6,8 @@ Requests and answers are `rung.types` values, failures are `rung.errors`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -162,10 +163,16 @@ class AgentClient:
     async def _operate(
         self, call: grpc.aio.UnaryStreamCall[Any, Any]
     ) -> AsyncGenerator[LifecycleEvent, None]:
-        self._opened()
-        try:
+        with self._follows(call):
             async for message in call:
                 yield codec.lifecycle_event_from_proto(message.event)
+
+    @contextmanager
+    def _follows(self, call: grpc.aio.UnaryStreamCall[Any, Any]) -> Iterator[None]:
+        """Its failures in our words; leaving it ends the call."""
+        self._opened()
+        try:
+            yield
         except grpc.aio.AioRpcError as failure:
             raise self._error(failure) from failure
         except asyncio.CancelledError:
@@ -218,13 +225,18 @@ class AgentClient:
             idle_timeout=codec.duration_to_proto(idle_timeout_s),
         )
         codec.write_generation_input(wanted, request)
-        self._opened()
         call = self._stub.RunGeneration(request)
         messages = call.__aiter__()
-        try:
+        with self._follows(call):
             while True:
-                async with asyncio.timeout(idle_timeout_s + _AGENT_MARGIN_S):
-                    message = await anext(messages, None)
+                try:
+                    async with asyncio.timeout(idle_timeout_s + _AGENT_MARGIN_S):
+                        message = await anext(messages, None)
+                except TimeoutError:
+                    raise EngineTimeoutError(
+                        f"{deployment_id} on {self.node_id} said nothing for {idle_timeout_s:g} s",
+                        engine=deployment_id,
+                    ) from None
                 if message is None:
                     return
                 if message.HasField("failed"):
@@ -234,22 +246,6 @@ class AgentClient:
                 event = codec.generation_event_from_proto(message)
                 if event is not None:
                     yield event
-        except TimeoutError:
-            raise EngineTimeoutError(
-                f"{deployment_id} on {self.node_id} said nothing for {idle_timeout_s:g} s",
-                engine=deployment_id,
-            ) from None
-        except grpc.aio.AioRpcError as failure:
-            raise self._error(failure) from failure
-        except asyncio.CancelledError:
-            if _task_is_cancelled():
-                raise
-            raise NodeUnreachableError(
-                f"the channel to {self.node_id} was closed", node=self.node_id
-            ) from None
-        finally:
-            call.cancel()
-            self._closed()
 
     async def voices(self, deployment_id: str) -> tuple[Voice, ...]:
         """The voices of an engine that speaks.

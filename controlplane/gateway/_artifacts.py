@@ -7,6 +7,7 @@ types that cannot are served as themselves, and all in a sandbox.
 from __future__ import annotations
 
 import re
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 import msgspec
@@ -65,20 +66,33 @@ class ArtifactRoutes:
         if request.method == "HEAD":
             await response.prepare(request)
             return response
-        try:
-            async with aclosing(self._artifacts.pieces(artifact.id, part.start, len(part))) as pieces:
-                async for piece in pieces:
-                    if not response.prepared:
-                        # Only now: that it was deleted a moment ago is known with the first piece.
-                        await response.prepare(request)
-                    await response.write(piece)
-        except RungError:
-            if not response.prepared:
-                raise
-            break_off(request)
-        else:
-            await response.write_eof()
-        return response
+        return await send_pieces(
+            request, response, self._artifacts.pieces(artifact.id, part.start, len(part))
+        )
+
+
+async def send_pieces(
+    request: web.Request, response: web.StreamResponse, pieces: AsyncGenerator[bytes, None]
+) -> web.StreamResponse:
+    """Send a file piece by piece; one that ends too early breaks the answer off.
+
+    Raises:
+        UnknownArtifactError, UnavailableError: it is not there any more; nothing was sent.
+    """
+    try:
+        async with aclosing(pieces):
+            async for piece in pieces:
+                if not response.prepared:
+                    # Only now: that it was deleted a moment ago is known with the first piece.
+                    await response.prepare(request)
+                await response.write(piece)
+    except RungError:
+        if not response.prepared:
+            raise
+        break_off(request)
+    else:
+        await response.write_eof()
+    return response
 
 
 def artifact_url(artifact_id: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -11,7 +10,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from controlplane.artifacts import Artifacts
-from controlplane.gateway._artifacts import artifact_url, break_off
+from controlplane.gateway._artifacts import artifact_url, send_pieces
 from controlplane.gateway._errors import error_response
 from controlplane.gateway._generate_stream import check_effort
 from controlplane.gateway._generations import Followed, Follower
@@ -73,19 +72,7 @@ class MeshRoutes:
         response.headers["Content-Location"] = artifact_url(mesh.id)
         response.content_type = mesh.content_type
         response.content_length = mesh.size_bytes
-        try:
-            async with aclosing(self._artifacts.pieces(mesh.id)) as pieces:
-                async for piece in pieces:
-                    if not response.prepared:
-                        await response.prepare(request)
-                    await response.write(piece)
-        except RungError:
-            if not response.prepared:
-                raise
-            break_off(request)
-        else:
-            await response.write_eof()
-        return response
+        return await send_pieces(request, response, self._artifacts.pieces(mesh.id))
 
 
 async def _stream(request: web.Request, followed: Followed) -> web.StreamResponse:
