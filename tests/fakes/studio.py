@@ -163,6 +163,8 @@ class Card(GpuAgent):
                 checkpoint = node["inputs"].get("ckpt_name")
                 if checkpoint in CHECKPOINTS and checkpoint not in self.models:
                     yield PhaseProgress(Phase.MODEL_SWAP, f"loading {checkpoint}")
+                    # Longer than a step, or there is nothing to learn of it.
+                    await asyncio.sleep(0.05)
                     self.load(checkpoint)
         for step in (0, 1, 2, 4):
             yield PhaseProgress(Phase.SAMPLING, step=step, total=4, percent=25.0 * step)
