@@ -98,6 +98,16 @@ def test_what_remains_of_a_job_is_the_rest_of_its_phase_and_all_that_come() -> N
     assert outlook.left_s(Phase.SAMPLING, 1.0, 2.5) == (2.5, 3.5)
 
 
+def test_an_enhancement_goes_on_beside_what_comes_before_it() -> None:
+    outlook = an_outlook(vram_acquire=6.0, prompt_enhance=4.0, queued=2.0, sampling=5.0, encoding=1.0)
+
+    # It is over before the memory is there; or half of it is left once that is.
+    assert outlook.left_s(Phase.VRAM_ACQUIRE, 0.0, attempt_s=0.0) == (6.0, 14.0)
+    outlook.expect(Phase.PROMPT_ENHANCE, 8.0)
+    assert outlook.left_s(Phase.VRAM_ACQUIRE, 2.0, attempt_s=2.0) == (4.0, 14.0)
+    assert outlook.left_s(Phase.PROMPT_ENHANCE, 0.5, attempt_s=6.5) == (1.5, 9.5)
+
+
 def test_what_remains_of_a_job_is_not_known_if_it_is_not_of_one_phase_to_come() -> None:
     outlook = an_outlook(queued=18.0, sampling=None, encoding=1.0)
 

@@ -9,6 +9,8 @@ from rung.types import Phase
 _INSTANT = frozenset(
     {Phase.HEALTH_CHECK, Phase.SAFETY_FILTER, Phase.MODEL_SWAP, Phase.WORKFLOW_BUILD, Phase.DONE}
 )
+#: Goes on from the beginning of an attempt, beside the phases before it: what those take is not waited twice.
+_BESIDE = Phase.PROMPT_ENHANCE
 
 
 class Outlook:
@@ -24,7 +26,7 @@ class Outlook:
         self._expected_s[phase] = expected_s
 
     def left_s(
-        self, phase: Phase, passed_s: float, known_s: float | None = None
+        self, phase: Phase, passed_s: float, known_s: float | None = None, *, attempt_s: float = 0.0
     ) -> tuple[float | None, float | None]:
         """How much longer the phase takes, and how much longer the job.
 
@@ -32,12 +34,15 @@ class Outlook:
             phase: what is under way.
             passed_s: since it began.
             known_s: what is known better of the rest of this phase.
+            attempt_s: since the attempt began.
 
         Returns:
             None for either where it is not known, or has taken longer than that already.
         """
         expected_s = self._expected_s[phase]
         own_s = known_s
+        if phase is _BESIDE:
+            passed_s = attempt_s
         if own_s is None and expected_s is not None and (expected_s == 0.0 or passed_s < expected_s):
             own_s = max(0.0, expected_s - passed_s)
         if own_s is None:
@@ -47,5 +52,5 @@ class Outlook:
             later_s = self._expected_s[later]
             if later_s is None:
                 return own_s or None, None
-            whole_s += later_s
+            whole_s += max(0.0, later_s - attempt_s - whole_s) if later is _BESIDE else later_s
         return own_s or None, whole_s

@@ -25,6 +25,7 @@ class Telling:
         self._order = PhaseOrder()
         self._outlook = Outlook()
         self._now_s = asyncio.get_running_loop().time
+        self._began_s = self._now_s()
         self._phase: Phase | None = None
         self._phase_began_s = 0.0
 
@@ -48,7 +49,9 @@ class Telling:
             if told.phase is not self._phase:
                 self._phase, self._phase_began_s = told.phase, now_s
             known_s = left_s if told.phase is phase else None
-            own_s, whole_s = self._outlook.left_s(told.phase, now_s - self._phase_began_s, known_s)
+            own_s, whole_s = self._outlook.left_s(
+                told.phase, now_s - self._phase_began_s, known_s, attempt_s=now_s - self._began_s
+            )
             self._job.progress(
                 told.phase,
                 told.detail,
