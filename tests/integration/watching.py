@@ -155,7 +155,12 @@ async def three_ways(box: Stack, *, request_id: str, **wanted: Any) -> tuple[Hea
 def predictions(heard: Heard) -> tuple[Prediction | None, Prediction | None]:
     """What was first said to remain of the job, and what when sampling began; None for nothing."""
     end_s = heard.lines[-1]["elapsed_s"]
-    said = [line for line in heard.lines if line.get("job_remaining_s") is not None]
+    over = (Phase.ENCODING.value, Phase.DONE.value)
+    said = [
+        line
+        for line in heard.lines
+        if line.get("job_remaining_s") is not None and line.get("phase") not in over
+    ]
     sampling = [line for line in said if line.get("phase") == Phase.SAMPLING.value]
 
     def first_of(lines: list[dict[str, Any]]) -> Prediction | None:
