@@ -108,13 +108,14 @@ def ledger_of(
         if found.node.id != node.id or not _is_on(found, gpu, gpu_count):
             continue
         active, _ = load(deployment_id)
+        measured_bytes = _measured_bytes(found, gpu, gpu_count)
         on_pool.append(
             (
                 replace(found.deployment, active_requests=active),
                 Facts(
-                    measured_bytes=_measured_bytes(found, gpu, gpu_count),
+                    measured_bytes=measured_bytes,
                     asleep_level=found.deployment.asleep_level,
-                    cache_bytes=_cache_bytes(found),
+                    cache_bytes=_cache_bytes(found, measured_bytes),
                     drain_expected_s=_DRAIN_EXPECTED_S if active else 0.0,
                     idle_s=idle_s(deployment_id),
                     timings=_timings_of(found.deployment.usual_times),
@@ -150,13 +151,12 @@ def _timings_of(usual: TransitionTimes) -> Timings:
     )
 
 
-def _cache_bytes(found: DeploymentView) -> int:
+def _cache_bytes(found: DeploymentView, measured_bytes: int | None) -> int:
     """What a flush would give back of an engine that keeps models as a cache."""
     deployment = found.deployment
-    engine = deployment.spec.engine.engine
-    if not _caches(engine) or deployment.residency is not Residency.AWAKE:
+    if not _caches(deployment.spec.engine.engine) or deployment.residency is not Residency.AWAKE:
         return 0
-    return max(0, (deployment.vram_bytes or 0) - _HELD_FLUSHED_BYTES)
+    return max(0, (measured_bytes or 0) - _HELD_FLUSHED_BYTES)
 
 
 def _caches(engine: Engine) -> bool:

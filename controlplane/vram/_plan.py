@@ -52,6 +52,18 @@ class Demand(Struct, frozen=True, kw_only=True):
 _Options = list[tuple[LedgerEntry, list[Option]]]
 
 
+def disturbs_less(outcome: ReclaimPlan | Infeasible, other: ReclaimPlan | Infeasible) -> bool:
+    """Whether both are plans, and the first is of a lesser grade, or shrinks fewer."""
+    if isinstance(outcome, Infeasible) or isinstance(other, Infeasible):
+        return False
+    return _disturbance(outcome) < _disturbance(other)
+
+
+def _disturbance(outcome: ReclaimPlan) -> tuple[int, int]:
+    shrunk = sum(step.action is ReclaimAction.SHRINK for step in outcome.steps)
+    return GRADES.index(outcome.grade), shrunk
+
+
 def plan(ledger: Ledger, demand: Demand) -> ReclaimPlan | Infeasible:
     """The plan of the least grade and, within it, of the least harm; or why there is none.
 

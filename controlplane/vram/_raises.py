@@ -56,11 +56,13 @@ class Raises:
         self._settles_s = {name: until_s for name, until_s in self._settles_s.items() if until_s > now_s}
         return min(self._settles_s.values(), default=None)
 
-    def in_flux(self, deployment_id: str) -> bool:
-        """Whether a deployment is on its way up, or has come up a moment ago."""
-        if self._settles_s.get(deployment_id, 0.0) > _now_s():
-            return True
+    def is_rising(self, deployment_id: str) -> bool:
+        """Whether a deployment is on its way up."""
         return any(name == deployment_id for name, _ in self._rising.values())
+
+    def settles(self, deployment_id: str) -> bool:
+        """Whether a deployment has come up a moment ago."""
+        return self._settles_s.get(deployment_id, 0.0) > _now_s()
 
     def begin(
         self, entry: LedgerEntry, placed: PlacedDeployment, ledger: Ledger, tasks: asyncio.TaskGroup

@@ -25,7 +25,7 @@ from controlplane.vram._obedience import Obedience
 from controlplane.vram._passing import Passing
 from controlplane.vram._patrol import Patrol
 from controlplane.vram._pending import Pending
-from controlplane.vram._plan import Demand, plan
+from controlplane.vram._plan import Demand, disturbs_less, plan
 from controlplane.vram._ports import (
     Executor,
     Measurement,
@@ -344,7 +344,11 @@ class NodeScheduler:
         finish: Callable[[], None],
     ) -> bool:
         """Take the next step towards room for a demand, or finish if there is room."""
-        outcome = self._plan(view.ledger, self._obedience.keep_away(demand, self._now_s()))
+        kept_away = self._obedience.keep_away(demand, self._now_s())
+        outcome = self._plan(view.ledger, kept_away)
+        if view.soon is not None and disturbs_less(self._plan(view.soon, kept_away), outcome):
+            pending.wait("what has just come up may give way in a moment, which disturbs others less")
+            return False
         if isinstance(outcome, Infeasible):
             if not outcome.retry_when:
                 self._fail(pending, self._infeasible(outcome))

@@ -232,6 +232,20 @@ async def test_a_deployment_that_came_up_is_left_to_those_who_waited_for_it() ->
 
 
 @in_virtual_time
+async def test_what_has_just_come_up_is_waited_for_if_others_would_be_disturbed_more_in_its_stead() -> None:
+    comfyui = SimulatedEngine("comfyui", ResidencyClass.CACHE, 12 * GIB)
+    comfyui.cache_bytes = 11 * GIB
+    async with node_of(sleeper("a", 12, residency=Residency.ASLEEP), comfyui) as node:
+        await node.awake("a")
+        up_s = now_s()
+        lease = await node.lease(14)
+
+        assert node.steps() == [("a", SLEEP, 1)]
+        assert lease.grade is ReclaimGrade.STANDARD
+        assert now_s() - up_s >= SchedulerOptions().settle_s
+
+
+@in_virtual_time
 async def test_a_raise_that_fails_says_why_and_is_not_tried_again_at_once() -> None:
     async with node_of(sleeper(residency=Residency.STOPPED, faults=(Fault.FAILS,))) as node:
         with pytest.raises(EngineStartFailedError, match="reasoner did not come up"):
