@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from controlplane.artifacts import Artifacts
 from controlplane.gateway._artifacts import artifact_url
-from controlplane.gateway._generations import Followed, Follower, artifact_base64
+from controlplane.gateway._generations import Followed, Follower, Quiet, artifact_base64
 from controlplane.gateway._openai import read_policy, read_request_id
 from controlplane.gateway._pictures import picture_from_text
 from controlplane.pipelines import Wish, check_side
@@ -34,10 +34,6 @@ from rung.types import (
 
 #: Pictures in one job; more are more jobs, between which others get their turn.
 MAX_COUNT = 16
-
-#: After so long without a line, an event of which there is nothing to tell is one: the next event, or a
-#: heartbeat, may be `KEEP_ALIVE_S` away, and both together are to be no more than a second.
-_QUIET_S = 0.2
 
 
 class _Body(Struct, forbid_unknown_fields=True):
@@ -112,14 +108,14 @@ class GenerateStreamRoutes:
         Raises:
             RungError: the log of the job cannot be read.
         """
-        told_s = 0.0
+        quiet = Quiet()
         async for event in followed.events():
             line = await self._line(event, followed, inline=inline)
             if line is None:
-                if event.elapsed_s - told_s < _QUIET_S or followed.progress is None:
+                if followed.progress is None or not quiet.too_long(event.elapsed_s):
                     continue
                 line = progress_line(followed.progress, event.elapsed_s)
-            told_s = event.elapsed_s
+            quiet.told(event.elapsed_s)
             yield _sse(event, line) if sse else _encode(line) + b"\n"
 
     async def _line(self, event: JobEvent, followed: Followed, *, inline: bool) -> dict[str, object] | None:

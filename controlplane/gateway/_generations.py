@@ -31,6 +31,24 @@ from rung.types import (
 
 #: A stream says what is under way at least once a second: this leaves time to send it.
 KEEP_ALIVE_S = 0.8
+#: After so long without a line, an event of which there is nothing to tell is one: the next event, or a
+#: heartbeat, may be `KEEP_ALIVE_S` away, and both together are to be no more than a second.
+_QUIET_S = 0.2
+
+
+class Quiet:
+    """How long a stream has said nothing, by the time of its job."""
+
+    def __init__(self) -> None:
+        self._told_s = 0.0
+
+    def told(self, elapsed_s: float) -> None:
+        """A line was sent."""
+        self._told_s = elapsed_s
+
+    def too_long(self, elapsed_s: float) -> bool:
+        """Whether an event without a line of its own has to be one all the same."""
+        return elapsed_s - self._told_s >= _QUIET_S
 
 
 class Follower:

@@ -14,11 +14,7 @@ from controlplane.artifacts import Artifacts
 from controlplane.gateway._artifacts import artifact_url
 from controlplane.gateway._errors import error_body, error_response
 from controlplane.gateway._generate_stream import check_effort, checked, progress_line
-from controlplane.gateway._generations import (
-    Followed,
-    Follower,
-    artifact_base64,
-)
+from controlplane.gateway._generations import Followed, Follower, Quiet, artifact_base64
 from controlplane.gateway._openai import read_policy, read_request_id
 from controlplane.gateway._pictures import picture_from_text, read_size
 from controlplane.pipelines import Wish, picture_of
@@ -157,25 +153,21 @@ class ImageRoutes:
         response.content_type = "text/event-stream"
         response.charset = "utf-8"
         await response.prepare(request)
-        sent = 0
+        sent, quiet = 0, Quiet()
         async for event in followed.events():
-            match event.payload:
-                case PhaseProgress(phase=Phase.DONE):
-                    # The terminal event says it.
-                    pass
-                case PhaseProgress() as progress:
-                    line = _encode(progress_line(progress, event.elapsed_s))
-                    await response.write(b": rung.progress " + line + b"\n\n")
-                case ArtifactChunk(preview=True, content_type=content_type, data=data) if data:
-                    if _is_due(sent, partial_images, followed.progress):
-                        picture = base64.b64encode(data).decode()
-                        partial = _event(
-                            f"{event_name}.partial_image", picture, content_type, partial_image_index=sent
-                        )
-                        await response.write(partial)
-                        sent += 1
-                case _:
-                    pass
+            chunk, payload, progress = b"", event.payload, followed.progress
+            if isinstance(payload, ArtifactChunk) and payload.preview and payload.data:
+                if _is_due(sent, partial_images, progress):
+                    chunk = _partial_image(event_name, payload, sent)
+                    sent += 1
+            elif isinstance(payload, PhaseProgress) and payload.phase is not Phase.DONE:
+                # The end is told by the terminal event.
+                chunk = _progress_comment(payload, event.elapsed_s)
+            if not chunk and progress is not None and quiet.too_long(event.elapsed_s):
+                chunk = _progress_comment(progress, event.elapsed_s)
+            if chunk:
+                quiet.told(event.elapsed_s)
+                await response.write(chunk)
         await response.write(await self._ending(followed, event_name))
         await response.write_eof()
         return response
@@ -199,6 +191,15 @@ class ImageRoutes:
         except RungError as error:
             return b"event: error\ndata: " + error_body(error) + b"\n\n"
         return b"".join(completed)
+
+
+def _progress_comment(progress: PhaseProgress, elapsed_s: float) -> bytes:
+    return b": rung.progress " + _encode(progress_line(progress, elapsed_s)) + b"\n\n"
+
+
+def _partial_image(event_name: str, preview: ArtifactChunk, place: int) -> bytes:
+    picture = base64.b64encode(preview.data).decode()
+    return _event(f"{event_name}.partial_image", picture, preview.content_type, partial_image_index=place)
 
 
 def _is_due(sent: int, wanted: int, progress: PhaseProgress | None) -> bool:

@@ -9,7 +9,7 @@ import pytest
 import structlog
 
 from controlplane.artifacts import Artifacts, Collector
-from controlplane.gateway import _generate_stream, _generations
+from controlplane.gateway import _generations
 from controlplane.jobs import LiveJob, _jobs
 from controlplane.pipelines import Slots
 from controlplane.pipelines.image import PhaseOrder, Told
@@ -38,7 +38,7 @@ def silence_between_events(patch: pytest.MonkeyPatch) -> None:
 
 
 def events_without_a_line_count_as_lines(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(_generate_stream, "_QUIET_S", 0.8)
+    patch.setattr(_generations, "_QUIET_S", 0.8)
 
 
 def heartbeats_that_come_late(patch: pytest.MonkeyPatch) -> None:
