@@ -18,7 +18,7 @@ import yaml
 import rung
 from rung.types import Deployment, Residency
 
-_READY_TIMEOUT_S = 30.0
+_READY_TIMEOUT_S = 90.0
 
 #: The simulators, as an agent's configuration permits them.
 SIMULATORS: dict[str, Any] = {

@@ -152,7 +152,10 @@ def test_a_trace_in_which_nothing_is_asked_for_is_refused(tmp_path: Path) -> Non
 # The command.
 
 
-def test_the_table_has_a_line_for_each_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_has_a_line_for_each_policy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     path = _file(tmp_path, GOOD)
     assert main(["simulate", str(path), "--policy", "rung", "--policy", "lru"]) == ExitCode.OK
     told = capsys.readouterr()
