@@ -54,11 +54,12 @@ format: $(VENV) ## Format the code.
 protos: $(VENV) ## Generate the stubs from protos/.
 	$(BIN)/python scripts/generate_protos.py
 
-bench: $(VENV) ## Measure waits under each policy, the choice of a target, and the relay's cost beside none.
+bench: $(VENV) ## Measure waits under each policy, the choice of a target, watched jobs, and the relay's cost.
 	@sh scripts/ensure_debian.sh gcc libc6-dev nginx-light
 	@sh scripts/make_venv.sh dev bench
 	@for trace in solo-developer family-of-five busy-team; do $(BIN)/rung simulate $$trace || exit 1; done
 	$(BIN)/python -m tests.benchmarks.routing
+	$(BIN)/python -m tests.benchmarks.streams
 	$(BIN)/python -m tests.benchmarks.relay $(BENCH)
 
 clean: ## Remove what these targets made.

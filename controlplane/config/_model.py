@@ -7,13 +7,23 @@ import re
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from controlplane.cloud import CloudProvider
 from controlplane.config._artifacts import ArtifactsConfig
+from controlplane.config._base import ConfigModel
 from controlplane.config._cloud import CloudProviderConfig, check_cloud
+from controlplane.config._engines import (
+    EngineConfig,
+    ExternalConfig,
+    LlamaCppConfig,
+    OllamaConfig,
+    RuntimeConfig,
+    require_router,
+    require_shrinkable,
+    require_tool_parser,
+)
 from controlplane.config._images import ImagesConfig
 from controlplane.config._ladder import LadderConfig, check_targets
 from controlplane.config._profiles import ProfileConfig, check_profiles
@@ -44,52 +54,20 @@ def _loopback(host: str) -> str:
     return host
 
 
-def _on_the_node(model: str) -> str:
-    if types.OllamaEngine(model=model).leaves_node:
-        raise ValueError(
-            f"{model} runs on Ollama's servers, not on this node; what may go to the internet belongs under "
-            "cloud"
-        )
-    return model
-
-
-def _loopback_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme != "http" or not parts.hostname:
-        raise ValueError(f"{url!r} is not an http:// URL such as http://127.0.0.1:8000")
-    if parts.path.strip("/") or parts.query or parts.username:
-        raise ValueError(f"{url!r} has more than scheme, host and port; the adapter knows the paths")
-    _loopback_only_engine(parts.hostname)
-    return url.rstrip("/")
-
-
-def _loopback_only_engine(host: str) -> None:
-    try:
-        require_loopback(host, "an engine")
-    except LoopbackOnlyError:
-        raise ValueError(
-            f"engines are reached over loopback only, not at {host}; run an agent on that machine"
-        ) from None
-
-
 def _address(address: str) -> str:
     if not _ADDRESS.fullmatch(address):
         raise ValueError(f"{address!r} is not host:port, such as 127.0.0.1:8152")
     return address
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True)
-
-
-class LogConfig(_Model):
+class LogConfig(ConfigModel):
     """Logs."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     form: Literal["auto", "json", "console"] = "auto"
 
 
-class ServerConfig(_Model):
+class ServerConfig(ConfigModel):
     """The control plane itself."""
 
     host: Annotated[str, AfterValidator(_loopback)] = Field(
@@ -117,7 +95,7 @@ class ServerConfig(_Model):
         return self
 
 
-class NodeConfig(_Model):
+class NodeConfig(ConfigModel):
     """A machine with an agent."""
 
     id: str = Field(pattern=_ID)
@@ -153,184 +131,7 @@ class NodeConfig(_Model):
         return Reserve(vram_bytes=self.vram_reserve_bytes, host_bytes=self.host_reserve_bytes)
 
 
-class LlamaCppConfig(_Model):
-    """llama.cpp."""
-
-    kind: Literal["llamacpp"]
-    model_path: str = Field(default="", description="GGUF file on the node; unset with router_model.")
-    server: types.LlamaCppServer = types.LlamaCppServer.LLAMA_SERVER
-    context_tokens: int = Field(default=0, ge=0)
-    gpu_layers: int = Field(-1, ge=-1)
-    parallel: int = Field(default=1, ge=1)
-    embedding: bool = False
-    projector_path: str = Field(default="", description="Projector of a vision model, on the node.")
-    projector_on_gpu: bool = Field(
-        default=False,
-        description="Where llama-server runs the projector; unset: by the CPU, which leaves the GPU's memory "
-        "to others and takes a moment longer for each picture.",
-    )
-    chat_template: str = ""
-    kv_cache_type: Literal["", "f16", "q8_0", "q4_0"] = ""
-    router_model: str = Field(
-        default="",
-        description="One model of a llama-server in router mode that somebody else runs, by its name there.",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _some_model(cls, given: object) -> object:
-        # First of all: of a misspelt name it says what was meant.
-        if isinstance(given, dict) and not (given.get("model_path") or given.get("router_model")):
-            raise FieldError(("model_path",), "is missing; or name a router's model as router_model")
-        return given
-
-    @model_validator(mode="after")
-    def _one_model(self) -> Self:
-        if self.projector_on_gpu and not self.projector_path:
-            raise FieldError(("projector_on_gpu",), "is for a projector: name it as projector_path")
-        if not self.router_model:
-            return self
-        if self.server is not types.LlamaCppServer.LLAMA_SERVER:
-            raise FieldError(("server",), f"{self.server} has no router mode; llama-server has")
-        for name in sorted(self.model_fields_set - {"kind", "server", "router_model"}):
-            raise FieldError((name,), "is for the router to say: remove it, or router_model")
-        return self
-
-    def value(self) -> types.Engine:
-        """As the rest of the system has it."""
-        return types.LlamaCppEngine(**_fields(self))
-
-
-class OpenAiCompatibleConfig(_Model):
-    """Any server with OpenAI's routes."""
-
-    kind: Literal["openai_compatible"]
-    health_path: str = Field(default="/v1/models", pattern="^/")
-    api_key_env: str = ""
-
-    def value(self) -> types.Engine:
-        """As the rest of the system has it."""
-        return types.OpenAiCompatibleEngine(**_fields(self))
-
-
-class VllmConfig(_Model):
-    """vLLM."""
-
-    kind: Literal["vllm"]
-    model: str
-    gpu_memory_utilization: float = Field(default=0.0, ge=0, le=1)
-    max_model_len_tokens: int = Field(default=0, ge=0)
-    max_num_seqs: int = Field(default=0, ge=0)
-    kv_cache_dtype: str = ""
-    sleep_mode: bool = False
-    kv_cache_memory_bytes: ByteSize = 0
-    tool_call_parser: str = Field(
-        default="", description="vLLM's parser for the model's tool calls, such as hermes; needed for tools."
-    )
-    reasoning_parser: str = Field(
-        default="", description="vLLM's parser for the model's thoughts, such as deepseek_r1 or qwen3."
-    )
-
-    def value(self) -> types.Engine:
-        """As the rest of the system has it."""
-        return types.VllmEngine(**_fields(self))
-
-
-class OllamaConfig(_Model):
-    """Ollama."""
-
-    kind: Literal["ollama"]
-    model: Annotated[str, AfterValidator(_on_the_node)]
-    pull: bool | None = Field(
-        default=None,
-        description="Whether a start pulls a model that is not there; unset: unless Ollama is external.",
-    )
-
-    def value(self) -> types.Engine:
-        """As the rest of the system has it."""
-        return types.OllamaEngine(**_fields(self))
-
-
-class ComfyUiConfig(_Model):
-    """ComfyUI."""
-
-    kind: Literal["comfyui"]
-    reserve_vram_bytes: ByteSize = Field(default=0, alias="reserve_vram")
-
-    def value(self) -> types.Engine:
-        """As the rest of the system has it."""
-        return types.ComfyUiEngine(**_fields(self))
-
-
-class ServiceConfig(_Model):
-    """A server of speech, pictures, meshes or predictions with a dialect of its own."""
-
-    kind: Literal["speaches", "piper", "xtts", "hunyuan3d", "sana", "prediction"]
-
-    def value(self) -> types.Engine:
-        """As the rest of the system has it."""
-        return types.ServiceEngine(dialect=self.kind)
-
-
-EngineConfig = Annotated[
-    LlamaCppConfig | OpenAiCompatibleConfig | VllmConfig | OllamaConfig | ComfyUiConfig | ServiceConfig,
-    Field(discriminator="kind"),
-]
-
-
-class MountConfig(_Model):
-    """A folder of the node seen in a container."""
-
-    source: str = Field(pattern="^/")
-    target: str = Field(pattern="^/")
-    writable: bool = False
-
-
-class ProcessConfig(_Model):
-    """A process of an executable that the agent's allow-list names."""
-
-    kind: Literal["process"]
-    executable: str = Field(min_length=1)
-    arguments: tuple[str, ...] = ()
-    environment: dict[str, str] = {}
-
-    def value(self) -> types.Runtime:
-        """As the rest of the system has it."""
-        return types.ProcessRuntime(**_fields(self))
-
-
-class DockerConfig(_Model):
-    """A container."""
-
-    kind: Literal["docker"]
-    image: str = Field(min_length=1)
-    command: tuple[str, ...] = ()
-    mounts: tuple[MountConfig, ...] = ()
-    container_port: int = Field(default=0, ge=0, le=65535)
-    shared_memory_bytes: ByteSize = Field(default=0, alias="shared_memory")
-    environment: dict[str, str] = {}
-
-    def value(self) -> types.Runtime:
-        """As the rest of the system has it."""
-        mounts = tuple(types.Mount(**_fields(mount)) for mount in self.mounts)
-        return types.DockerRuntime(**(_fields(self) | {"mounts": mounts}))
-
-
-class ExternalConfig(_Model):
-    """An engine that somebody else runs on the node."""
-
-    kind: Literal["external"]
-    base_url: Annotated[str, AfterValidator(_loopback_url)]
-
-    def value(self) -> types.Runtime:
-        """As the rest of the system has it."""
-        return types.ExternalRuntime(base_url=self.base_url)
-
-
-RuntimeConfig = Annotated[ProcessConfig | DockerConfig | ExternalConfig, Field(discriminator="kind")]
-
-
-class DeploymentConfig(_Model):
+class DeploymentConfig(ConfigModel):
     """One model served by one engine on one node."""
 
     id: str = Field(pattern=_ID)
@@ -346,7 +147,8 @@ class DeploymentConfig(_Model):
         default=None,
         ge=1,
         le=4096,
-        description="Requests that it serves at once; unset means 16, and 1 for what makes images.",
+        description="Requests that it serves at once; unset means 16, and 1 for what makes images, meshes or "
+        "predictions, and for XTTS.",
     )
     vram_bytes: ByteSize = Field(default=0, ge=0, alias="vram")
     idle_timeout_s: DurationS | None = Field(default=None, alias="idle_timeout")
@@ -382,7 +184,7 @@ class DeploymentConfig(_Model):
         if self.restore == "warm" and self.idle_timeout_s is not None:
             raise FieldError(("idle_timeout",), "what is warm comes up again at once; remove one of the two")
         if self.shrinkable:
-            _require_shrinkable(self.engine, self.runtime)
+            require_shrinkable(self.engine, self.runtime)
         if isinstance(self.engine, OllamaConfig) and not self.context_tokens and "chat" in self.capabilities:
             raise FieldError(
                 ("context_tokens",),
@@ -390,10 +192,10 @@ class DeploymentConfig(_Model):
                 "must be known how long that is",
             )
         if isinstance(self.engine, LlamaCppConfig) and self.engine.router_model:
-            _require_router(self.engine.router_model, self.runtime, self.served_model_name)
+            require_router(self.engine.router_model, self.runtime, self.served_model_name)
         check_capabilities(self.engine.kind, self.capabilities)
         if "tools" in self.capabilities and not isinstance(self.runtime, ExternalConfig):
-            _require_tool_parser(self.engine)
+            require_tool_parser(self.engine)
         return self
 
     def spec(self) -> types.DeploymentSpec:
@@ -426,7 +228,7 @@ class DeploymentConfig(_Model):
         )
 
 
-class Config(_Model):
+class Config(ConfigModel):
     """A control plane: nodes, deployments, profiles, cloud providers, and the ladder over all of them."""
 
     server: ServerConfig = ServerConfig()
@@ -520,42 +322,8 @@ def config_schema() -> dict[str, Any]:
     return head | schema | {"title": "Rung configuration"}
 
 
-def _require_tool_parser(engine: EngineConfig) -> None:
-    """Refuse to have a vLLM called with tools that was not told how its model calls them."""
-    if isinstance(engine, VllmConfig) and not engine.tool_call_parser:
-        raise FieldError(
-            ("engine", "tool_call_parser"),
-            "is missing: without one vLLM refuses requests with tools; name the one for this model, such as "
-            "hermes (Qwen, Nemotron), llama3_json or mistral",
-        )
-
-
-def _require_router(router_model: str, runtime: RuntimeConfig, served_model_name: str) -> None:
-    """Refuse a router that we would have to start, and a model that requests would name otherwise."""
-    if not isinstance(runtime, ExternalConfig):
-        raise FieldError(("runtime",), "a router is run by somebody else; write kind: external")
-    if served_model_name not in ("", router_model):
-        raise FieldError(
-            ("served_model_name",), f"the router knows the model as {router_model} only; remove it"
-        )
-
-
-def _require_shrinkable(engine: EngineConfig, runtime: RuntimeConfig) -> None:
-    """Refuse to have an engine shrunk to its weights that cannot give up its KV cache alone."""
-    if not isinstance(engine, VllmConfig):
-        raise FieldError(("shrinkable",), f"{engine.kind} cannot give up its KV cache alone; vLLM can")
-    if not engine.sleep_mode:
-        raise FieldError(("shrinkable",), "vLLM shrinks only with engine.sleep_mode: true")
-    if isinstance(runtime, ExternalConfig):
-        raise FieldError(("shrinkable",), "an engine that somebody else runs is never shrunk")
-
-
 def _unique(what: str, names: list[str]) -> None:
     counted = Counter(names)
     for place, name in enumerate(names):
         if counted[name] > 1 and name in names[:place]:
             raise FieldError((what, place, "id"), f"{name} is used twice")
-
-
-def _fields(model: BaseModel) -> dict[str, Any]:
-    return {name: getattr(model, name) for name in type(model).model_fields if name != "kind"}

@@ -300,7 +300,7 @@ class EngineSpec(Struct, frozen=True, kw_only=True):
         return not isinstance(self.runtime, ExternalRuntime) if engine.pull is None else engine.pull
 
 
-#: Requests that an engine serves at once unless it was said; one that makes images has one GPU for each.
+#: Requests that an engine serves at once unless it was said; one that makes images, say, takes one.
 LLM_SLOTS = 16
 IMAGE_SLOTS = 1
 #: Services that do one thing at a time.

@@ -704,7 +704,9 @@ class DeploymentSpec(_message.Message):
     residency_class: Global___ResidencyClass.ValueType
     """What may be done to it."""
     slots: _builtins.int
-    """Requests that it serves at once; 0 means 16, and 1 for an engine that makes images."""
+    """Requests that it serves at once; 0 means 16, and 1 for an engine that makes images, meshes or predictions,
+    and for XTTS.
+    """
     vram_bytes: _builtins.int
     """Memory it is declared to need on its GPU."""
     keep_running: _builtins.bool
