@@ -19,7 +19,7 @@ from controlplane.api import build_services
 from controlplane.artifacts import Artifacts
 from controlplane.cloud import CloudPictures, CloudSpend, CloudTargets
 from controlplane.config import Config
-from controlplane.estimates import EstimateKeeper
+from controlplane.estimates import EstimateKeeper, Estimates
 from controlplane.fleet import DrainMarks, Fleet, MemoryAlerts, NodeSchedulers
 from controlplane.gateway import Gateway
 from controlplane.jobs import Jobs
@@ -37,6 +37,7 @@ from controlplane.store import (
     JobStore,
     ProfileStates,
 )
+from controlplane.workflows import Workflows
 from rung.errors import RungError
 from rung.service import CallInterceptor, EngineClient, GrpcServer, ServerOptions, configure_logging
 from rung.types import JobKind
@@ -137,46 +138,18 @@ async def serve(config: Config) -> None:
             cloud=cloud,
             engine_idle_timeout_s=server.engine_idle_timeout_s,
         )
-        pipelines.add(
-            VoicePipeline(
-                fleet=fleet,
-                engager=pipelines.engager,
-                artifacts=artifacts,
-                estimates=keeper.estimates,
-                voice_slots=VoiceSlots(config.voice.slots, config.voice.nodes),
-                idle_timeout_s=server.engine_idle_timeout_s,
-            ),
-            JobKind.SPEECH,
-            JobKind.TRANSCRIPTION,
-        )
-        artist = Artist(
+        _add_generations(
+            pipelines,
+            config,
             fleet=fleet,
             slots=slots,
-            engager=pipelines.engager,
-            rooms=Rooms(fleet, schedulers, keeper.estimates),
+            schedulers=schedulers,
+            jobs=jobs,
             artifacts=artifacts,
+            workflows=workflows,
             estimates=keeper.estimates,
             cloud=CloudPictures(cloud, idle_timeout_s=server.engine_idle_timeout_s) if cloud else None,
-            idle_timeout_s=server.engine_idle_timeout_s,
         )
-        images = ImagePipeline(
-            router=pipelines.router,
-            engager=pipelines.engager,
-            artist=artist,
-            workflows=workflows,
-            tiers=config.images.tier_values(),
-            stages=load_stages(config.safety.value(), config.prompt_enhancement.value(), pipelines.ask),
-        )
-        pipelines.add(images, JobKind.IMAGE, JobKind.VIDEO)
-        meshes = MeshPipeline(
-            fleet=fleet,
-            engager=pipelines.engager,
-            pictures=ChainedPictures(pipelines.start, jobs, artifacts),
-            artifacts=artifacts,
-            estimates=keeper.estimates,
-            idle_timeout_s=server.engine_idle_timeout_s,
-        )
-        pipelines.add(meshes, JobKind.MESH)
         services = build_services(fleet, schedulers, jobs, pipelines, profiles, artifacts, workflows)
         grpc_server = GrpcServer(
             ServerOptions(
@@ -220,6 +193,60 @@ async def serve(config: Config) -> None:
         await jobs.drain(server.drain_s)
         await grpc_server.stop(1.0)
     _log.info("stopped")
+
+
+def _add_generations(
+    pipelines: Pipelines,
+    config: Config,
+    *,
+    fleet: Fleet,
+    slots: Slots,
+    schedulers: NodeSchedulers,
+    jobs: Jobs,
+    artifacts: Artifacts,
+    workflows: Workflows,
+    estimates: Estimates,
+    cloud: CloudPictures | None,
+) -> None:
+    """Add what makes something else than text: speech, pictures, meshes."""
+    idle_timeout_s = config.server.engine_idle_timeout_s
+    voice = VoicePipeline(
+        fleet=fleet,
+        engager=pipelines.engager,
+        artifacts=artifacts,
+        estimates=estimates,
+        voice_slots=VoiceSlots(config.voice.slots, config.voice.nodes),
+        idle_timeout_s=idle_timeout_s,
+    )
+    pipelines.add(voice, JobKind.SPEECH, JobKind.TRANSCRIPTION)
+    artist = Artist(
+        fleet=fleet,
+        slots=slots,
+        engager=pipelines.engager,
+        rooms=Rooms(fleet, schedulers, estimates),
+        artifacts=artifacts,
+        estimates=estimates,
+        cloud=cloud,
+        idle_timeout_s=idle_timeout_s,
+    )
+    images = ImagePipeline(
+        router=pipelines.router,
+        engager=pipelines.engager,
+        artist=artist,
+        workflows=workflows,
+        tiers=config.images.tier_values(),
+        stages=load_stages(config.safety.value(), config.prompt_enhancement.value(), pipelines.ask),
+    )
+    pipelines.add(images, JobKind.IMAGE, JobKind.VIDEO)
+    meshes = MeshPipeline(
+        fleet=fleet,
+        engager=pipelines.engager,
+        pictures=ChainedPictures(pipelines.start, jobs, artifacts),
+        artifacts=artifacts,
+        estimates=estimates,
+        idle_timeout_s=idle_timeout_s,
+    )
+    pipelines.add(meshes, JobKind.MESH)
 
 
 def _calm_collector() -> None:

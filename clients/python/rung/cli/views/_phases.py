@@ -33,7 +33,12 @@ _REFRESHES_PER_S = 8
 #: A line for each tenth of the way is enough where lines stay.
 _PERCENT_STEP = 10
 #: What files are called, by the first part of their media type.
-_NOUNS = {"image": ("image", "images"), "video": ("video", "videos"), "model": ("mesh", "meshes")}
+_NOUNS = {
+    "audio": ("audio file", "audio files"),
+    "image": ("image", "images"),
+    "model": ("mesh", "meshes"),
+    "video": ("video", "videos"),
+}
 _NAME_WIDTH = max(len(phase.value) for phase in Phase)
 
 Clock = Callable[[], float]
@@ -228,13 +233,14 @@ class _LiveDisplay:
 
 
 def _grid(*, bar: bool = False) -> Table:
-    grid = Table.grid(padding=(0, 1))
+    # All of the width, so that what is too narrow cuts the words, and not the name of the phase.
+    grid = Table.grid(padding=(0, 1), expand=True)
     grid.add_column(width=1)
     grid.add_column(width=_NAME_WIDTH, no_wrap=True)
     grid.add_column(min_width=7, justify="right", no_wrap=True)
     if bar:
         grid.add_column(width=_BAR_WIDTH)
-    grid.add_column(no_wrap=True, overflow="ellipsis")
+    grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
     return grid
 
 
