@@ -45,18 +45,25 @@ class RungProcess:
         self.ready: dict[str, int] = {}
 
     async def start(self) -> None:
-        """Start it and wait until it says that it is ready."""
+        """Start it and wait until it says that it is ready; one that does not in time is killed."""
         self._ready_file.unlink(missing_ok=True)
         with self._log_path.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "rung.cli", *self._arguments, stdout=log, stderr=log
             )
+        try:
+            await self._ready(self._process)
+        except BaseException:
+            await self.end(signal.SIGKILL)
+            raise
+
+    async def _ready(self, process: asyncio.subprocess.Process) -> None:
         deadline = asyncio.get_running_loop().time() + _READY_TIMEOUT_S
         while True:
             with suppress(FileNotFoundError, json.JSONDecodeError):
                 self.ready = json.loads(self._ready_file.read_text())
                 return
-            assert self._process.returncode is None, f"it ended:\n{self.log()[-3000:]}"
+            assert process.returncode is None, f"it ended:\n{self.log()[-3000:]}"
             assert asyncio.get_running_loop().time() < deadline, f"not ready:\n{self.log()[-3000:]}"
             await asyncio.sleep(0.05)
 
