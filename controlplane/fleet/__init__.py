@@ -8,7 +8,7 @@ from controlplane.fleet._marks import DrainMarks, NodeSwaps
 from controlplane.fleet._operations import LifecycleAction
 from controlplane.fleet._pools import find_gpu, held_bytes, ledger_of, pool_of
 from controlplane.fleet._raising import progress_of_event
-from controlplane.fleet._schedulers import NodeSchedulers
+from controlplane.fleet._schedulers import NodeSchedulers, freed_by
 from controlplane.fleet._view import DeploymentView, FleetView, build_view, models
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "NodeSwaps",
     "build_view",
     "find_gpu",
+    "freed_by",
     "held_bytes",
     "ledger_of",
     "log_alert",

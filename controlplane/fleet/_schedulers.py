@@ -37,6 +37,7 @@ from rung.errors import RungError, UnknownNodeError
 from rung.types import (
     DeploymentSpec,
     LifecycleDone,
+    LifecycleEvent,
     LifecycleFailed,
     NodeState,
     Phase,
@@ -175,16 +176,9 @@ class NodeWorld:
         action = _ACTIONS[step.action]
         before = await self.measure(pool_id)
         operation_id = f"reclaim-{step.deployment_id}-{uuid.uuid4().hex[:12]}"
-        freed_bytes: int | None = None
-        steps = self._fleet.lifecycle(
-            action, step.deployment_id, operation_id, level=step.level, makes_room=True
+        freed_bytes = await freed_by(
+            self._fleet.lifecycle(action, step.deployment_id, operation_id, level=step.level, makes_room=True)
         )
-        async with aclosing(steps) as events:
-            async for event in events:
-                if isinstance(event.payload, LifecycleFailed):
-                    raise error_of_failure(event.payload)
-                if isinstance(event.payload, LifecycleDone):
-                    freed_bytes = event.payload.freed_bytes
         if freed_bytes is not None:
             # The agent measured it. What is free now is measured once more before anything is granted.
             after = await self.measure(pool_id)
@@ -208,6 +202,25 @@ class NodeWorld:
             async with aclosing(self._fleet.ensure_awake(deployment_id)) as progress:
                 async for _ in progress:
                     pass
+
+
+async def freed_by(steps: AsyncGenerator[LifecycleEvent, None]) -> int | None:
+    """Follow an operation that gives memory back to its end.
+
+    Returns:
+        The bytes that it freed, as the agent measured them; None if that is not known.
+
+    Raises:
+        RungError: it failed.
+    """
+    freed_bytes: int | None = None
+    async with aclosing(steps) as events:
+        async for event in events:
+            if isinstance(event.payload, LifecycleFailed):
+                raise error_of_failure(event.payload)
+            if isinstance(event.payload, LifecycleDone):
+                freed_bytes = event.payload.freed_bytes
+    return freed_bytes
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from controlplane.fleet import (
     Fleet,
     LifecycleAction,
     NodeSchedulers,
+    freed_by,
     pool_of,
     progress_of_event,
 )
@@ -32,9 +33,8 @@ from controlplane.vram import (
     StepState,
     Waiting,
 )
-from rung import error_of_failure
 from rung.errors import UnknownLeaseError
-from rung.types import LifecycleDone, LifecycleFailed, Phase, TransitionTimes
+from rung.types import Phase, TransitionTimes
 
 _log = structlog.get_logger("rung.pipelines")
 
@@ -196,14 +196,9 @@ async def flush(fleet: Fleet, deployment_id: str) -> int | None:
         RungError: it did not work.
     """
     operation_id = f"flush-{deployment_id}-{uuid.uuid4().hex[:12]}"
-    freed_bytes: int | None = None
-    steps = fleet.lifecycle(LifecycleAction.FREE, deployment_id, operation_id, makes_room=True)
-    async with aclosing(steps) as events:
-        async for event in events:
-            if isinstance(event.payload, LifecycleFailed):
-                raise error_of_failure(event.payload)
-            if isinstance(event.payload, LifecycleDone):
-                freed_bytes = event.payload.freed_bytes
+    freed_bytes = await freed_by(
+        fleet.lifecycle(LifecycleAction.FREE, deployment_id, operation_id, makes_room=True)
+    )
     await measured_since(fleet, deployment_id, asyncio.get_running_loop().time())
     return freed_bytes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import AbstractAsyncContextManager, aclosing
+from contextlib import aclosing
 from typing import TypeVar
 
 import msgspec
@@ -13,17 +13,16 @@ from msgspec import Struct
 from nodeagent.engines._base import (
     CommandLine,
     EngineHealth,
-    EngineStream,
     Generation,
     LoadProgress,
     Probe,
-    RunKind,
 )
 from nodeagent.engines._comfyui_generate import ComfyUiPace, NodeClasses, PromptRun
 from nodeagent.engines._comfyui_http import ComfyUiHttp
 from nodeagent.engines._comfyui_stop import stop_prompt
 from nodeagent.engines._loading import milestone, recognise
 from nodeagent.engines._openai_relay import Answer, ask, guarded
+from nodeagent.engines._service import NoOpenAiRoutes
 from nodeagent.engines._tell import tell
 from rung.codec import GenerationEvent
 from rung.errors import EngineFailedError, EngineProtocolError, InvalidRequestError
@@ -84,7 +83,7 @@ class _Queue(Struct):
     queue_pending: list[msgspec.Raw]
 
 
-class ComfyUiAdapter:
+class ComfyUiAdapter(NoOpenAiRoutes):
     """Starts ComfyUI, tells how it is, carries graphs to it, and has it give back its memory.
 
     Arguments are those of `main.py`: that the executable is a Python with this script is for the agent's
@@ -94,6 +93,8 @@ class ComfyUiAdapter:
         client: connections to engines.
         pace: how often a generation is looked at.
     """
+
+    engine_name = "ComfyUI"
 
     def __init__(self, client: EngineClient, *, pace: ComfyUiPace | None = None) -> None:
         self._client = client
@@ -126,12 +127,6 @@ class ComfyUiAdapter:
     def load_progress(self, line: str) -> LoadProgress | None:
         """See `EngineAdapter.load_progress`. Importing nodes has no percentage."""
         return recognise(_MILESTONES, line.strip())
-
-    def run(
-        self, base_url: str, spec: DeploymentSpec, kind: RunKind, body: bytes, *, idle_timeout_s: float
-    ) -> AbstractAsyncContextManager[EngineStream]:
-        """Always raises InvalidRequestError: the engine has none of OpenAI's routes."""
-        raise InvalidRequestError(f"{spec.id}: ComfyUI has no route for {kind}", deployment=spec.id)
 
     async def generate(
         self, base_url: str, spec: DeploymentSpec, generation: Generation

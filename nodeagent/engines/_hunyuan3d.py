@@ -21,7 +21,7 @@ import re
 import secrets
 import struct
 from collections.abc import AsyncGenerator
-from contextlib import AbstractAsyncContextManager, aclosing
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -31,14 +31,13 @@ from nodeagent.engines._artifact import pieces_of
 from nodeagent.engines._base import (
     CommandLine,
     EngineHealth,
-    EngineStream,
     Generation,
     LoadProgress,
     Probe,
-    RunKind,
 )
 from nodeagent.engines._loading import milestone, recognise
 from nodeagent.engines._openai_relay import Answer, ask, guarded
+from nodeagent.engines._service import NoOpenAiRoutes, require_dialect
 from nodeagent.engines._tell import tell
 from rung.codec import GenerationEvent
 from rung.errors import (
@@ -49,7 +48,7 @@ from rung.errors import (
     InvalidRequestError,
 )
 from rung.service import EngineClient
-from rung.types import DeploymentSpec, MeshInput, Phase, PhaseProgress, ServiceEngine
+from rung.types import DeploymentSpec, MeshInput, Phase, PhaseProgress
 
 _CONTENT_TYPE = "model/gltf-binary"
 _SEEDS = 2**32
@@ -101,7 +100,7 @@ class _Left(Struct, kw_only=True):
     until_s: float
 
 
-class Hunyuan3dAdapter:
+class Hunyuan3dAdapter(NoOpenAiRoutes):
     """Has one server of Hunyuan3D make meshes, one at a time.
 
     What was begun goes on in the engine when its caller leaves: its mesh is thrown away, and the next
@@ -114,6 +113,8 @@ class Hunyuan3dAdapter:
         texture_timeout_s: after so long without a texture it has failed.
         writing_s: longest time for which a file may be given out that is not whole.
     """
+
+    engine_name = "Hunyuan3D"
 
     def __init__(
         self,
@@ -138,8 +139,7 @@ class Hunyuan3dAdapter:
         Raises:
             InvalidRequestError: the spec is not for Hunyuan3D.
         """
-        if spec.engine.engine != ServiceEngine(dialect="hunyuan3d"):
-            raise InvalidRequestError(f"{spec.id} is no Hunyuan3D deployment", deployment=spec.id)
+        require_dialect(spec, "hunyuan3d")
         arguments = ("--host", listen_host, "--port", str(listen_port))
         return CommandLine(arguments=arguments, environment={"PYTHONUNBUFFERED": "1"})
 
@@ -154,12 +154,6 @@ class Hunyuan3dAdapter:
     def load_progress(self, line: str) -> LoadProgress | None:
         """See `EngineAdapter.load_progress`. A percentage is that of the step which `detail` names."""
         return recognise(_MILESTONES, line.strip())
-
-    def run(
-        self, base_url: str, spec: DeploymentSpec, kind: RunKind, body: bytes, *, idle_timeout_s: float
-    ) -> AbstractAsyncContextManager[EngineStream]:
-        """Always raises InvalidRequestError: the engine has none of OpenAI's routes."""
-        raise InvalidRequestError(f"{spec.id}: Hunyuan3D has no route for {kind}", deployment=spec.id)
 
     async def generate(
         self, base_url: str, spec: DeploymentSpec, generation: Generation

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import AbstractAsyncContextManager
 
 import msgspec
 from msgspec import Struct
@@ -12,25 +11,23 @@ from nodeagent.engines._artifact import pieces_of
 from nodeagent.engines._base import (
     CommandLine,
     EngineHealth,
-    EngineStream,
     Generation,
     LoadProgress,
     Probe,
-    RunKind,
 )
 from nodeagent.engines._loading import milestone, recognise
 from nodeagent.engines._openai_relay import ask, guarded
+from nodeagent.engines._service import NoOpenAiRoutes, require_dialect
 from nodeagent.engines._speech import (
     failure,
     read_whole,
-    require_dialect,
     require_voice,
     require_wav,
     says,
     speech_of,
 )
 from rung.codec import GenerationEvent
-from rung.errors import EngineProtocolError, InvalidRequestError
+from rung.errors import EngineProtocolError
 from rung.service import EngineClient, EngineReply
 from rung.types import DeploymentSpec, ExternalRuntime, Phase, PhaseProgress, Voice
 
@@ -52,13 +49,15 @@ class _VoiceConfig(Struct, frozen=True):
     language: _Language = _Language()
 
 
-class PiperAdapter:
+class PiperAdapter(NoOpenAiRoutes):
     """Starts Piper, and has it speak. Its model is a voice, by the name that it has among its files.
 
     It makes a whole WAV file before its first byte leaves, and does not notice that its caller has left.
     Where its voices are is for the runtime's arguments to say (`--data-dir`), and that it may use a GPU
     (`--cuda`). An unknown voice would be answered with the usual one: it is refused here.
     """
+
+    engine_name = _NAME
 
     def __init__(self, client: EngineClient) -> None:
         self._client = client
@@ -80,12 +79,6 @@ class PiperAdapter:
     def load_progress(self, line: str) -> LoadProgress | None:
         """See `EngineAdapter.load_progress`."""
         return recognise(_MILESTONES, line.strip())
-
-    def run(
-        self, base_url: str, spec: DeploymentSpec, kind: RunKind, body: bytes, *, idle_timeout_s: float
-    ) -> AbstractAsyncContextManager[EngineStream]:
-        """Always raises InvalidRequestError: the engine has none of OpenAI's routes."""
-        raise InvalidRequestError(f"{spec.id}: {_NAME} has no route for {kind}", deployment=spec.id)
 
     async def voices(self, base_url: str, spec: DeploymentSpec) -> tuple[Voice, ...]:
         """See `VoiceControl.voices`. Names that end in one of `.onxjs` lack that end: so it lists them."""

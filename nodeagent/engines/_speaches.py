@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import AsyncGenerator
-from contextlib import AbstractAsyncContextManager
 from typing import TypeVar
 from urllib.parse import quote
 
@@ -16,15 +15,14 @@ from nodeagent.engines._artifact import PIECE_BYTES, pieces_of
 from nodeagent.engines._base import (
     CommandLine,
     EngineHealth,
-    EngineStream,
     Generation,
     LoadProgress,
     Probe,
-    RunKind,
 )
 from nodeagent.engines._loading import milestone, recognise
 from nodeagent.engines._openai_relay import Answer, ask, guarded
-from nodeagent.engines._speech import failure, read_whole, require_dialect, require_voice, says, speech_of
+from nodeagent.engines._service import NoOpenAiRoutes, require_dialect
+from nodeagent.engines._speech import failure, read_whole, require_voice, says, speech_of
 from nodeagent.engines._tell import drop, tell
 from nodeagent.engines._transcript import TranscriptReader, read_text
 from rung.codec import GenerationEvent
@@ -98,7 +96,7 @@ class _Refusal(Struct):
     detail: object = ""
 
 
-class SpeachesAdapter:
+class SpeachesAdapter(NoOpenAiRoutes):
     """Speaks to speaches, for one of its models, which it names as Hugging Face does.
 
     A deployment whose model is not loaded sleeps at level 2, as with Ollama: its server runs, and holds
@@ -109,6 +107,8 @@ class SpeachesAdapter:
 
     It fetches no model by itself, and neither do we: a start without it says how to get it.
     """
+
+    engine_name = _NAME
 
     def __init__(self, client: EngineClient) -> None:
         self._client = client
@@ -138,12 +138,6 @@ class SpeachesAdapter:
     def load_progress(self, line: str) -> LoadProgress | None:
         """See `EngineAdapter.load_progress`. It has no percentage."""
         return recognise(_MILESTONES, line.strip())
-
-    def run(
-        self, base_url: str, spec: DeploymentSpec, kind: RunKind, body: bytes, *, idle_timeout_s: float
-    ) -> AbstractAsyncContextManager[EngineStream]:
-        """Always raises InvalidRequestError: generations of audio are no OpenAI bodies of text."""
-        raise InvalidRequestError(f"{spec.id}: {_NAME} has no route for {kind}", deployment=spec.id)
 
     @property
     def frees_model(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from nodeagent.engines._base import Generation
 from rung.errors import EngineFailedError, EngineProtocolError, InvalidRequestError
 from rung.service import EngineReply
-from rung.types import DeploymentSpec, ServiceEngine, SpeechInput, Voice
+from rung.types import DeploymentSpec, SpeechInput, Voice
 
 #: An hour of speech as a WAV file; what sends more does not end.
 _MOST_BYTES = 512 * 1024 * 1024
@@ -16,13 +16,6 @@ _UNKNOWN_SIZES = (0, 0x7FFFFFFF, 0xFFFFFFFF)
 _RIFF_HEAD_BYTES = 12
 _SHOWN_VOICES = 12
 _SHOWN_CHARACTERS = 300
-
-
-def require_dialect(spec: DeploymentSpec, dialect: str) -> None:
-    """Raises InvalidRequestError for a deployment of another kind of engine."""
-    engine = spec.engine.engine
-    if not isinstance(engine, ServiceEngine) or engine.dialect != dialect:
-        raise InvalidRequestError(f"{spec.id} is not a deployment of {dialect}", deployment=spec.id)
 
 
 def speech_of(

@@ -18,7 +18,6 @@ finishes, whether or not its caller still listens.
 from __future__ import annotations
 
 import asyncio
-from contextlib import AbstractAsyncContextManager
 from typing import TypeVar
 
 import msgspec
@@ -27,15 +26,14 @@ from msgspec import Struct
 from nodeagent.engines._base import (
     CommandLine,
     EngineHealth,
-    EngineStream,
     LoadProgress,
     Probe,
-    RunKind,
 )
 from nodeagent.engines._openai_relay import Answer, ask, guarded
+from nodeagent.engines._service import NoOpenAiRoutes, require_dialect
 from rung.errors import EngineFailedError, EngineProtocolError, InvalidRequestError
 from rung.service import EngineClient, EngineReply, parse_retry_after
-from rung.types import DeploymentSpec, ServiceEngine
+from rung.types import DeploymentSpec
 
 _T = TypeVar("_T")
 
@@ -71,7 +69,7 @@ class _Refusal(Struct):
     error: str = ""
 
 
-class WorkerAdapter:
+class WorkerAdapter(NoOpenAiRoutes):
     """What the adapters of all workers share: how they start, how they are, and that they can be unloaded.
 
     A worker that is not loaded sleeps at level 2: it runs, and holds no weights.
@@ -83,7 +81,7 @@ class WorkerAdapter:
 
     def __init__(self, client: EngineClient, *, dialect: str) -> None:
         self._client = client
-        self._dialect = dialect
+        self.engine_name = dialect
 
     def command_line(self, spec: DeploymentSpec, *, listen_host: str, listen_port: int) -> CommandLine:
         """See `EngineAdapter.command_line`.
@@ -91,8 +89,7 @@ class WorkerAdapter:
         Raises:
             InvalidRequestError: the spec is not for this kind of worker.
         """
-        if spec.engine.engine != ServiceEngine(dialect=self._dialect):
-            raise InvalidRequestError(f"{spec.id} is no {self._dialect} deployment", deployment=spec.id)
+        require_dialect(spec, self.engine_name)
         arguments = ("--host", listen_host, "--port", str(listen_port), "--model", spec.engine_model_name)
         return CommandLine(arguments=arguments, environment={"PYTHONUNBUFFERED": "1"})
 
@@ -103,12 +100,6 @@ class WorkerAdapter:
     def load_progress(self, line: str) -> LoadProgress | None:
         """Nothing: a worker tells by its health that it loads, and by no line."""
         return None
-
-    def run(
-        self, base_url: str, spec: DeploymentSpec, kind: RunKind, body: bytes, *, idle_timeout_s: float
-    ) -> AbstractAsyncContextManager[EngineStream]:
-        """Always raises InvalidRequestError: the engine has none of OpenAI's routes."""
-        raise InvalidRequestError(f"{spec.id}: {self._dialect} has no route for {kind}", deployment=spec.id)
 
     @property
     def frees_model(self) -> bool:

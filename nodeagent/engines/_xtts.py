@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import AsyncGenerator, Collection
-from contextlib import AbstractAsyncContextManager
 from typing import TypeVar
 
 import msgspec
@@ -15,19 +14,17 @@ from nodeagent.engines._artifact import pieces_of
 from nodeagent.engines._base import (
     CommandLine,
     EngineHealth,
-    EngineStream,
     Generation,
     LoadProgress,
     Probe,
-    RunKind,
 )
 from nodeagent.engines._loading import milestone, recognise
 from nodeagent.engines._openai_relay import ask, guarded
+from nodeagent.engines._service import NoOpenAiRoutes, require_dialect
 from nodeagent.engines._speech import (
     failure,
     is_silent,
     read_whole,
-    require_dialect,
     require_voice,
     require_wav,
     says,
@@ -63,7 +60,7 @@ class _Refusal(Struct):
     detail: str = ""
 
 
-class XttsAdapter:
+class XttsAdapter(NoOpenAiRoutes):
     """Starts XTTS, and has it speak. Its model is always loaded; a voice is one of its recordings.
 
     It does one thing at a time, and answers nothing else meanwhile: while it speaks for us it is taken to
@@ -71,6 +68,8 @@ class XttsAdapter:
 
     Folders, device and version are for the runtime's arguments to say.
     """
+
+    engine_name = _NAME
 
     def __init__(self, client: EngineClient) -> None:
         self._client = client
@@ -94,12 +93,6 @@ class XttsAdapter:
     def load_progress(self, line: str) -> LoadProgress | None:
         """See `EngineAdapter.load_progress`."""
         return recognise(_MILESTONES, line.strip())
-
-    def run(
-        self, base_url: str, spec: DeploymentSpec, kind: RunKind, body: bytes, *, idle_timeout_s: float
-    ) -> AbstractAsyncContextManager[EngineStream]:
-        """Always raises InvalidRequestError: the engine has none of OpenAI's routes."""
-        raise InvalidRequestError(f"{spec.id}: {_NAME} has no route for {kind}", deployment=spec.id)
 
     async def voices(self, base_url: str, spec: DeploymentSpec) -> tuple[Voice, ...]:
         """See `VoiceControl.voices`: its recordings, which speak any language."""

@@ -95,7 +95,7 @@ def write_generation_input(value: EngineInput, message: _Inputs) -> None:
             )
 
 
-def read_generation_input(message: v1.GenerateRequest) -> GenerationInput | None:
+def read_generation_input(message: _Inputs) -> GenerationInput | None:
     """The `input` of a request; None for none, and for a conversation."""
     match message.WhichOneof("input"):
         case "image":
@@ -122,16 +122,8 @@ def read_engine_input(message: v1.RunGenerationRequest) -> EngineInput | None:
                 ),
                 previews=message.workflow.previews,
             )
-        case "image":
-            return _image_from_proto(message.image)
-        case "speech":
-            return _speech_from_proto(message.speech)
-        case "transcription":
-            return _transcription_from_proto(message.transcription)
-        case "mesh":
-            return _mesh_from_proto(message.mesh)
         case _:
-            return None
+            return read_generation_input(message)
 
 
 def generation_event_to_proto(value: GenerationEvent) -> v1.RunGenerationResponse:
