@@ -18,6 +18,20 @@ _SHUTDOWN_S = 1.0
 _BUSY_INTERVAL_S = 0.5
 
 
+def run_to_end(serve: Callable[[], Coroutine[Any, Any, int]], refusal: str) -> int:
+    """Run a simulated engine; returns its exit code.
+
+    Args:
+        serve: what it does; a ValueError or a FileNotFoundError of it is about how it was started.
+        refusal: what such an error is told after, on stderr, such as `vllm: error`.
+    """
+    try:
+        return asyncio.run(serve())
+    except (ValueError, FileNotFoundError) as error:
+        sys.stderr.write(f"{refusal}: {error}\n")
+        return 1
+
+
 class LoadFailedError(Exception):
     """The engine cannot load its model, or go on, and will exit; what it has to say was said."""
 

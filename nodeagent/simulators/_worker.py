@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from aiohttp import web
@@ -20,7 +19,7 @@ from nodeagent.simulators._control import add_control
 from nodeagent.simulators._faults import Fault, Faults
 from nodeagent.simulators._http import Counters, json_response
 from nodeagent.simulators._memory import GpuMemory, SimulatedOutOfMemory, gpu_memory_from
-from nodeagent.simulators._process import Listener, LoadFailedError, run_until_stopped, say
+from nodeagent.simulators._process import Listener, LoadFailedError, run_to_end, run_until_stopped, say
 from nodeagent.simulators._settings import Settings, load_time_s, settings_from, weight_bytes_of
 from nodeagent.simulators.gpu import SimulatedGpus
 
@@ -211,11 +210,7 @@ def worker_main(
     parser.add_argument("--port", type=int, default=8300)
     parser.add_argument("--model", required=True)
     options = parser.parse_args(arguments)
-    try:
-        return asyncio.run(_serve(worker, options, os.environ))
-    except (ValueError, FileNotFoundError) as error:
-        sys.stderr.write(f"{program}: error: {error}\n")
-        return 1
+    return run_to_end(lambda: _serve(worker, options, os.environ), f"{program}: error")
 
 
 async def _serve(

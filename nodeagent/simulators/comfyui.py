@@ -30,7 +30,7 @@ from nodeagent.simulators._comfyui_nodes import node_kinds
 from nodeagent.simulators._faults import Fault, Faults, parse_faults
 from nodeagent.simulators._http import Counters, json_response
 from nodeagent.simulators._memory import GpuMemory, SimulatedOutOfMemory, gpu_memory_from
-from nodeagent.simulators._process import Listener, LoadFailedError, run_until_stopped, say
+from nodeagent.simulators._process import Listener, LoadFailedError, run_to_end, run_until_stopped, say
 from nodeagent.simulators._settings import Settings, settings_from
 from nodeagent.simulators.gpu import SimulatedGpus
 
@@ -436,11 +436,7 @@ async def _serve(options: argparse.Namespace, environment: Mapping[str, str]) ->
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the simulated engine; returns the exit code."""
     options = _parser().parse_args(arguments)
-    try:
-        return asyncio.run(_serve(options, os.environ))
-    except (ValueError, FileNotFoundError) as error:
-        sys.stderr.write(f"main.py: error: {error}\n")
-        return 1
+    return run_to_end(lambda: _serve(options, os.environ), "main.py: error")
 
 
 if __name__ == "__main__":

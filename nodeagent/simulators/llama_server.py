@@ -30,7 +30,7 @@ from nodeagent.simulators._generation import (
 from nodeagent.simulators._http import SimulatedEngine, Timing, json_response
 from nodeagent.simulators._llama_router import CHILD_VARIABLE, LlamaRouter, add_router_options
 from nodeagent.simulators._memory import GpuMemory, SimulatedOutOfMemory, gpu_memory_from
-from nodeagent.simulators._process import Listener, LoadFailedError, run_until_stopped, say
+from nodeagent.simulators._process import Listener, LoadFailedError, run_to_end, run_until_stopped, say
 from nodeagent.simulators._settings import (
     Settings,
     billions_of,
@@ -382,13 +382,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_router_options(parser)
     router, passed_on = parser.parse_known_args(arguments)
     options = _parser().parse_args(passed_on, router)
-    try:
-        if not options.model:
-            return asyncio.run(LlamaRouter(router, passed_on).run())
-        return asyncio.run(_serve(options))
-    except (ValueError, FileNotFoundError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
+    if not options.model:
+        return run_to_end(lambda: LlamaRouter(router, passed_on).run(), "error")
+    return run_to_end(lambda: _serve(options), "error")
 
 
 if __name__ == "__main__":

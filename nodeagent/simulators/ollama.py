@@ -43,7 +43,7 @@ from nodeagent.simulators._ollama_runners import (
     limits_from,
     seconds_of,
 )
-from nodeagent.simulators._process import Listener, LoadFailedError, run_until_stopped, say
+from nodeagent.simulators._process import Listener, LoadFailedError, run_to_end, run_until_stopped, say
 from nodeagent.simulators._settings import (
     Settings,
     billions_of,
@@ -461,11 +461,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given != ["serve"]:
         sys.stderr.write(f'Error: unknown command "{" ".join(given)}" for "ollama"\n')
         return 1
-    try:
-        return asyncio.run(_serve(os.environ))
-    except (ValueError, FileNotFoundError) as error:
-        sys.stderr.write(f"Error: {error}\n")
-        return 1
+    return run_to_end(lambda: _serve(os.environ), "Error")
 
 
 if __name__ == "__main__":

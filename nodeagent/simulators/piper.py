@@ -24,7 +24,7 @@ from msgspec import Struct
 from nodeagent.simulators._control import add_control
 from nodeagent.simulators._faults import Fault, Faults
 from nodeagent.simulators._http import Counters, json_response
-from nodeagent.simulators._process import Listener, LoadFailedError, run_until_stopped, say
+from nodeagent.simulators._process import Listener, LoadFailedError, run_to_end, run_until_stopped, say
 from nodeagent.simulators._settings import Settings, settings_from
 from nodeagent.simulators._sound import spoken_s, wav
 
@@ -201,11 +201,7 @@ async def _serve(options: argparse.Namespace, environment: Mapping[str, str]) ->
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the simulated engine; returns the exit code."""
     options = _parser().parse_args(arguments)
-    try:
-        return asyncio.run(_serve(options, os.environ))
-    except ValueError as error:
-        sys.stderr.write(f"http_server.py: error: {error}\n")
-        return 1
+    return run_to_end(lambda: _serve(options, os.environ), "http_server.py: error")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from nodeagent.simulators._control import add_control
 from nodeagent.simulators._faults import Fault, Faults
 from nodeagent.simulators._http import Counters, json_response
 from nodeagent.simulators._memory import GpuMemory, gpu_memory_from
-from nodeagent.simulators._process import Listener, LoadFailedError, run_until_stopped, say
+from nodeagent.simulators._process import Listener, LoadFailedError, run_to_end, run_until_stopped, say
 from nodeagent.simulators._settings import Settings, settings_from
 from nodeagent.simulators._sound import Segment, heard, hum, segments_of, spoken_s, wav_head
 from nodeagent.simulators._speaches_models import ModelFailedError, SpeachesModels, voices_of
@@ -407,11 +407,7 @@ async def _serve(environment: Mapping[str, str]) -> int:
 
 def main() -> int:
     """Run the simulated engine; returns the exit code."""
-    try:
-        return asyncio.run(_serve(os.environ))
-    except (ValueError, FileNotFoundError) as error:
-        sys.stderr.write(f"uvicorn: error: {error}\n")
-        return 1
+    return run_to_end(lambda: _serve(os.environ), "uvicorn: error")
 
 
 if __name__ == "__main__":

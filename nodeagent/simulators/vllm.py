@@ -23,7 +23,7 @@ from nodeagent.simulators._faults import Fault
 from nodeagent.simulators._generation import EmbeddingRequest, GenerationRequest, is_reasoner
 from nodeagent.simulators._http import SimulatedEngine, Timing, json_response
 from nodeagent.simulators._memory import GpuMemory, SimulatedOutOfMemory, gpu_memory_from
-from nodeagent.simulators._process import Listener, LoadFailedError, run_until_stopped, say
+from nodeagent.simulators._process import Listener, LoadFailedError, run_to_end, run_until_stopped, say
 from nodeagent.simulators._settings import (
     Settings,
     billions_of,
@@ -416,11 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the simulated engine; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(given[1:] if given[:1] == ["serve"] else given)
-    try:
-        return asyncio.run(_serve(options))
-    except (ValueError, FileNotFoundError) as error:
-        sys.stderr.write(f"vllm: error: {error}\n")
-        return 1
+    return run_to_end(lambda: _serve(options), "vllm: error")
 
 
 if __name__ == "__main__":

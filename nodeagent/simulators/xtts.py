@@ -25,7 +25,7 @@ from nodeagent.simulators._control import add_control
 from nodeagent.simulators._faults import Fault, Faults
 from nodeagent.simulators._http import Counters, json_response
 from nodeagent.simulators._memory import GpuMemory, SimulatedOutOfMemory, gpu_memory_from
-from nodeagent.simulators._process import Listener, LoadFailedError, run_until_stopped, say
+from nodeagent.simulators._process import Listener, LoadFailedError, run_to_end, run_until_stopped, say
 from nodeagent.simulators._settings import Settings, settings_from
 from nodeagent.simulators._sound import silence, spoken_s, wav
 from nodeagent.simulators.gpu import SimulatedGpus
@@ -237,11 +237,7 @@ async def _serve(options: argparse.Namespace, environment: Mapping[str, str]) ->
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the simulated engine; returns the exit code."""
     options = _parser().parse_args(arguments)
-    try:
-        return asyncio.run(_serve(options, os.environ))
-    except (ValueError, FileNotFoundError) as error:
-        sys.stderr.write(f"xtts_api_server: error: {error}\n")
-        return 1
+    return run_to_end(lambda: _serve(options, os.environ), "xtts_api_server: error")
 
 
 if __name__ == "__main__":
