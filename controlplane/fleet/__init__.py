@@ -1,6 +1,7 @@
 """Nodes and their agents: dial, watch, reconcile; the fleet as one immutable view."""
 
-from controlplane.fleet._agent_client import AgentClient, AgentRun
+from controlplane.fleet._agent_client import AgentClient
+from controlplane.fleet._agent_runs import AgentRun
 from controlplane.fleet._alerts import MemoryAlerts, log_alert
 from controlplane.fleet._division import Division, utilization_of
 from controlplane.fleet._fleet import ConfiguredNode, Fleet

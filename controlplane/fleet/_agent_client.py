@@ -6,21 +6,19 @@ Requests and answers are `rung.types` values, failures are `rung.errors`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
 from msgspec import Struct
 
+from controlplane.fleet._agent_runs import AGENT_MARGIN_S, AgentRun, RunStream
 from rung import codec, error_of_failure, v1
 from rung.codec import GenerationEvent
 from rung.errors import (
-    EngineProtocolError,
     EngineTimeoutError,
-    EngineUnreachableError,
     NodeUnreachableError,
     NotImplementedYetError,
     RungError,
@@ -37,9 +35,6 @@ from rung.types import (
     Voice,
 )
 
-if TYPE_CHECKING:
-    RunCall: TypeAlias = grpc.aio.UnaryStreamCall[v1.RunRequest, v1.RunResponse]
-
 #: Codes that gRPC itself gives to a call whose peer or connection is gone.
 _CONNECTION_CODES = frozenset(
     {
@@ -50,8 +45,8 @@ _CONNECTION_CODES = frozenset(
         grpc.StatusCode.DEADLINE_EXCEEDED,
     }
 )
-#: The agent enforces the idle timeout of a generation; this long after it the agent itself is given up.
-_AGENT_MARGIN_S = 10.0
+#: A request of more than this goes over a stream of its own.
+_LARGEST_SHARED_BYTES = 64 * 1024
 #: Listing voices reads a folder.
 _VOICES_TIMEOUT_S = 5.0
 
@@ -88,6 +83,7 @@ class AgentClient:
         self.node_id = node_id
         self._channel = open_channel(ChannelOptions(address=address))
         self._stub = v1.NodeAgentServiceStub(self._channel)
+        self._runs: RunStream | None = None
         self._open_calls = 0
         self._retired = False
         self._closing: asyncio.Task[None] | None = None
@@ -190,20 +186,34 @@ class AgentClient:
     ) -> AgentRun:
         """One generation through the agent; enter the result to begin it.
 
+        All share one stream, but for those with large bodies, which would hold up the others.
+
         Raises:
             NotImplementedYetError: this kind of job has no route through an agent.
         """
         run_kind = _RUN_KINDS.get(kind)
         if run_kind is None:
             raise NotImplementedYetError(f"jobs of kind {kind} do not go through an agent in this version")
-        request = v1.RunRequest(
+        begin = v1.RunBegin(
             job_id=job_id,
             deployment_id=deployment_id,
             kind=run_kind,
             body=body,
             idle_timeout=codec.duration_to_proto(idle_timeout_s),
         )
-        return AgentRun(self, request, idle_timeout_s)
+        shared = len(body) <= _LARGEST_SHARED_BYTES
+        return AgentRun(self._shared_stream if shared else self._open_stream, begin, idle_timeout_s)
+
+    def _shared_stream(self) -> RunStream:
+        if self._runs is None or not self._runs.is_open:
+            self._runs = self._open_stream(lasts=True)
+        else:
+            self._opened()
+        return self._runs
+
+    def _open_stream(self, *, lasts: bool = False) -> RunStream:
+        self._opened()
+        return RunStream(self.node_id, self._stub.Run(), error=self._error, left=self._closed, lasts=lasts)
 
     async def generate(
         self, deployment_id: str, *, job_id: str, wanted: EngineInput, idle_timeout_s: float
@@ -230,7 +240,7 @@ class AgentClient:
         with self._follows(call):
             while True:
                 try:
-                    async with asyncio.timeout(idle_timeout_s + _AGENT_MARGIN_S):
+                    async with asyncio.timeout(idle_timeout_s + AGENT_MARGIN_S):
                         message = await anext(messages, None)
                 except TimeoutError:
                     raise EngineTimeoutError(
@@ -270,20 +280,28 @@ class AgentClient:
     def retire(self) -> None:
         """Close the channel as soon as no call uses it. Calls that run are left to finish."""
         self._retired = True
-        if not self._open_calls and self._closing is None:
-            self._closing = asyncio.create_task(self._channel.close(), name=f"close-{self.node_id}")
+        if not self._open_calls:
+            self._close()
 
     async def aclose(self) -> None:
         """Close the channel now; running calls are cancelled."""
         self._retired = True
-        if self._closing is None:
-            self._closing = asyncio.create_task(self._channel.close(), name=f"close-{self.node_id}")
-        await self._closing
+        await self._close()
 
     @property
     def is_closed(self) -> bool:
         """Whether the channel is closed for good."""
         return self._closing is not None and self._closing.done()
+
+    def _close(self) -> asyncio.Task[None]:
+        async def close() -> None:
+            if self._runs is not None:
+                await self._runs.aclose()
+            await self._channel.close()
+
+        if self._closing is None:
+            self._closing = asyncio.create_task(close(), name=f"close-{self.node_id}")
+        return self._closing
 
     def _opened(self) -> None:
         self._open_calls += 1
@@ -302,161 +320,6 @@ class AgentClient:
                 node=self.node_id,
             )
         return error_from_rpc(failure)
-
-
-class AgentRun:
-    """A generation through the agent, in the shape of `rung.service.EngineReply`.
-
-    Enter it to send the request: `status`, `content_type` and `retry_after` are there then. Leaving
-    it before the end of the body cancels the generation in the engine.
-
-    Raises, when it is entered:
-        NotAwakeError, UnknownDeploymentError, EngineUnreachableError: as the agent says.
-        NodeUnreachableError: the agent does not answer.
-        EngineTimeoutError: no head within the idle timeout.
-    """
-
-    __slots__ = (
-        "_call",
-        "_client",
-        "_deployment_id",
-        "_early",
-        "_gave_up",
-        "_idle_s",
-        "_last_s",
-        "_loop",
-        "_messages",
-        "_request",
-        "_watchdog",
-        "content_type",
-        "retry_after",
-        "status",
-    )
-
-    def __init__(self, client: AgentClient, request: v1.RunRequest, idle_timeout_s: float) -> None:
-        self._client = client
-        self._request = request
-        self._deployment_id = request.deployment_id
-        self._idle_s = idle_timeout_s + _AGENT_MARGIN_S
-        self._call: RunCall | None = None
-        self._watchdog: asyncio.TimerHandle | None = None
-        self._gave_up = False
-        self.status = 0
-        self.content_type = ""
-        self.retry_after = ""
-
-    async def __aenter__(self) -> AgentRun:
-        self._loop = asyncio.get_running_loop()
-        self._client._opened()
-        self._call = self._client._stub.Run(self._request)
-        self._last_s = self._loop.time()
-        self._watchdog = self._loop.call_later(self._idle_s, self._look)
-        # One iterator for head and body. Not `read()`, which drops what is buffered once the status is in.
-        self._messages = self._call.__aiter__()
-        try:
-            message = await self._first()
-        except BaseException:
-            self._end()
-            raise
-        head = message.head
-        self.status = head.status_code
-        self.content_type = head.content_type or "application/json"
-        self.retry_after = head.retry_after
-        self._early = head.data
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end()
-
-    async def _first(self) -> v1.RunResponse:
-        try:
-            message = await anext(self._messages, None)
-        except grpc.aio.AioRpcError as failure:
-            raise self._client._error(failure) from failure
-        except asyncio.CancelledError:
-            self._raise_unless_own_task()
-            raise
-        if message is None:
-            raise EngineProtocolError(
-                f"the agent of {self._client.node_id} ended the answer of {self._deployment_id} "
-                "before its head",
-                engine=self._deployment_id,
-            )
-        if not message.HasField("head"):
-            raise self._failed(message)
-        return message
-
-    async def chunks(self, interval_s: Callable[[], float] | None = None) -> AsyncIterator[bytes]:
-        """The body, piece by piece, as it comes: the agent sees to it that these are not too many.
-
-        Raises:
-            EngineTimeoutError: nothing came for the idle timeout.
-            EngineProtocolError: the engine's answer broke or was not understood.
-            EngineUnreachableError: the engine is gone.
-            NodeUnreachableError: the agent is gone.
-        """
-        now = self._loop.time
-        if self._early:
-            yield self._early
-        try:
-            async for message in self._messages:
-                self._last_s = now()
-                data = message.data
-                if data:
-                    yield data
-                elif message.HasField("failed"):
-                    raise self._failed(message)
-        except grpc.aio.AioRpcError as failure:
-            raise self._client._error(failure) from failure
-        except asyncio.CancelledError:
-            self._raise_unless_own_task()
-            raise
-
-    async def read(self) -> bytes:
-        """The whole body. Raises as `chunks`."""
-        return b"".join([chunk async for chunk in self.chunks()])
-
-    def _raise_unless_own_task(self) -> None:
-        """Raise what a CancelledError means: grpc.aio raises it also when only the call was cancelled."""
-        if _task_is_cancelled():
-            return
-        node = self._client.node_id
-        if self._gave_up:
-            raise EngineTimeoutError(
-                f"{self._deployment_id} on {node} said nothing for {self._idle_s:g} s",
-                engine=self._deployment_id,
-            ) from None
-        raise NodeUnreachableError(f"the channel to {node} was closed", node=node) from None
-
-    def _failed(self, message: v1.RunResponse) -> RungError:
-        failed = message.failed
-        error_class: type[RungError] = EngineProtocolError
-        if failed.reason == v1.FAILURE_REASON_TIMEOUT:
-            error_class = EngineTimeoutError
-        elif failed.reason == v1.FAILURE_REASON_ENGINE_LOST:
-            error_class = EngineUnreachableError
-        detail = failed.detail or f"the answer of {self._deployment_id} broke off"
-        return error_class(detail, engine=self._deployment_id)
-
-    def _look(self) -> None:
-        # Looks at the time of the last message now and then, so that a message costs no timer.
-        left_s = self._last_s + self._idle_s - self._loop.time()
-        if left_s > 0:
-            self._watchdog = self._loop.call_later(left_s, self._look)
-        elif self._call is not None:
-            self._gave_up = True
-            self._call.cancel()
-
-    def _end(self) -> None:
-        call, self._call = self._call, None
-        if call is None:
-            return
-        if self._watchdog is not None:
-            self._watchdog.cancel()
-        call.cancel()
-        self._client._closed()
 
 
 def _command(operation_id: str, epoch: int) -> v1.Command:

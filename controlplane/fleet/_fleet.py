@@ -12,7 +12,7 @@ from typing import Protocol
 
 from msgspec.structs import replace
 
-from controlplane.fleet._agent_client import AgentRun
+from controlplane.fleet._agent_runs import AgentRun
 from controlplane.fleet._division import Division, divided
 from controlplane.fleet._marks import DrainMarks, NoMarks
 from controlplane.fleet._node_session import NodeSession

@@ -1,5 +1,6 @@
 """The agent's gRPC service."""
 
+from nodeagent.api._runs import Runs
 from nodeagent.api._servicer import NodeAgentServicer
 
-__all__ = ["NodeAgentServicer"]
+__all__ = ["NodeAgentServicer", "Runs"]

@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import grpc.aio
 from msgspec.structs import replace
 
+from nodeagent.api._runs import Runs
 from nodeagent.engines import GenerateControl, Generation, RunKind, VoiceControl
 from nodeagent.supervisor import Command, Operation, Supervisor
 from nodeagent.telemetry import Telemetry
@@ -36,12 +37,12 @@ _DEFAULT_IDLE_TIMEOUT_S = 600.0
 _DEFAULT_DRAIN_TIMEOUT_S = 600.0
 _DEFAULT_TAIL_LINES = 100
 _STATUS_INTERVAL_S = 1.0
-#: A stream waits so long between its messages for each stream there is: 48 ms at 64 streams, two frames of
-#: a film, which a reader does not see. A message costs more than its bytes, on both sides.
+#: A stream waits so long between its pieces for each stream there is: 48 ms at 64 streams, two frames of
+#: a film, which a reader does not see. A piece costs more than its bytes, on both sides.
 _UNPACED_STREAMS = 8
 _INTERVAL_PER_STREAM_S = 0.00075
-#: Most bytes in one message; what an engine sends in a larger piece is split.
-_MAX_DATA_BYTES = 256 * 1024
+#: With as many streams, what all of them give within so long goes together.
+_MESSAGE_PAUSE_S = 0.004
 
 
 class NodeAgentServicer:
@@ -172,42 +173,37 @@ class NodeAgentServicer:
         await self._supervisor.forget(_command(request.command), request.deployment_id)
         return v1.ForgetEngineResponse()
 
-    async def Run(self, request: v1.RunRequest, context: Context) -> AsyncIterator[v1.RunResponse]:
+    def Run(self, request: AsyncIterator[v1.RunRequest], context: Context) -> AsyncIterator[v1.RunResponse]:
+        """Generations, as many at once as the caller wants."""
+        return Runs(self._run, pause_s=self._pause_s).responses(request)
+
+    def _pause_s(self) -> float:
+        return _MESSAGE_PAUSE_S if self._pacer.interval_s() else 0.0
+
+    async def _run(self, begin: v1.RunBegin) -> AsyncGenerator[v1.RunHead | bytes, None]:
         """One generation.
 
-        Between two messages the engine's bytes queue up in its connection, and come joined with the next
-        look. With many streams at once, each waits a little between its messages: gRPC takes a message
-        long before its receiver has dealt with it, so that nothing else would tell of the load.
+        Between two looks the engine's bytes queue up in its connection, and come joined. With many streams
+        at once, each waits a little between its looks.
         """
-        kind = _RUN_KINDS.get(request.kind)
+        kind = _RUN_KINDS.get(begin.kind)
         if kind is None:
             raise InvalidRequestError("kind is not one of the routes that a generation may use")
-        engine = self._supervisor.engine(request.deployment_id)
-        idle_timeout_s = _idle_timeout_s(request)
+        engine = self._supervisor.engine(begin.deployment_id)
+        idle_timeout_s = _idle_timeout_s(begin)
         spec = engine.deployment.spec
-        with engine.serving() as base_url:
+        with self._pacer, engine.serving() as base_url:
             async with engine.adapter.run(
-                base_url, spec, kind, request.body, idle_timeout_s=idle_timeout_s
+                base_url, spec, kind, begin.body, idle_timeout_s=idle_timeout_s
             ) as reply:
-                # Each message costs more than what is in it: a short answer is one.
-                early = _split(reply.ready())
-                head = v1.RunHead(
-                    status_code=reply.status,
-                    content_type=reply.content_type,
-                    retry_after=reply.retry_after,
-                    data=early[0],
+                yield v1.RunHead(
+                    status_code=reply.status, content_type=reply.content_type, retry_after=reply.retry_after
                 )
-                yield v1.RunResponse(head=head)
-                for data in early[1:]:
-                    yield v1.RunResponse(data=data)
+                if early := reply.ready():
+                    yield early
                 is_stream = reply.content_type.startswith("text/event-stream")
-                try:
-                    with self._pacer:
-                        async for chunk in reply.chunks(self._pacer.interval_s if is_stream else None):
-                            for data in _split(chunk):
-                                yield v1.RunResponse(data=data)
-                except RungError as error:
-                    yield v1.RunResponse(failed=_failed(error))
+                async for chunk in reply.chunks(self._pacer.interval_s if is_stream else None):
+                    yield chunk
 
     async def RunGeneration(
         self, request: v1.RunGenerationRequest, context: Context
@@ -256,14 +252,7 @@ class NodeAgentServicer:
             yield v1.ReadEngineLogResponse(lines=[line])
 
 
-def _split(chunk: bytes) -> Sequence[bytes]:
-    """A chunk in pieces that fit into messages."""
-    if len(chunk) <= _MAX_DATA_BYTES:
-        return (chunk,)
-    return [chunk[start : start + _MAX_DATA_BYTES] for start in range(0, len(chunk), _MAX_DATA_BYTES)]
-
-
-def _idle_timeout_s(request: v1.RunRequest | v1.RunGenerationRequest) -> float:
+def _idle_timeout_s(request: v1.RunBegin | v1.RunGenerationRequest) -> float:
     if request.HasField("idle_timeout"):
         return codec.duration_from_proto(request.idle_timeout)
     return _DEFAULT_IDLE_TIMEOUT_S

@@ -13,12 +13,13 @@ import aiohttp
 import grpc.aio
 
 from rung import v1
+from tests.benchmarks.bare_agent import bare_run
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 _session: list[aiohttp.ClientSession] = []
-_stub: list[v1.NodeAgentServiceStub] = []
+_run: list[Any] = []
 
 
 async def app(scope: dict[str, Any], receive: Receive, send: Send) -> None:
@@ -51,10 +52,9 @@ async def _straight(body: bytes, send: Send) -> None:
 
 
 async def _through_agent(body: bytes, send: Send) -> None:
-    if not _stub:
-        _stub.append(v1.NodeAgentServiceStub(grpc.aio.insecure_channel(os.environ["AGENT"])))
-    answer: Any = _stub[0].Run(v1.RunRequest(body=body))
-    async for message in answer:
+    if not _run:
+        _run.append(bare_run(grpc.aio.insecure_channel(os.environ["AGENT"])))
+    async for message in _run[0](v1.RunBegin(body=body)):
         if message.HasField("head"):
             await _head(send, message.head.status_code, message.head.content_type.encode())
         else:

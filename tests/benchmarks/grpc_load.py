@@ -15,6 +15,7 @@ import grpc.aio
 import uvloop
 
 from rung import v1
+from tests.benchmarks.bare_agent import bare_run
 
 _BODY = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "stream": True}).encode()
 _TOKEN = " token"
@@ -29,7 +30,7 @@ async def main() -> None:
     chunks = 0
 
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        inference, agent = v1.InferenceServiceStub(channel), v1.NodeAgentServiceStub(channel)
+        inference, bare = v1.InferenceServiceStub(channel), bare_run(channel)
 
         async def caller() -> None:
             nonlocal chunks
@@ -46,7 +47,7 @@ async def main() -> None:
                         if time.monotonic() > ends_at:
                             return
                 else:
-                    async for piece in agent.Run(v1.RunRequest(body=_BODY)):
+                    async for piece in bare(v1.RunBegin(body=_BODY)):
                         count = piece.data.count(b'"delta":{"content"')
                         chunks += count
                         if count and not seen:

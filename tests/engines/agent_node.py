@@ -16,6 +16,7 @@ import yaml
 from rung import codec, v1
 from rung.transport import ChannelOptions, open_channel
 from rung.types import Deployment, DeploymentSpec, LifecycleDone, LifecycleEvent, LifecycleProgress, Residency
+from tests.fakes.runs import a_run, answer_of
 from tests.integration.stack import RungProcess, engine_pids
 
 
@@ -69,12 +70,8 @@ class AgentNode:
 
     async def says(self, deployment_id: str, body: bytes) -> bytes:
         """The answer of an engine, through the agent."""
-        request = v1.RunRequest(
-            job_id="job", deployment_id=deployment_id, kind=v1.RUN_KIND_CHAT_COMPLETIONS, body=body
-        )
         async with self._stub() as stub:
-            responses = [response async for response in stub.Run(request)]
-        return b"".join(response.head.data + response.data for response in responses)
+            return await answer_of(stub, a_run(deployment_id, body))
 
     @asynccontextmanager
     async def _stub(self) -> AsyncIterator[Any]:

@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 from prometheus_client import CollectorRegistry
 
+from nodeagent.api import Runs
 from rung import codec, reason_of_error, v1
 from rung.codec import GenerationEvent
 from rung.errors import RungError
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
     Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
     Script: TypeAlias = Callable[["ScriptedAgent", "Call"], AsyncIterator[LifecyclePayload]]
-    RunScript: TypeAlias = Callable[[v1.RunRequest], AsyncIterator[v1.RunResponse]]
+    RunScript: TypeAlias = Callable[[v1.RunBegin], AsyncIterator[v1.RunHead | bytes]]
     GenerationScript: TypeAlias = Callable[[v1.RunGenerationRequest], AsyncIterator[GenerationEvent]]
 
 
@@ -134,9 +135,10 @@ class ScriptedAgent:
     deployments: dict[str, Deployment] = field(default_factory=dict)
     status: NodeStatus = field(default_factory=a_status)
     calls: list[Call] = field(default_factory=list)
-    runs: list[v1.RunRequest] = field(default_factory=list)
+    runs: list[v1.RunBegin] = field(default_factory=list)
     generations: list[v1.RunGenerationRequest] = field(default_factory=list)
     watches: int = 0
+    run_streams: int = 0
     runs_cancelled: int = 0
     generations_cancelled: int = 0
     instance_id: str = "agent-1"
@@ -282,14 +284,18 @@ class _Servicer:
             event = LifecycleEvent(command.operation_id, sequence, 0.1 * sequence, payload)
             yield codec.lifecycle_event_to_proto(event)
 
-    async def Run(self, request: v1.RunRequest, context: Context) -> AsyncIterator[v1.RunResponse]:
+    def Run(self, request: AsyncIterator[v1.RunRequest], context: Context) -> AsyncIterator[v1.RunResponse]:
+        self._agent.run_streams += 1
+        return Runs(self._run, pause_s=lambda: 0.0).responses(request)
+
+    async def _run(self, begin: v1.RunBegin) -> AsyncGenerator[v1.RunHead | bytes, None]:
         agent = self._agent
-        agent.runs.append(request)
+        agent.runs.append(begin)
         agent.asked()
         assert agent.run_script is not None
         try:
-            async for response in agent.run_script(request):
-                yield response
+            async for piece in agent.run_script(begin):
+                yield piece
         except (asyncio.CancelledError, GeneratorExit):
             agent.runs_cancelled += 1
             agent.asked()

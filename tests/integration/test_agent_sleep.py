@@ -30,6 +30,7 @@ from rung.types import (
     ResidencyClass,
     VllmEngine,
 )
+from tests.fakes.runs import a_run, answer_of
 from tests.integration.stack import SIMULATORS, RungProcess, engine_pids
 
 GIB = 1 << 30
@@ -130,12 +131,8 @@ class Node:
     async def says(self, deployment_id: str, text: str, max_tokens: int = 20) -> bytes:
         """The answer of an engine, through the agent."""
         body = f'{{"messages":[{{"role":"user","content":"{text}"}}],"max_tokens":{max_tokens}}}'
-        request = v1.RunRequest(
-            job_id="job", deployment_id=deployment_id, kind=v1.RUN_KIND_CHAT_COMPLETIONS, body=body.encode()
-        )
         async with self._stub() as stub:
-            responses = [response async for response in stub.Run(request)]
-        return b"".join(response.head.data + response.data for response in responses)
+            return await answer_of(stub, a_run(deployment_id, body.encode()))
 
     def held(self) -> int:
         """Bytes that are taken on the GPU."""

@@ -43,6 +43,7 @@ from rung.types import (
 )
 from tests.fakes.agent_server import a_spec
 from tests.fakes.engines import AnAgent, an_agent, done
+from tests.fakes.runs import a_run, answer_of, instructed, run_events, run_messages
 
 
 class NoGpus:
@@ -93,20 +94,14 @@ class Plane:
         except grpc.aio.AioRpcError as failure:
             raise error_from_rpc(failure) from failure
 
-    async def run(self, deployment_id: str = "chat-1") -> list[v1.RunResponse]:
-        return [response async for response in _raised(self.stub.Run(a_run(deployment_id)))]
+    async def run(self, deployment_id: str = "chat-1") -> list[v1.RunEvent]:
+        return [event async for event in run_events(self.stub, a_run(deployment_id))]
 
     async def log(self, deployment_id: str = "chat-1", tail_lines: int = 0) -> list[str]:
         request = v1.ReadEngineLogRequest(deployment_id=deployment_id, tail_lines=tail_lines)
         return [
             line async for response in _raised(self.stub.ReadEngineLog(request)) for line in response.lines
         ]
-
-
-def a_run(deployment_id: str = "chat-1") -> v1.RunRequest:
-    return v1.RunRequest(
-        job_id="job-1", deployment_id=deployment_id, kind=v1.RUN_KIND_CHAT_COMPLETIONS, body=b"{}"
-    )
 
 
 async def _raised(call: Any) -> AsyncIterator[Any]:
@@ -399,47 +394,50 @@ async def test_an_answer_comes_with_its_head_and_its_bytes(plane: Plane) -> None
     plane.agent.adapter.reply.status = 429
     plane.agent.adapter.reply.retry_after = "7"
 
-    responses = await plane.run()
+    events = await plane.run()
 
-    head = responses[0].head
+    head = events[0].head
     assert (head.status_code, head.content_type, head.retry_after) == (429, "text/event-stream", "7")
-    assert [response.data for response in responses[1:]] == [b"data: 1\n\n", b"data: [DONE]\n\n"]
+    assert b"".join(event.data for event in events[1:]) == b"data: 1\n\ndata: [DONE]\n\n"
     assert plane.agent.adapter.bodies == [b"{}"]
     assert plane.agent.supervisor.engine("chat-1").deployment.active_requests == 0
 
 
-async def test_a_large_piece_comes_in_messages_of_a_bounded_size(plane: Plane) -> None:
+async def test_a_large_answer_comes_no_faster_than_it_is_taken(plane: Plane) -> None:
     await all_of(plane.start(a_spec()))
     body = bytes(range(256)) * 2500
     plane.agent.adapter.reply.pieces = (body, b"end")
 
-    responses = await plane.run()
+    events = await plane.run()
 
-    sizes = [len(response.data) for response in responses[1:]]
-    assert sizes == [262_144, 262_144, 115_712, 3]
-    assert b"".join(response.data for response in responses[1:]) == body + b"end"
+    sizes = [len(event.data) for event in events[1:]]
+    assert sizes[:2] == [262_144, 262_144]
+    assert b"".join(event.data for event in events[1:]) == body + b"end"
 
 
-async def test_what_is_there_with_the_head_comes_with_it(plane: Plane) -> None:
+async def test_a_short_answer_is_one_message(plane: Plane) -> None:
     await all_of(plane.start(a_spec()))
-    plane.agent.adapter.reply.early = b"a" * 262_144 + b"b"
-    plane.agent.adapter.reply.pieces = (b"c",)
+    plane.agent.adapter.reply.early = b"a"
+    plane.agent.adapter.reply.pieces = (b"b",)
 
-    responses = await plane.run()
+    messages = [message async for message in run_messages(plane.stub, a_run())]
 
-    assert responses[0].head.data == b"a" * 262_144
-    assert [response.data for response in responses[1:]] == [b"b", b"c"]
+    assert [event.WhichOneof("event") for event in messages[0].events] == ["head", "data", "end"]
+    assert messages[0].events[1].data == b"ab"
+    assert len(messages) == 1
 
 
 async def test_a_stream_that_breaks_ends_with_what_failed(plane: Plane) -> None:
     await all_of(plane.start(a_spec()))
-    plane.agent.adapter.reply.breaks = EngineProtocolError("the connection broke")
+    plane.agent.adapter.reply.breaks = EngineProtocolError("the connection broke", engine="chat-1")
 
-    responses = await plane.run()
+    messages = [message async for message in run_messages(plane.stub, a_run())]
 
-    assert [response.WhichOneof("event") for response in responses] == ["head", "data", "data", "failed"]
-    failed = responses[-1].failed
-    assert (failed.reason, failed.detail) == (v1.FAILURE_REASON_ENGINE_PROTOCOL, "the connection broke")
+    events = [event for message in messages for event in message.events]
+    assert [event.WhichOneof("event") for event in events] == ["head", "data", "error"]
+    found = events[-1].error
+    assert (found.reason, found.message) == (EngineProtocolError.reason, "the connection broke")
+    assert dict(found.metadata) == {"engine": "chat-1"}
 
 
 async def test_a_generation_needs_an_engine_that_is_awake(plane: Plane) -> None:
@@ -456,15 +454,16 @@ async def test_a_generation_needs_a_route(plane: Plane) -> None:
     await all_of(plane.start(a_spec()))
 
     with pytest.raises(InvalidRequestError):
-        await anext(_raised(plane.stub.Run(v1.RunRequest(deployment_id="chat-1"))))
+        await answer_of(plane.stub, v1.RunBegin(deployment_id="chat-1"))
 
 
 async def test_a_caller_that_leaves_cancels_the_generation_in_the_engine(plane: Plane) -> None:
     await all_of(plane.start(a_spec()))
     adapter = plane.agent.adapter
     adapter.reply.gate.clear()
-    call = plane.stub.Run(a_run())
-    assert (await call.read()).HasField("head")
+    call = plane.stub.Run()
+    await call.write(instructed(v1.RunInstruction(run_id=1, begin=a_run())))
+    assert (await call.read()).events[0].HasField("head")
     assert plane.agent.supervisor.engine("chat-1").deployment.active_requests == 1
     assert not adapter.left.is_set()
 
@@ -480,10 +479,10 @@ async def test_many_streams_are_paced_and_what_is_no_stream_is_not(plane: Plane)
     reply = plane.agent.adapter.reply
     reply.gate.clear()
 
-    async def begin() -> AsyncIterator[v1.RunResponse]:
-        responses: AsyncIterator[v1.RunResponse] = aiter(plane.stub.Run(a_run()))
-        assert (await anext(responses)).HasField("head")
-        return responses
+    async def begin() -> AsyncIterator[v1.RunEvent]:
+        events = run_events(plane.stub, a_run())
+        assert (await anext(events)).HasField("head")
+        return events
 
     running = [await begin() for _ in range(9)]
     reply.content_type = "application/json"

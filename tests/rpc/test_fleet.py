@@ -12,24 +12,19 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from controlplane.fleet import AgentRun, DrainMarks, Fleet, FleetView, LifecycleAction
+from controlplane.fleet import DrainMarks, Fleet, FleetView, LifecycleAction
 from controlplane.fleet import _node_session as node_session
 from controlplane.fleet import _operations as operations
 from controlplane.store import FleetMarks, JobStore
 from rung import v1
 from rung.errors import (
     AlreadyExistsError,
-    EngineProtocolError,
     EngineStartFailedError,
-    EngineTimeoutError,
-    EngineUnreachableError,
     FailedPreconditionError,
     InvalidRequestError,
     NodeUnreachableError,
-    NotAwakeError,
     NotOursError,
     PinnedDeploymentError,
-    RungError,
     StaleEpochError,
     UnknownDeploymentError,
     UnknownNodeError,
@@ -651,155 +646,28 @@ async def test_a_node_stays_drained_over_a_restart_until_it_is_taken_back(
 # Running through the agent
 
 
-def head(
-    status: int = 200, *, content_type: str = "", retry_after: str = "", early: bytes = b""
-) -> v1.RunResponse:
-    found = v1.RunHead(status_code=status, content_type=content_type, retry_after=retry_after, data=early)
-    return v1.RunResponse(head=found)
-
-
-def data(text: bytes) -> v1.RunResponse:
-    return v1.RunResponse(data=text)
-
-
-def through(fleet: Fleet, idle_timeout_s: float = 30.0) -> AgentRun:
-    return fleet.run_through_agent("chat-1", "job-1", JobKind.CHAT, b"{}", idle_timeout_s)
-
-
-@asynccontextmanager
-async def running(agent: ScriptedAgent) -> AsyncIterator[Fleet]:
-    spec = a_spec()
-    agent.deployments = {spec.id: a_deployment(spec, Residency.AWAKE)}
-    async with a_fleet([agent], [spec]) as fleet:
-        await until(fleet, residency_is(Residency.AWAKE))
-        yield fleet
-
-
-async def test_an_answer_comes_through_the_agent_as_it_is(agent: ScriptedAgent) -> None:
-    async def answers(request: v1.RunRequest) -> AsyncIterator[v1.RunResponse]:
-        yield head(429, content_type="text/event-stream", retry_after="3", early=b"0;")
-        for number in range(1, 50):
-            yield data(b"%d;" % number)
-
-    agent.run_script = answers
-    async with running(agent) as fleet, through(fleet, 30.5) as reply:
-        assert (reply.status, reply.content_type, reply.retry_after) == (429, "text/event-stream", "3")
-        assert await reply.read() == b"".join(b"%d;" % number for number in range(50))
-        request = agent.runs[0]
-        assert (request.job_id, request.deployment_id, request.body) == ("job-1", "chat-1", b"{}")
-        assert request.kind == v1.RUN_KIND_CHAT_COMPLETIONS
-        assert request.idle_timeout.seconds + request.idle_timeout.nanos / 1e9 == 30.5
-
-
-async def test_leaving_early_cancels_the_generation(agent: ScriptedAgent) -> None:
-    async def endless(request: v1.RunRequest) -> AsyncIterator[v1.RunResponse]:
-        yield head()
-        while True:
-            yield data(b"x")
-            await asyncio.sleep(0.01)
-
-    agent.run_script = endless
-    async with running(agent) as fleet:
-        async with through(fleet) as reply:
-            assert await anext(reply.chunks()) == b"x"
-        await agent.until(lambda: agent.runs_cancelled == 1)
-
-
-@pytest.mark.parametrize(
-    ("reason", "error"),
-    [
-        (v1.FAILURE_REASON_TIMEOUT, EngineTimeoutError),
-        (v1.FAILURE_REASON_ENGINE_LOST, EngineUnreachableError),
-        (v1.FAILURE_REASON_ENGINE_PROTOCOL, EngineProtocolError),
-    ],
-)
-async def test_an_engine_that_breaks_off(
-    agent: ScriptedAgent, reason: v1.FailureReason.ValueType, error: type[RungError]
-) -> None:
-    async def breaks(request: v1.RunRequest) -> AsyncIterator[v1.RunResponse]:
-        yield head()
-        yield data(b"half")
-        yield v1.RunResponse(failed=v1.RunFailed(reason=reason, detail="it broke"))
-
-    agent.run_script = breaks
-    async with running(agent) as fleet, through(fleet) as reply:
-        chunks = reply.chunks()
-        assert await anext(chunks) == b"half"
-        with pytest.raises(error, match="it broke"):
-            await anext(chunks)
-
-
-async def test_errors_before_the_head(agent: ScriptedAgent) -> None:
-    async def refuses(request: v1.RunRequest) -> AsyncIterator[v1.RunResponse]:
-        for response in list[v1.RunResponse]():
-            yield response
-        raise NotAwakeError("chat-1 is asleep")
-
-    async def says_nothing(request: v1.RunRequest) -> AsyncIterator[v1.RunResponse]:
-        for response in list[v1.RunResponse]():
-            yield response
-
-    async def enters(fleet: Fleet) -> None:
-        async with fleet.run_through_agent("chat-1", "job-1", JobKind.EMBEDDING, b"{}", 30):
-            raise AssertionError("it has a head")
-
-    async with running(agent) as fleet:
-        agent.run_script = refuses
-        with pytest.raises(NotAwakeError, match="asleep"):
-            await enters(fleet)
-        agent.run_script = says_nothing
-        with pytest.raises(EngineProtocolError, match="before its head"):
-            await enters(fleet)
+async def test_nothing_runs_on_a_deployment_that_there_is_not(agent: ScriptedAgent) -> None:
+    async with a_fleet([agent]) as fleet:
         with pytest.raises(UnknownDeploymentError):
             fleet.run_through_agent("nope", "job-1", JobKind.CHAT, b"{}", 30)
-        await agent.stop()
-        with pytest.raises(NodeUnreachableError):
-            await enters(fleet)
-
-
-async def test_an_agent_lost_in_mid_answer(agent: ScriptedAgent) -> None:
-    async def hangs(request: v1.RunRequest) -> AsyncIterator[v1.RunResponse]:
-        yield head()
-        yield data(b"half")
-        await asyncio.Event().wait()
-
-    agent.run_script = hangs
-    async with running(agent) as fleet, through(fleet) as reply:
-        chunks = reply.chunks()
-        assert await anext(chunks) == b"half"
-        stopping = asyncio.create_task(agent.stop())
-        with pytest.raises(NodeUnreachableError):
-            await anext(chunks)
-        await stopping
-
-
-async def test_an_agent_that_says_nothing_is_given_up(
-    agent: ScriptedAgent, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("controlplane.fleet._agent_client._AGENT_MARGIN_S", 0.1)
-
-    async def hangs(request: v1.RunRequest) -> AsyncIterator[v1.RunResponse]:
-        yield head()
-        await asyncio.Event().wait()
-
-    agent.run_script = hangs
-    async with running(agent) as fleet, through(fleet, 0.1) as reply:
-        with pytest.raises(EngineTimeoutError):
-            await reply.read()
 
 
 async def test_a_generation_outlives_the_stream_that_watches_its_node(agent: ScriptedAgent) -> None:
     go_on = asyncio.Event()
 
-    async def waits(request: v1.RunRequest) -> AsyncIterator[v1.RunResponse]:
-        yield head()
+    async def waits(begin: v1.RunBegin) -> AsyncIterator[v1.RunHead | bytes]:
+        yield v1.RunHead(status_code=200)
         await go_on.wait()
-        yield data(b"whole")
+        yield b"whole"
 
     agent.run_script = waits
-    async with running(agent) as fleet, through(fleet) as reply:
-        agent.break_watches()
-        await agent.until(lambda: agent.watches == 2)
-        await until(fleet, lambda view: view.nodes["box"].detail == "")
-        go_on.set()
-        assert await reply.read() == b"whole"
+    spec = a_spec()
+    agent.deployments = {spec.id: a_deployment(spec, Residency.AWAKE)}
+    async with a_fleet([agent], [spec]) as fleet:
+        await until(fleet, residency_is(Residency.AWAKE))
+        async with fleet.run_through_agent("chat-1", "job-1", JobKind.CHAT, b"{}", 30) as reply:
+            agent.break_watches()
+            await agent.until(lambda: agent.watches == 2)
+            await until(fleet, lambda view: view.nodes["box"].detail == "")
+            go_on.set()
+            assert await reply.read() == b"whole"

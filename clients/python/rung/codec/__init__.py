@@ -91,6 +91,12 @@ from rung.codec._profile import (
     profile_list_to_proto,
     profile_to_proto,
 )
+from rung.codec._run import (
+    RUN_MESSAGE_BYTES,
+    RUN_WINDOW_BYTES,
+    run_error_from_proto,
+    run_error_to_proto,
+)
 from rung.codec._values import (
     duration_from_proto,
     duration_to_proto,
@@ -115,6 +121,8 @@ __all__ = [
     "JOB_STATES",
     "PRIORITIES",
     "RECLAIM_GRADES",
+    "RUN_MESSAGE_BYTES",
+    "RUN_WINDOW_BYTES",
     "GenerationEvent",
     "artifact_chunk_from_proto",
     "artifact_chunk_to_proto",
@@ -183,6 +191,8 @@ __all__ = [
     "reclaim_plan_to_proto",
     "route_explanation_from_proto",
     "route_explanation_to_proto",
+    "run_error_from_proto",
+    "run_error_to_proto",
     "served_from_proto",
     "served_to_proto",
     "timestamp_from_proto",

@@ -10,7 +10,7 @@ from rung.service._config_file import (
 )
 from rung.service._engine_client import EngineClient, EngineReply
 from rung.service._host import host_id
-from rung.service._interceptors import CallInterceptor
+from rung.service._interceptors import CallInterceptor, refusal_of
 from rung.service._logging import configure_logging
 from rung.service._multipart import FormFile, form
 from rung.service._retry_after import parse_retry_after, parse_seconds, seconds_until
@@ -43,6 +43,7 @@ __all__ = [
     "parse_duration",
     "parse_retry_after",
     "parse_seconds",
+    "refusal_of",
     "require_loopback",
     "seconds_until",
 ]

@@ -16,6 +16,7 @@ import structlog
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from rung.errors import RungError, Status
+from rung.service._services import make_handler
 from rung.transport import grpc_code, status_trailer
 
 _log = structlog.get_logger("rung.grpc")
@@ -59,9 +60,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or method.startswith("/grpc."):
             return handler
-        # Our services take one request a call; the stubs of grpc know only its synchronous side.
-        inner_stream: Any = handler.unary_stream
-        inner_unary: Any = handler.unary_unary
+        # The stubs of grpc know only its synchronous side.
+        inner_stream: Any = handler.stream_stream or handler.unary_stream
+        inner_unary: Any = handler.stream_unary or handler.unary_unary
 
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
             started = time.monotonic()
@@ -71,7 +72,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     yield response
                 code = "OK"
             except Exception as error:  # noqa: BLE001 - the boundary: whatever it is becomes a status
-                refusal = _refusal(error, method)
+                refusal = refusal_of(error, method)
                 code = refusal.status.value
                 await _abort(refusal, context)
             finally:
@@ -84,20 +85,19 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 response = await inner_unary(request, context)
                 code = "OK"
             except Exception as error:  # noqa: BLE001 - the boundary: whatever it is becomes a status
-                refusal = _refusal(error, method)
+                refusal = refusal_of(error, method)
                 code = refusal.status.value
                 await _abort(refusal, context)
             finally:
                 self._record(method, code, started)
             return response
 
-        behaviour: Any = stream if handler.response_streaming else unary
-        make: Any = (
-            grpc.unary_stream_rpc_method_handler
-            if handler.response_streaming
-            else grpc.unary_unary_rpc_method_handler
+        wrapped = make_handler(
+            stream if handler.response_streaming else unary,
+            streams=(bool(handler.request_streaming), bool(handler.response_streaming)),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
         )
-        wrapped: Handler = make(behaviour, handler.request_deserializer, handler.response_serializer)
         self._wrapped[method] = wrapped
         return wrapped
 
@@ -116,8 +116,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             _log.debug("call", method=method, code=code, seconds=round(seconds, 4))
 
 
-def _refusal(error: Exception, method: str) -> RungError:
-    """What the caller is told. A defect is logged with its trace, and its text stays here."""
+def refusal_of(error: Exception, method: str) -> RungError:
+    """What the caller of `method` is told. A defect is logged with its trace, and its text stays here."""
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if isinstance(error, RungError) and error.status is not Status.INTERNAL:

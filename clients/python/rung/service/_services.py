@@ -36,18 +36,31 @@ def add_service(server: grpc.aio.Server, service: ServiceDescriptor, servicer: o
 
 
 def _handler(method: MethodDescriptor, servicer: object) -> grpc.RpcMethodHandler[Any, Any]:
-    assert not method.client_streaming, "our services take one request a call"
     behaviour: Callable[..., Any] = getattr(servicer, method.name, None) or _unimplemented(method)
-    make = (
-        grpc.unary_stream_rpc_method_handler
-        if method.server_streaming
-        else grpc.unary_unary_rpc_method_handler
-    )
-    return make(
+    return make_handler(
         behaviour,
+        streams=(method.client_streaming, method.server_streaming),
         request_deserializer=GetMessageClass(method.input_type).FromString,
         response_serializer=GetMessageClass(method.output_type).SerializeToString,
     )
+
+
+def make_handler(
+    behaviour: Callable[..., Any],
+    *,
+    streams: tuple[bool, bool],
+    request_deserializer: Callable[[bytes], Any] | None,
+    response_serializer: Callable[[Any], bytes] | None,
+) -> grpc.RpcMethodHandler[Any, Any]:
+    """A handler of the kind that a method wants: `streams` says which of requests and responses are many."""
+    make: Any = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }[streams]
+    handler: grpc.RpcMethodHandler[Any, Any] = make(behaviour, request_deserializer, response_serializer)
+    return handler
 
 
 def _unimplemented(method: MethodDescriptor) -> Callable[..., Any]:

@@ -30,15 +30,17 @@ from rung.v1 import job_pb2 as rung_dot_v1_dot_job__pb2
 from rung.v1 import node_pb2 as rung_dot_v1_dot_node__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n rung/v1/node_agent_service.proto\x12\x07rung.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18rung/v1/deployment.proto\x1a\x18rung/v1/generation.proto\x1a\x11rung/v1/job.proto\x1a\x12rung/v1/node.proto\".\n\x07\x43ommand\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"\x1d\n\x0cWatchRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\"\xc8\x01\n\rWatchResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12)\n\x08snapshot\x18\x02 \x01(\x0b\x32\x15.rung.v1.NodeSnapshotH\x00\x12%\n\x06status\x18\x03 \x01(\x0b\x32\x13.rung.v1.NodeStatusH\x00\x12)\n\ndeployment\x18\x04 \x01(\x0b\x32\x13.rung.v1.DeploymentH\x00\x12\x1f\n\x15removed_deployment_id\x18\x05 \x01(\tH\x00\x42\x07\n\x05\x65vent\"\x98\x01\n\x0cNodeSnapshot\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x19\n\x11\x61gent_instance_id\x18\x02 \x01(\t\x12#\n\x06status\x18\x03 \x01(\x0b\x32\x13.rung.v1.NodeStatus\x12(\n\x0b\x64\x65ployments\x18\x04 \x03(\x0b\x32\x13.rung.v1.Deployment\x12\r\n\x05\x65poch\x18\x05 \x01(\x03\"^\n\x12StartEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12%\n\x04spec\x18\x02 \x01(\x0b\x32\x17.rung.v1.DeploymentSpec\"=\n\x13StartEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"\\\n\x11StopEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\"<\n\x12StopEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"l\n\x12SleepEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\x12\r\n\x05level\x18\x03 \x01(\x05\x12\r\n\x05\x66orce\x18\x04 \x01(\x08\"=\n\x13SleepEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"M\n\x11WakeEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\"<\n\x12WakeEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"O\n\x13ShrinkEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\">\n\x14ShrinkEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"M\n\x11\x46reeEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\"<\n\x12\x46reeEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"O\n\x13\x46orgetEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\"\x16\n\x14\x46orgetEngineResponse\"\x92\x01\n\nRunRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\x12\x1e\n\x04kind\x18\x03 \x01(\x0e\x32\x10.rung.v1.RunKind\x12\x0c\n\x04\x62ody\x18\x04 \x01(\x0c\x12/\n\x0cidle_timeout\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"n\n\x0bRunResponse\x12 \n\x04head\x18\x01 \x01(\x0b\x32\x10.rung.v1.RunHeadH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12$\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x12.rung.v1.RunFailedH\x00\x42\x07\n\x05\x65vent\"W\n\x07RunHead\x12\x13\n\x0bstatus_code\x18\x01 \x01(\x05\x12\x14\n\x0c\x63ontent_type\x18\x02 \x01(\t\x12\x13\n\x0bretry_after\x18\x03 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"C\n\tRunFailed\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.rung.v1.FailureReason\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"\xcb\x02\n\x14RunGenerationRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\x12/\n\x0cidle_timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x08workflow\x18\n \x01(\x0b\x32\x16.rung.v1.WorkflowInputH\x00\x12$\n\x05image\x18\x0b \x01(\x0b\x32\x13.rung.v1.ImageInputH\x00\x12&\n\x06speech\x18\x0c \x01(\x0b\x32\x14.rung.v1.SpeechInputH\x00\x12\x34\n\rtranscription\x18\r \x01(\x0b\x32\x1b.rung.v1.TranscriptionInputH\x00\x12\"\n\x04mesh\x18\x0e \x01(\x0b\x32\x12.rung.v1.MeshInputH\x00\x42\x07\n\x05input\"\xc4\x01\n\x15RunGenerationResponse\x12*\n\x08progress\x18\x01 \x01(\x0b\x32\x16.rung.v1.PhaseProgressH\x00\x12$\n\x05token\x18\x02 \x01(\x0b\x32\x13.rung.v1.TokenDeltaH\x00\x12*\n\x08\x61rtifact\x18\x03 \x01(\x0b\x32\x16.rung.v1.ArtifactChunkH\x00\x12$\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x12.rung.v1.RunFailedH\x00\x42\x07\n\x05\x65vent\"*\n\x11ListVoicesRequest\x12\x15\n\rdeployment_id\x18\x01 \x01(\t\"4\n\x12ListVoicesResponse\x12\x1e\n\x06voices\x18\x01 \x03(\x0b\x32\x0e.rung.v1.Voice\"Q\n\x14ReadEngineLogRequest\x12\x15\n\rdeployment_id\x18\x01 \x01(\t\x12\x12\n\ntail_lines\x18\x02 \x01(\x05\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"&\n\x15ReadEngineLogResponse\x12\r\n\x05lines\x18\x01 \x03(\t\"N\n\x0e\x41rtifactSource\x12\x0b\n\x03url\x18\x01 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x94\x01\n\x13PullArtifactRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x0c\n\x04path\x18\x02 \x01(\t\x12(\n\x07sources\x18\x03 \x03(\x0b\x32\x17.rung.v1.ArtifactSource\x12\x0e\n\x06sha256\x18\x04 \x01(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\"m\n\x14PullArtifactResponse\x12)\n\x08progress\x18\x01 \x01(\x0b\x32\x15.rung.v1.PullProgressH\x00\x12!\n\x04\x64one\x18\x02 \x01(\x0b\x32\x11.rung.v1.ArtifactH\x00\x42\x07\n\x05\x65vent\"d\n\x0cPullProgress\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x03\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x18\n\x10\x62ytes_per_second\x18\x03 \x01(\x01\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\"<\n\x08\x41rtifact\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"\x16\n\x14ListArtifactsRequest\"=\n\x15ListArtifactsResponse\x12$\n\tartifacts\x18\x01 \x03(\x0b\x32\x11.rung.v1.Artifact*\x8f\x01\n\x07RunKind\x12\x18\n\x14RUN_KIND_UNSPECIFIED\x10\x00\x12\x1d\n\x19RUN_KIND_CHAT_COMPLETIONS\x10\x01\x12\x18\n\x14RUN_KIND_COMPLETIONS\x10\x02\x12\x17\n\x13RUN_KIND_EMBEDDINGS\x10\x03\x12\x18\n\x14RUN_KIND_PREDICTIONS\x10\x04\x32\x99\x08\n\x10NodeAgentService\x12\x38\n\x05Watch\x12\x15.rung.v1.WatchRequest\x1a\x16.rung.v1.WatchResponse0\x01\x12J\n\x0bStartEngine\x12\x1b.rung.v1.StartEngineRequest\x1a\x1c.rung.v1.StartEngineResponse0\x01\x12G\n\nStopEngine\x12\x1a.rung.v1.StopEngineRequest\x1a\x1b.rung.v1.StopEngineResponse0\x01\x12J\n\x0bSleepEngine\x12\x1b.rung.v1.SleepEngineRequest\x1a\x1c.rung.v1.SleepEngineResponse0\x01\x12G\n\nWakeEngine\x12\x1a.rung.v1.WakeEngineRequest\x1a\x1b.rung.v1.WakeEngineResponse0\x01\x12M\n\x0cShrinkEngine\x12\x1c.rung.v1.ShrinkEngineRequest\x1a\x1d.rung.v1.ShrinkEngineResponse0\x01\x12G\n\nFreeEngine\x12\x1a.rung.v1.FreeEngineRequest\x1a\x1b.rung.v1.FreeEngineResponse0\x01\x12K\n\x0c\x46orgetEngine\x12\x1c.rung.v1.ForgetEngineRequest\x1a\x1d.rung.v1.ForgetEngineResponse\x12\x32\n\x03Run\x12\x13.rung.v1.RunRequest\x1a\x14.rung.v1.RunResponse0\x01\x12P\n\rRunGeneration\x12\x1d.rung.v1.RunGenerationRequest\x1a\x1e.rung.v1.RunGenerationResponse0\x01\x12\x45\n\nListVoices\x12\x1a.rung.v1.ListVoicesRequest\x1a\x1b.rung.v1.ListVoicesResponse\x12P\n\rReadEngineLog\x12\x1d.rung.v1.ReadEngineLogRequest\x1a\x1e.rung.v1.ReadEngineLogResponse0\x01\x12M\n\x0cPullArtifact\x12\x1c.rung.v1.PullArtifactRequest\x1a\x1d.rung.v1.PullArtifactResponse0\x01\x12N\n\rListArtifacts\x12\x1d.rung.v1.ListArtifactsRequest\x1a\x1e.rung.v1.ListArtifactsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n rung/v1/node_agent_service.proto\x12\x07rung.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18rung/v1/deployment.proto\x1a\x18rung/v1/generation.proto\x1a\x11rung/v1/job.proto\x1a\x12rung/v1/node.proto\".\n\x07\x43ommand\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"\x1d\n\x0cWatchRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\"\xc8\x01\n\rWatchResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12)\n\x08snapshot\x18\x02 \x01(\x0b\x32\x15.rung.v1.NodeSnapshotH\x00\x12%\n\x06status\x18\x03 \x01(\x0b\x32\x13.rung.v1.NodeStatusH\x00\x12)\n\ndeployment\x18\x04 \x01(\x0b\x32\x13.rung.v1.DeploymentH\x00\x12\x1f\n\x15removed_deployment_id\x18\x05 \x01(\tH\x00\x42\x07\n\x05\x65vent\"\x98\x01\n\x0cNodeSnapshot\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x19\n\x11\x61gent_instance_id\x18\x02 \x01(\t\x12#\n\x06status\x18\x03 \x01(\x0b\x32\x13.rung.v1.NodeStatus\x12(\n\x0b\x64\x65ployments\x18\x04 \x03(\x0b\x32\x13.rung.v1.Deployment\x12\r\n\x05\x65poch\x18\x05 \x01(\x03\"^\n\x12StartEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12%\n\x04spec\x18\x02 \x01(\x0b\x32\x17.rung.v1.DeploymentSpec\"=\n\x13StartEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"\\\n\x11StopEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\"<\n\x12StopEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"l\n\x12SleepEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\x12\r\n\x05level\x18\x03 \x01(\x05\x12\r\n\x05\x66orce\x18\x04 \x01(\x08\"=\n\x13SleepEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"M\n\x11WakeEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\"<\n\x12WakeEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"O\n\x13ShrinkEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\">\n\x14ShrinkEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"M\n\x11\x46reeEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\"<\n\x12\x46reeEngineResponse\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.rung.v1.LifecycleEvent\"O\n\x13\x46orgetEngineRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\"\x16\n\x14\x46orgetEngineResponse\";\n\nRunRequest\x12-\n\x0cinstructions\x18\x01 \x03(\x0b\x32\x17.rung.v1.RunInstruction\"\x91\x01\n\x0eRunInstruction\x12\x0e\n\x06run_id\x18\x01 \x01(\x04\x12\"\n\x05\x62\x65gin\x18\x02 \x01(\x0b\x32\x11.rung.v1.RunBeginH\x00\x12\x16\n\x0c\x63redit_bytes\x18\x03 \x01(\rH\x00\x12$\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x12.rung.v1.RunCancelH\x00\x42\r\n\x0binstruction\"\x90\x01\n\x08RunBegin\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\x12\x1e\n\x04kind\x18\x03 \x01(\x0e\x32\x10.rung.v1.RunKind\x12\x0c\n\x04\x62ody\x18\x04 \x01(\x0c\x12/\n\x0cidle_timeout\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x0b\n\tRunCancel\"0\n\x0bRunResponse\x12!\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x11.rung.v1.RunEvent\"\x99\x01\n\x08RunEvent\x12\x0e\n\x06run_id\x18\x01 \x01(\x04\x12 \n\x04head\x18\x02 \x01(\x0b\x32\x10.rung.v1.RunHeadH\x00\x12\x0e\n\x04\x64\x61ta\x18\x03 \x01(\x0cH\x00\x12\x1e\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x0f.rung.v1.RunEndH\x00\x12\"\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x11.rung.v1.RunErrorH\x00\x42\x07\n\x05\x65vent\"I\n\x07RunHead\x12\x13\n\x0bstatus_code\x18\x01 \x01(\x05\x12\x14\n\x0c\x63ontent_type\x18\x02 \x01(\t\x12\x13\n\x0bretry_after\x18\x03 \x01(\t\"\x08\n\x06RunEnd\"\x8f\x01\n\x08RunError\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x31\n\x08metadata\x18\x03 \x03(\x0b\x32\x1f.rung.v1.RunError.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"C\n\tRunFailed\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.rung.v1.FailureReason\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"\xcb\x02\n\x14RunGenerationRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x15\n\rdeployment_id\x18\x02 \x01(\t\x12/\n\x0cidle_timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x08workflow\x18\n \x01(\x0b\x32\x16.rung.v1.WorkflowInputH\x00\x12$\n\x05image\x18\x0b \x01(\x0b\x32\x13.rung.v1.ImageInputH\x00\x12&\n\x06speech\x18\x0c \x01(\x0b\x32\x14.rung.v1.SpeechInputH\x00\x12\x34\n\rtranscription\x18\r \x01(\x0b\x32\x1b.rung.v1.TranscriptionInputH\x00\x12\"\n\x04mesh\x18\x0e \x01(\x0b\x32\x12.rung.v1.MeshInputH\x00\x42\x07\n\x05input\"\xc4\x01\n\x15RunGenerationResponse\x12*\n\x08progress\x18\x01 \x01(\x0b\x32\x16.rung.v1.PhaseProgressH\x00\x12$\n\x05token\x18\x02 \x01(\x0b\x32\x13.rung.v1.TokenDeltaH\x00\x12*\n\x08\x61rtifact\x18\x03 \x01(\x0b\x32\x16.rung.v1.ArtifactChunkH\x00\x12$\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x12.rung.v1.RunFailedH\x00\x42\x07\n\x05\x65vent\"*\n\x11ListVoicesRequest\x12\x15\n\rdeployment_id\x18\x01 \x01(\t\"4\n\x12ListVoicesResponse\x12\x1e\n\x06voices\x18\x01 \x03(\x0b\x32\x0e.rung.v1.Voice\"Q\n\x14ReadEngineLogRequest\x12\x15\n\rdeployment_id\x18\x01 \x01(\t\x12\x12\n\ntail_lines\x18\x02 \x01(\x05\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"&\n\x15ReadEngineLogResponse\x12\r\n\x05lines\x18\x01 \x03(\t\"N\n\x0e\x41rtifactSource\x12\x0b\n\x03url\x18\x01 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x94\x01\n\x13PullArtifactRequest\x12!\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x10.rung.v1.Command\x12\x0c\n\x04path\x18\x02 \x01(\t\x12(\n\x07sources\x18\x03 \x03(\x0b\x32\x17.rung.v1.ArtifactSource\x12\x0e\n\x06sha256\x18\x04 \x01(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\"m\n\x14PullArtifactResponse\x12)\n\x08progress\x18\x01 \x01(\x0b\x32\x15.rung.v1.PullProgressH\x00\x12!\n\x04\x64one\x18\x02 \x01(\x0b\x32\x11.rung.v1.ArtifactH\x00\x42\x07\n\x05\x65vent\"d\n\x0cPullProgress\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x03\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x18\n\x10\x62ytes_per_second\x18\x03 \x01(\x01\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\"<\n\x08\x41rtifact\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"\x16\n\x14ListArtifactsRequest\"=\n\x15ListArtifactsResponse\x12$\n\tartifacts\x18\x01 \x03(\x0b\x32\x11.rung.v1.Artifact*\x8f\x01\n\x07RunKind\x12\x18\n\x14RUN_KIND_UNSPECIFIED\x10\x00\x12\x1d\n\x19RUN_KIND_CHAT_COMPLETIONS\x10\x01\x12\x18\n\x14RUN_KIND_COMPLETIONS\x10\x02\x12\x17\n\x13RUN_KIND_EMBEDDINGS\x10\x03\x12\x18\n\x14RUN_KIND_PREDICTIONS\x10\x04\x32\x9b\x08\n\x10NodeAgentService\x12\x38\n\x05Watch\x12\x15.rung.v1.WatchRequest\x1a\x16.rung.v1.WatchResponse0\x01\x12J\n\x0bStartEngine\x12\x1b.rung.v1.StartEngineRequest\x1a\x1c.rung.v1.StartEngineResponse0\x01\x12G\n\nStopEngine\x12\x1a.rung.v1.StopEngineRequest\x1a\x1b.rung.v1.StopEngineResponse0\x01\x12J\n\x0bSleepEngine\x12\x1b.rung.v1.SleepEngineRequest\x1a\x1c.rung.v1.SleepEngineResponse0\x01\x12G\n\nWakeEngine\x12\x1a.rung.v1.WakeEngineRequest\x1a\x1b.rung.v1.WakeEngineResponse0\x01\x12M\n\x0cShrinkEngine\x12\x1c.rung.v1.ShrinkEngineRequest\x1a\x1d.rung.v1.ShrinkEngineResponse0\x01\x12G\n\nFreeEngine\x12\x1a.rung.v1.FreeEngineRequest\x1a\x1b.rung.v1.FreeEngineResponse0\x01\x12K\n\x0c\x46orgetEngine\x12\x1c.rung.v1.ForgetEngineRequest\x1a\x1d.rung.v1.ForgetEngineResponse\x12\x34\n\x03Run\x12\x13.rung.v1.RunRequest\x1a\x14.rung.v1.RunResponse(\x01\x30\x01\x12P\n\rRunGeneration\x12\x1d.rung.v1.RunGenerationRequest\x1a\x1e.rung.v1.RunGenerationResponse0\x01\x12\x45\n\nListVoices\x12\x1a.rung.v1.ListVoicesRequest\x1a\x1b.rung.v1.ListVoicesResponse\x12P\n\rReadEngineLog\x12\x1d.rung.v1.ReadEngineLogRequest\x1a\x1e.rung.v1.ReadEngineLogResponse0\x01\x12M\n\x0cPullArtifact\x12\x1c.rung.v1.PullArtifactRequest\x1a\x1d.rung.v1.PullArtifactResponse0\x01\x12N\n\rListArtifacts\x12\x1d.rung.v1.ListArtifactsRequest\x1a\x1e.rung.v1.ListArtifactsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rung.v1.node_agent_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RUNKIND']._serialized_start=3425
-  _globals['_RUNKIND']._serialized_end=3568
+  _globals['_RUNERROR_METADATAENTRY']._loaded_options = None
+  _globals['_RUNERROR_METADATAENTRY']._serialized_options = b'8\001'
+  _globals['_RUNKIND']._serialized_start=3881
+  _globals['_RUNKIND']._serialized_end=4024
   _globals['_COMMAND']._serialized_start=201
   _globals['_COMMAND']._serialized_end=247
   _globals['_WATCHREQUEST']._serialized_start=249
@@ -75,40 +77,54 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FORGETENGINEREQUEST']._serialized_end=1632
   _globals['_FORGETENGINERESPONSE']._serialized_start=1634
   _globals['_FORGETENGINERESPONSE']._serialized_end=1656
-  _globals['_RUNREQUEST']._serialized_start=1659
-  _globals['_RUNREQUEST']._serialized_end=1805
-  _globals['_RUNRESPONSE']._serialized_start=1807
-  _globals['_RUNRESPONSE']._serialized_end=1917
-  _globals['_RUNHEAD']._serialized_start=1919
-  _globals['_RUNHEAD']._serialized_end=2006
-  _globals['_RUNFAILED']._serialized_start=2008
-  _globals['_RUNFAILED']._serialized_end=2075
-  _globals['_RUNGENERATIONREQUEST']._serialized_start=2078
-  _globals['_RUNGENERATIONREQUEST']._serialized_end=2409
-  _globals['_RUNGENERATIONRESPONSE']._serialized_start=2412
-  _globals['_RUNGENERATIONRESPONSE']._serialized_end=2608
-  _globals['_LISTVOICESREQUEST']._serialized_start=2610
-  _globals['_LISTVOICESREQUEST']._serialized_end=2652
-  _globals['_LISTVOICESRESPONSE']._serialized_start=2654
-  _globals['_LISTVOICESRESPONSE']._serialized_end=2706
-  _globals['_READENGINELOGREQUEST']._serialized_start=2708
-  _globals['_READENGINELOGREQUEST']._serialized_end=2789
-  _globals['_READENGINELOGRESPONSE']._serialized_start=2791
-  _globals['_READENGINELOGRESPONSE']._serialized_end=2829
-  _globals['_ARTIFACTSOURCE']._serialized_start=2831
-  _globals['_ARTIFACTSOURCE']._serialized_end=2909
-  _globals['_PULLARTIFACTREQUEST']._serialized_start=2912
-  _globals['_PULLARTIFACTREQUEST']._serialized_end=3060
-  _globals['_PULLARTIFACTRESPONSE']._serialized_start=3062
-  _globals['_PULLARTIFACTRESPONSE']._serialized_end=3171
-  _globals['_PULLPROGRESS']._serialized_start=3173
-  _globals['_PULLPROGRESS']._serialized_end=3273
-  _globals['_ARTIFACT']._serialized_start=3275
-  _globals['_ARTIFACT']._serialized_end=3335
-  _globals['_LISTARTIFACTSREQUEST']._serialized_start=3337
-  _globals['_LISTARTIFACTSREQUEST']._serialized_end=3359
-  _globals['_LISTARTIFACTSRESPONSE']._serialized_start=3361
-  _globals['_LISTARTIFACTSRESPONSE']._serialized_end=3422
-  _globals['_NODEAGENTSERVICE']._serialized_start=3571
-  _globals['_NODEAGENTSERVICE']._serialized_end=4620
+  _globals['_RUNREQUEST']._serialized_start=1658
+  _globals['_RUNREQUEST']._serialized_end=1717
+  _globals['_RUNINSTRUCTION']._serialized_start=1720
+  _globals['_RUNINSTRUCTION']._serialized_end=1865
+  _globals['_RUNBEGIN']._serialized_start=1868
+  _globals['_RUNBEGIN']._serialized_end=2012
+  _globals['_RUNCANCEL']._serialized_start=2014
+  _globals['_RUNCANCEL']._serialized_end=2025
+  _globals['_RUNRESPONSE']._serialized_start=2027
+  _globals['_RUNRESPONSE']._serialized_end=2075
+  _globals['_RUNEVENT']._serialized_start=2078
+  _globals['_RUNEVENT']._serialized_end=2231
+  _globals['_RUNHEAD']._serialized_start=2233
+  _globals['_RUNHEAD']._serialized_end=2306
+  _globals['_RUNEND']._serialized_start=2308
+  _globals['_RUNEND']._serialized_end=2316
+  _globals['_RUNERROR']._serialized_start=2319
+  _globals['_RUNERROR']._serialized_end=2462
+  _globals['_RUNERROR_METADATAENTRY']._serialized_start=2415
+  _globals['_RUNERROR_METADATAENTRY']._serialized_end=2462
+  _globals['_RUNFAILED']._serialized_start=2464
+  _globals['_RUNFAILED']._serialized_end=2531
+  _globals['_RUNGENERATIONREQUEST']._serialized_start=2534
+  _globals['_RUNGENERATIONREQUEST']._serialized_end=2865
+  _globals['_RUNGENERATIONRESPONSE']._serialized_start=2868
+  _globals['_RUNGENERATIONRESPONSE']._serialized_end=3064
+  _globals['_LISTVOICESREQUEST']._serialized_start=3066
+  _globals['_LISTVOICESREQUEST']._serialized_end=3108
+  _globals['_LISTVOICESRESPONSE']._serialized_start=3110
+  _globals['_LISTVOICESRESPONSE']._serialized_end=3162
+  _globals['_READENGINELOGREQUEST']._serialized_start=3164
+  _globals['_READENGINELOGREQUEST']._serialized_end=3245
+  _globals['_READENGINELOGRESPONSE']._serialized_start=3247
+  _globals['_READENGINELOGRESPONSE']._serialized_end=3285
+  _globals['_ARTIFACTSOURCE']._serialized_start=3287
+  _globals['_ARTIFACTSOURCE']._serialized_end=3365
+  _globals['_PULLARTIFACTREQUEST']._serialized_start=3368
+  _globals['_PULLARTIFACTREQUEST']._serialized_end=3516
+  _globals['_PULLARTIFACTRESPONSE']._serialized_start=3518
+  _globals['_PULLARTIFACTRESPONSE']._serialized_end=3627
+  _globals['_PULLPROGRESS']._serialized_start=3629
+  _globals['_PULLPROGRESS']._serialized_end=3729
+  _globals['_ARTIFACT']._serialized_start=3731
+  _globals['_ARTIFACT']._serialized_end=3791
+  _globals['_LISTARTIFACTSREQUEST']._serialized_start=3793
+  _globals['_LISTARTIFACTSREQUEST']._serialized_end=3815
+  _globals['_LISTARTIFACTSRESPONSE']._serialized_start=3817
+  _globals['_LISTARTIFACTSRESPONSE']._serialized_end=3878
+  _globals['_NODEAGENTSERVICE']._serialized_start=4027
+  _globals['_NODEAGENTSERVICE']._serialized_end=5078
 # @@protoc_insertion_point(module_scope)

@@ -568,7 +568,73 @@ Global___ForgetEngineResponse: _TypeAlias = ForgetEngineResponse  # noqa: Y015
 
 @_typing.final
 class RunRequest(_message.Message):
-    """RunRequest is one generation."""
+    """RunRequest is what the caller wants of its generations, in order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTRUCTIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def instructions(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunInstruction]:
+        """Instructions; together they carry 256 KiB of bodies at most, unless one body alone has more."""
+
+    def __init__(
+        self,
+        *,
+        instructions: _abc.Iterable[Global___RunInstruction] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instructions", b"instructions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunRequest: _TypeAlias = RunRequest  # noqa: Y015
+
+@_typing.final
+class RunInstruction(_message.Message):
+    """RunInstruction is about one generation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    BEGIN_FIELD_NUMBER: _builtins.int
+    CREDIT_BYTES_FIELD_NUMBER: _builtins.int
+    CANCEL_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.int
+    """Number of the generation in this stream: chosen by the caller, and never used twice."""
+    credit_bytes: _builtins.int
+    """So many more bytes of its answer may be sent, since the caller has taken as many. The first 256 KiB
+    may be sent without; a caller that takes nothing makes its engine wait, and nobody else's.
+    """
+    @_builtins.property
+    def begin(self) -> Global___RunBegin:
+        """Begin it."""
+
+    @_builtins.property
+    def cancel(self) -> Global___RunCancel:
+        """Cancel it in its engine. Nothing more is said about it."""
+
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.int = ...,
+        begin: Global___RunBegin | None = ...,
+        credit_bytes: _builtins.int = ...,
+        cancel: Global___RunCancel | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "cancel", b"cancel", "credit_bytes", b"credit_bytes", "instruction", b"instruction"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "cancel", b"cancel", "credit_bytes", b"credit_bytes", "instruction", b"instruction", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_instruction: _TypeAlias = _typing.Literal["begin", "credit_bytes", "cancel"]  # noqa: Y015
+    _WhichOneofArgType_instruction: _TypeAlias = _typing.Literal["instruction", b"instruction"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_instruction) -> _WhichOneofReturnType_instruction | None: ...
+
+Global___RunInstruction: _TypeAlias = RunInstruction  # noqa: Y015
+
+@_typing.final
+class RunBegin(_message.Message):
+    """RunBegin is one generation."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -604,43 +670,94 @@ class RunRequest(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___RunRequest: _TypeAlias = RunRequest  # noqa: Y015
+Global___RunBegin: _TypeAlias = RunBegin  # noqa: Y015
 
 @_typing.final
-class RunResponse(_message.Message):
-    """RunResponse is a piece of the answer: `head` once, then `data` until the stream ends."""
+class RunCancel(_message.Message):
+    """RunCancel cancels a generation."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    HEAD_FIELD_NUMBER: _builtins.int
-    DATA_FIELD_NUMBER: _builtins.int
-    FAILED_FIELD_NUMBER: _builtins.int
-    data: _builtins.bytes
-    """Bytes of the body, 256 KiB at most. Pieces that queue up are joined."""
-    @_builtins.property
-    def head(self) -> Global___RunHead:
-        """Status and type of the engine's answer; the first message."""
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+Global___RunCancel: _TypeAlias = RunCancel  # noqa: Y015
+
+@_typing.final
+class RunResponse(_message.Message):
+    """RunResponse is what has happened since the last one, in order for each generation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def failed(self) -> Global___RunFailed:
-        """The engine's stream broke; the last message."""
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunEvent]:
+        """Events of generations; together they carry little more than 256 KiB."""
 
     def __init__(
         self,
         *,
+        events: _abc.Iterable[Global___RunEvent] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunResponse: _TypeAlias = RunResponse  # noqa: Y015
+
+@_typing.final
+class RunEvent(_message.Message):
+    """RunEvent is a piece of one answer: `head` once, then `data`, then `end`; or `error` instead of what is left."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    HEAD_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.int
+    """Number of the generation."""
+    data: _builtins.bytes
+    """Bytes of the body. Pieces that queue up are joined."""
+    @_builtins.property
+    def head(self) -> Global___RunHead:
+        """Status and type of the engine's answer."""
+
+    @_builtins.property
+    def end(self) -> Global___RunEnd:
+        """The answer is complete."""
+
+    @_builtins.property
+    def error(self) -> Global___RunError:
+        """There is no answer, or it broke off."""
+
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.int = ...,
         head: Global___RunHead | None = ...,
         data: _builtins.bytes = ...,
-        failed: Global___RunFailed | None = ...,
+        end: Global___RunEnd | None = ...,
+        error: Global___RunError | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "event", b"event", "failed", b"failed", "head", b"head"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "end", b"end", "error", b"error", "event", b"event", "head", b"head"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "event", b"event", "failed", b"failed", "head", b"head"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "end", b"end", "error", b"error", "event", b"event", "head", b"head", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["head", "data", "failed"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["head", "data", "end", "error"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
-Global___RunResponse: _TypeAlias = RunResponse  # noqa: Y015
+Global___RunEvent: _TypeAlias = RunEvent  # noqa: Y015
 
 @_typing.final
 class RunHead(_message.Message):
@@ -651,34 +768,99 @@ class RunHead(_message.Message):
     STATUS_CODE_FIELD_NUMBER: _builtins.int
     CONTENT_TYPE_FIELD_NUMBER: _builtins.int
     RETRY_AFTER_FIELD_NUMBER: _builtins.int
-    DATA_FIELD_NUMBER: _builtins.int
     status_code: _builtins.int
     """HTTP status of the engine."""
     content_type: _builtins.str
     """Media type of the body."""
     retry_after: _builtins.str
     """Seconds after which to try again, if the engine said so."""
-    data: _builtins.bytes
-    """Bytes of the body that came together with the head, 256 KiB at most."""
     def __init__(
         self,
         *,
         status_code: _builtins.int = ...,
         content_type: _builtins.str = ...,
         retry_after: _builtins.str = ...,
-        data: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_type", b"content_type", "data", b"data", "retry_after", b"retry_after", "status_code", b"status_code"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_type", b"content_type", "retry_after", b"retry_after", "status_code", b"status_code"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunHead: _TypeAlias = RunHead  # noqa: Y015
 
 @_typing.final
+class RunEnd(_message.Message):
+    """RunEnd says that an answer is complete."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunEnd: _TypeAlias = RunEnd  # noqa: Y015
+
+@_typing.final
+class RunError(_message.Message):
+    """RunError says why there is no answer, or no more of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class MetadataEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """Which error, as `google.rpc.ErrorInfo` has it for a call."""
+    message: _builtins.str
+    """One line for a person."""
+    @_builtins.property
+    def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Details, as `google.rpc.ErrorInfo` has them for a call."""
+
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+        metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "metadata", b"metadata", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunError: _TypeAlias = RunError  # noqa: Y015
+
+@_typing.final
 class RunFailed(_message.Message):
-    """RunFailed says how the engine's stream broke."""
+    """RunFailed says how a generation failed."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -78,7 +78,7 @@ class NodeAgentServiceStub:
                 request_serializer=rung_dot_v1_dot_node__agent__service__pb2.ForgetEngineRequest.SerializeToString,
                 response_deserializer=rung_dot_v1_dot_node__agent__service__pb2.ForgetEngineResponse.FromString,
                 _registered_method=True)
-        self.Run = channel.unary_stream(
+        self.Run = channel.stream_stream(
                 '/rung.v1.NodeAgentService/Run',
                 request_serializer=rung_dot_v1_dot_node__agent__service__pb2.RunRequest.SerializeToString,
                 response_deserializer=rung_dot_v1_dot_node__agent__service__pb2.RunResponse.FromString,
@@ -198,13 +198,15 @@ class NodeAgentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Run(self, request, context):
-        """Run carries one generation to an engine and its answer back, byte for byte in the shape of
-        OpenAI's routes. Cancelling the call cancels the generation in the engine.
+    def Run(self, request_iterator, context):
+        """Run carries generations to engines and their answers back, byte for byte in the shape of OpenAI's routes:
+        many at once over one stream that stays open, since opening a call costs more than a short answer.
+        Each has a number of its own; the end of the stream cancels all of its generations in their engines.
 
-        Errors: NOT_FOUND (deployment), FAILED_PRECONDITION (not awake), UNAVAILABLE (the engine
-        cannot be reached). An engine's own HTTP error is not an error of the call: it comes as
-        `head` with its status, and its body.
+        What happens to one generation is no error of the call: it comes as `error`, with the reason that a call
+        of its own would have had. Reasons of NOT_FOUND (deployment), FAILED_PRECONDITION (not awake),
+        INVALID_ARGUMENT (no such route) and UNAVAILABLE (the engine cannot be reached) come before any head.
+        An engine's own HTTP error is not an error either: it comes as `head` with its status, and its body.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -296,7 +298,7 @@ def add_NodeAgentServiceServicer_to_server(servicer, server):
                     request_deserializer=rung_dot_v1_dot_node__agent__service__pb2.ForgetEngineRequest.FromString,
                     response_serializer=rung_dot_v1_dot_node__agent__service__pb2.ForgetEngineResponse.SerializeToString,
             ),
-            'Run': grpc.unary_stream_rpc_method_handler(
+            'Run': grpc.stream_stream_rpc_method_handler(
                     servicer.Run,
                     request_deserializer=rung_dot_v1_dot_node__agent__service__pb2.RunRequest.FromString,
                     response_serializer=rung_dot_v1_dot_node__agent__service__pb2.RunResponse.SerializeToString,
@@ -558,7 +560,7 @@ class NodeAgentService:
             _registered_method=True)
 
     @staticmethod
-    def Run(request,
+    def Run(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -568,8 +570,8 @@ class NodeAgentService:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
             '/rung.v1.NodeAgentService/Run',
             rung_dot_v1_dot_node__agent__service__pb2.RunRequest.SerializeToString,

@@ -85,13 +85,15 @@ class NodeAgentServiceStub:
     """
     ForgetEngine: _grpc.UnaryUnaryMultiCallable[_node_agent_service_pb2.ForgetEngineRequest, _node_agent_service_pb2.ForgetEngineResponse]
     """ForgetEngine removes a stopped deployment from the agent's record."""
-    Run: _grpc.UnaryStreamMultiCallable[_node_agent_service_pb2.RunRequest, _node_agent_service_pb2.RunResponse]
-    """Run carries one generation to an engine and its answer back, byte for byte in the shape of
-    OpenAI's routes. Cancelling the call cancels the generation in the engine.
+    Run: _grpc.StreamStreamMultiCallable[_node_agent_service_pb2.RunRequest, _node_agent_service_pb2.RunResponse]
+    """Run carries generations to engines and their answers back, byte for byte in the shape of OpenAI's routes:
+    many at once over one stream that stays open, since opening a call costs more than a short answer.
+    Each has a number of its own; the end of the stream cancels all of its generations in their engines.
 
-    Errors: NOT_FOUND (deployment), FAILED_PRECONDITION (not awake), UNAVAILABLE (the engine
-    cannot be reached). An engine's own HTTP error is not an error of the call: it comes as
-    `head` with its status, and its body.
+    What happens to one generation is no error of the call: it comes as `error`, with the reason that a call
+    of its own would have had. Reasons of NOT_FOUND (deployment), FAILED_PRECONDITION (not awake),
+    INVALID_ARGUMENT (no such route) and UNAVAILABLE (the engine cannot be reached) come before any head.
+    An engine's own HTTP error is not an error either: it comes as `head` with its status, and its body.
     """
     RunGeneration: _grpc.UnaryStreamMultiCallable[_node_agent_service_pb2.RunGenerationRequest, _node_agent_service_pb2.RunGenerationResponse]
     """RunGeneration has an engine with a dialect of its own make pictures, speech, text or a mesh, and streams
@@ -171,13 +173,15 @@ class NodeAgentServiceAsyncStub(NodeAgentServiceStub):
     """
     ForgetEngine: _aio.UnaryUnaryMultiCallable[_node_agent_service_pb2.ForgetEngineRequest, _node_agent_service_pb2.ForgetEngineResponse]  # type: ignore[assignment]
     """ForgetEngine removes a stopped deployment from the agent's record."""
-    Run: _aio.UnaryStreamMultiCallable[_node_agent_service_pb2.RunRequest, _node_agent_service_pb2.RunResponse]  # type: ignore[assignment]
-    """Run carries one generation to an engine and its answer back, byte for byte in the shape of
-    OpenAI's routes. Cancelling the call cancels the generation in the engine.
+    Run: _aio.StreamStreamMultiCallable[_node_agent_service_pb2.RunRequest, _node_agent_service_pb2.RunResponse]  # type: ignore[assignment]
+    """Run carries generations to engines and their answers back, byte for byte in the shape of OpenAI's routes:
+    many at once over one stream that stays open, since opening a call costs more than a short answer.
+    Each has a number of its own; the end of the stream cancels all of its generations in their engines.
 
-    Errors: NOT_FOUND (deployment), FAILED_PRECONDITION (not awake), UNAVAILABLE (the engine
-    cannot be reached). An engine's own HTTP error is not an error of the call: it comes as
-    `head` with its status, and its body.
+    What happens to one generation is no error of the call: it comes as `error`, with the reason that a call
+    of its own would have had. Reasons of NOT_FOUND (deployment), FAILED_PRECONDITION (not awake),
+    INVALID_ARGUMENT (no such route) and UNAVAILABLE (the engine cannot be reached) come before any head.
+    An engine's own HTTP error is not an error either: it comes as `head` with its status, and its body.
     """
     RunGeneration: _aio.UnaryStreamMultiCallable[_node_agent_service_pb2.RunGenerationRequest, _node_agent_service_pb2.RunGenerationResponse]  # type: ignore[assignment]
     """RunGeneration has an engine with a dialect of its own make pictures, speech, text or a mesh, and streams
@@ -306,15 +310,17 @@ class NodeAgentServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
     def Run(
         self,
-        request: _node_agent_service_pb2.RunRequest,
+        request_iterator: _MaybeAsyncIterator[_node_agent_service_pb2.RunRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_node_agent_service_pb2.RunResponse], _abc.AsyncIterator[_node_agent_service_pb2.RunResponse]]:
-        """Run carries one generation to an engine and its answer back, byte for byte in the shape of
-        OpenAI's routes. Cancelling the call cancels the generation in the engine.
+        """Run carries generations to engines and their answers back, byte for byte in the shape of OpenAI's routes:
+        many at once over one stream that stays open, since opening a call costs more than a short answer.
+        Each has a number of its own; the end of the stream cancels all of its generations in their engines.
 
-        Errors: NOT_FOUND (deployment), FAILED_PRECONDITION (not awake), UNAVAILABLE (the engine
-        cannot be reached). An engine's own HTTP error is not an error of the call: it comes as
-        `head` with its status, and its body.
+        What happens to one generation is no error of the call: it comes as `error`, with the reason that a call
+        of its own would have had. Reasons of NOT_FOUND (deployment), FAILED_PRECONDITION (not awake),
+        INVALID_ARGUMENT (no such route) and UNAVAILABLE (the engine cannot be reached) come before any head.
+        An engine's own HTTP error is not an error either: it comes as `head` with its status, and its body.
         """
 
     @_abc_1.abstractmethod
