@@ -75,7 +75,10 @@ class ServerConfig(ConfigModel):
     )
     grpc_port: int = Field(default=8151, ge=0, le=65535, description="0 picks a free one.")
     http_port: int = Field(default=8150, ge=0, le=65535, description="0 picks a free one.")
-    state_dir: Path = Field(default_factory=default_state_dir, description="Where jobs are stored.")
+    state_dir: Path = Field(
+        default_factory=default_state_dir,
+        description="Where jobs and artifacts are stored; by default ~/.local/state/rung.",
+    )
     max_request_bytes: ByteSize = Field(default=16 * 1024**2, ge=1024, description="Largest request.")
     drain_s: DurationS = Field(
         default=20.0, ge=0, alias="drain", description="Time for running jobs at a stop."
@@ -231,7 +234,8 @@ class DeploymentConfig(ConfigModel):
 class Config(ConfigModel):
     """A control plane: nodes, deployments, profiles, cloud providers, and the ladder over all of them."""
 
-    server: ServerConfig = ServerConfig()
+    # Made anew, so that the schema has no default with the home of whoever printed it.
+    server: ServerConfig = Field(default_factory=ServerConfig)
     nodes: tuple[NodeConfig, ...] = ()
     deployments: tuple[DeploymentConfig, ...] = ()
     profiles: tuple[ProfileConfig, ...] = ()
