@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import os
 import signal
@@ -39,7 +38,14 @@ from controlplane.store import (
 )
 from controlplane.workflows import Workflows
 from rung.errors import RungError
-from rung.service import CallInterceptor, EngineClient, GrpcServer, ServerOptions, configure_logging
+from rung.service import (
+    CallInterceptor,
+    EngineClient,
+    GrpcServer,
+    ServerOptions,
+    configure_logging,
+    favour_event_loop,
+)
 from rung.types import JobKind
 
 _log = structlog.get_logger("rung.controlplane")
@@ -176,7 +182,7 @@ async def serve(config: Config) -> None:
         await grpc_server.start()
         await fleet.start()
         schedulers.start()
-        _calm_collector()
+        favour_event_loop()
         stack.push_async_callback(fleet.aclose)
         stack.push_async_callback(schedulers.aclose)
         stack.push_async_callback(profiles.aclose)
@@ -247,16 +253,6 @@ def _add_generations(
         idle_timeout_s=idle_timeout_s,
     )
     pipelines.add(meshes, JobKind.MESH)
-
-
-def _calm_collector() -> None:
-    """Let the cyclic collector look less often, and never at what is there since the start.
-
-    Requests leave no cycles behind; with its defaults it walks all jobs in memory many times a second.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 50, 100)
 
 
 def _say(text: str) -> None:

@@ -41,6 +41,7 @@ from rung.service import (
     ServerOptions,
     add_service,
     configure_logging,
+    favour_event_loop,
 )
 from rung.types import (
     DeploymentSpec,
@@ -124,6 +125,7 @@ async def serve(config: AgentConfig) -> None:
         ready_file = config.state_dir / "agent.json"
         ready_file.write_text(json.dumps({"port": server.port, "pid": os.getpid()}))
         stack.callback(ready_file.unlink, missing_ok=True)
+        favour_event_loop()
         _log.info("agent_ready", node=config.node_id, port=server.port)
         await stop.wait()
     _log.info("agent_stopped", node=config.node_id)

@@ -107,8 +107,9 @@ class OpenAiRoutes:
                 return error_response(error, job_headers(begun))
             error.metadata["delivered_characters"] = str(begun.job.delivered_characters)
             await on_bytes(b"data: " + error_body(error) + b"\n\n")
-        await on_bytes(_DONE)
-        await response.write_eof()
+        if not response.prepared:
+            await prepare()
+        await response.write_eof(_DONE)
         return response
 
 

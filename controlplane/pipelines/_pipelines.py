@@ -292,19 +292,20 @@ class Pipelines:
             )
             return
         engaging = self._engager.engage(job, begun.wish, begun.targets, on_wait, stream=True)
-        async with await engaging as engaged:
-            engaged.check_stream()
-            reader = AnswerReader(job, engaged.target, keep_usage=keep_usage, mark=mark)
-            with self._pacer:
+        # Counted from here on: of many that are opened at once, the first do not keep the last from it.
+        with self._pacer:
+            async with await engaging as engaged:
+                engaged.check_stream()
+                reader = AnswerReader(job, engaged.target, keep_usage=keep_usage, mark=mark)
                 async for chunk in engaged.reply.chunks(self._pacer.interval_s):
                     whole = reader.feed(chunk)
                     if whole and on_bytes is not None:
                         await on_bytes(whole)
                     if reader.failed:
                         break
-            left = reader.finish()
-            if left and on_bytes is not None:
-                await on_bytes(left)
+                left = reader.finish()
+                if left and on_bytes is not None:
+                    await on_bytes(left)
         job.done(reader.finish_reason)
 
     async def _answer(self, begun: Begun) -> bytes:

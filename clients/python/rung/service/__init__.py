@@ -11,6 +11,7 @@ from rung.service._config_file import (
 from rung.service._engine_client import EngineClient, EngineReply
 from rung.service._host import host_id
 from rung.service._interceptors import CallInterceptor, refusal_of
+from rung.service._interpreter import favour_event_loop
 from rung.service._logging import configure_logging
 from rung.service._multipart import FormFile, form
 from rung.service._retry_after import parse_retry_after, parse_seconds, seconds_until
@@ -36,6 +37,7 @@ __all__ = [
     "add_service",
     "configure_logging",
     "event_data",
+    "favour_event_loop",
     "form",
     "host_id",
     "load_json_lines_model",

@@ -22,6 +22,7 @@ Location = tuple[str | int, ...]
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _DURATION_FACTORS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _VARIABLE = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
+_MAP, _SEQ, _MERGE = (f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "merge"))
 
 
 def parse_duration(value: object) -> object:
@@ -64,6 +65,9 @@ def load_yaml_model(path: Path, model: type[M]) -> M:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem or error.context}") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{path}:{line}: not valid YAML: {error.reason}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     reader = _Reader(path)
@@ -107,8 +111,11 @@ def load_json_lines_model(path: Path, model: type[M], *, rows: str) -> M:
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}: cannot be read: it is not UTF-8") from None
 
 
 def _validated(reader: _Reader, value: Any, model: type[M]) -> M:
@@ -137,26 +144,66 @@ class _Reader:
         self._path = path
         self._lines: dict[Location, int] = {}
         self._constructor = yaml.SafeLoader("")
+        self._open: list[yaml.Node] = []
 
     def stands(self, location: Location, line: int) -> None:
         """Remember where something stands that was not read here."""
         self._lines[location] = line
 
     def value(self, node: yaml.Node, location: Location) -> Any:
-        self._lines.setdefault(location, node.start_mark.line + 1)
-        if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, location)
-        if isinstance(node, yaml.SequenceNode):
+        line = node.start_mark.line + 1
+        self._lines.setdefault(location, line)
+        if isinstance(node, yaml.ScalarNode):
+            value = self._scalar(node, location)
+            return self._filled_in(value, location) if isinstance(value, str) else value
+        if any(node is each for each in self._open):
+            self.problems.append(self._line(line, location, "is a part of itself, by an alias"))
+            return None
+        if node.tag not in (_MAP, _SEQ):
+            self.problems.append(self._line(line, location, f"the tag {node.tag} means nothing here"))
+            return None
+        self._open.append(node)
+        try:
+            if isinstance(node, yaml.MappingNode):
+                return self._mapping(node, location)
             return [self.value(item, (*location, place)) for place, item in enumerate(node.value)]
-        value = self._constructor.construct_object(node)
-        return self._filled_in(value, location) if isinstance(value, str) else value
+        finally:
+            self._open.pop()
+
+    def _scalar(self, node: yaml.Node, location: Location) -> Any:
+        try:
+            return self._constructor.construct_object(node)
+        except (yaml.YAMLError, ValueError, OverflowError):
+            # Such as a date without such a day, or a tag of somebody's own.
+            kind = node.tag.removeprefix("tag:yaml.org,2002:")
+            what = f"{node.value!r} is no {kind}; put it in quotes if it is a text"
+            self.problems.append(self._line(node.start_mark.line + 1, location, what))
+            return None
 
     def _mapping(self, node: yaml.MappingNode, location: Location) -> dict[str, Any]:
+        merged: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            if key_node.tag == _MERGE:
+                taken = self.value(value_node, location)
+                # Of several the first counts, as YAML has it; what stands here itself counts more than any.
+                for mapping in reversed(taken if isinstance(taken, list) else [taken]):
+                    if isinstance(mapping, dict):
+                        merged |= mapping
+                    else:
+                        line = key_node.start_mark.line + 1
+                        self.problems.append(
+                            self._line(line, location, "<< takes in fields, and there are none")
+                        )
         found: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = str(self._constructor.construct_object(key_node))
-            below = (*location, key)
+            if key_node.tag == _MERGE:
+                continue
             line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.problems.append(self._line(line, location, "the name of a field is a text"))
+                continue
+            key = str(self._scalar(key_node, location))
+            below = (*location, key)
             if key in found:
                 self.problems.append(
                     self._line(line, below, f"is here twice; first on line {self._lines[below]}")
@@ -164,7 +211,7 @@ class _Reader:
                 continue
             self._lines[below] = line
             found[key] = self.value(value_node, below)
-        return found
+        return merged | found
 
     def _filled_in(self, text: str, location: Location) -> str:
         def fill(match: re.Match[str]) -> str:
@@ -186,6 +233,14 @@ class _Reader:
             message = "there is no such field" + _suggestion(str(error["loc"][-1]), error["loc"], model)
         elif error["type"] == "missing":
             message = "is missing"
+        elif error["type"] == "union_tag_not_found":
+            location, message = self._in_file((*error["loc"], "kind")), "is missing"
+        elif error["type"] == "union_tag_invalid":
+            location, message = self._in_file((*error["loc"], "kind")), _not_among(error["ctx"])
+        elif error["input"] is None and error["type"].endswith("_type"):
+            message = "is empty; write what it is, or leave it out"
+        elif error["type"] in _PLAIN:
+            message = _PLAIN[error["type"]]
         places = (location[:depth] for depth in range(len(location), -1, -1))
         # An empty file has no line at all.
         line = next((self._lines[place] for place in places if place in self._lines), 1)
@@ -204,6 +259,23 @@ class _Reader:
         for part in location:
             field += f"[{part}]" if isinstance(part, int) else f".{part}" if field else part
         return f"{self._path}:{line}: {field}: {message}" if field else f"{self._path}:{line}: {message}"
+
+
+#: What pydantic says of Python's types, in words of YAML.
+_PLAIN = {
+    "model_type": "is to have fields: write them below it as `name: value`",
+    "dict_type": "is to have fields: write them below it as `name: value`",
+    "tuple_type": "is to be a list: begin each of its entries with `- `",
+    "list_type": "is to be a list: begin each of its entries with `- `",
+    "string_type": "is to be a text: put it in quotes",
+}
+
+
+def _not_among(context: dict[str, Any]) -> str:
+    """Of a tag that a union does not have: which there are, and which was meant."""
+    tag, expected = str(context["tag"]), str(context["expected_tags"]).replace("'", "")
+    near = difflib.get_close_matches(tag, expected.split(", "), 1)
+    return f"{tag} is none of {expected}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _suggestion(name: str, location: Location, model: type[BaseModel]) -> str:
