@@ -27,7 +27,7 @@ ConfigFile: TypeAlias = Annotated[
     ),
 ]
 
-config = typer.Typer(help="Check, explain and write configuration files.", no_args_is_help=True)
+config = typer.Typer(help="Check and write configuration files, and print their JSON schema.", no_args_is_help=True)
 
 
 def serve(

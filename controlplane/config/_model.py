@@ -48,7 +48,7 @@ def default_state_dir() -> Path:
 
 def _loopback(host: str) -> str:
     try:
-        require_loopback(host, "server.host")
+        require_loopback(host, "the control plane")
     except LoopbackOnlyError as error:
         raise ValueError(error.message) from None
     return host

@@ -205,6 +205,63 @@ def test_variables_are_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert load_config(path).server.state_dir == tmp_path / "state"
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- a\n", "rung.yaml:1: is to have fields: write them below it as `name: value`"),
+        ("server:\n", "rung.yaml:1: server: is empty; write what it is, or leave it out"),
+        ("nodes: {a: 1}\n", "rung.yaml:1: nodes: is to be a list: begin each of its entries with `- `"),
+        (
+            "nodes:\n  - {id: 12, address: a:1}\n",
+            "rung.yaml:2: nodes[0].id: is to be a text: put it in quotes",
+        ),
+        (
+            "nodes:\n  - {id: 2026-13-41}\n",
+            "rung.yaml:2: nodes[0].id: '2026-13-41' is no timestamp; put it in",
+        ),
+        ("server: {http_port: !!int many}\n", "rung.yaml:1: server.http_port: 'many' is no int"),
+        ("nodes: !mine []\n", "rung.yaml:1: nodes: the tag !mine means nothing here"),
+        ("nodes: &all [*all]\n", "rung.yaml:1: nodes[0]: is a part of itself, by an alias"),
+        ("nodes:\n  - {<<: 3, id: box}\n", "rung.yaml:2: nodes[0]: << takes in fields, and there are none"),
+        ("? [a]\n: 1\n", "rung.yaml:1: the name of a field is a text"),
+        ("nodes: []\nserver: \x01\n", "rung.yaml:2: not valid YAML: special characters are not allowed"),
+        (BASE.replace("kind: llamacpp, ", ""), "rung.yaml:7: deployments[0].engine.kind: is missing"),
+        (BASE.replace("kind: llamacpp", "kind: lamacpp"), "did you mean llamacpp?"),
+    ],
+)
+def test_what_is_no_configuration_at_all_is_said_in_words_of_yaml(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    path = tmp_path / "rung.yaml"
+    path.write_text(text)
+
+    with pytest.raises(ConfigError) as refused:
+        load_config(path)
+
+    assert said in refused.value.message
+    assert "Input should" not in refused.value.message
+
+
+def test_a_file_that_is_no_text_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "rung.yaml"
+    path.write_bytes(b"nodes: []\nserver: \xff\n")
+
+    with pytest.raises(ConfigError, match=r"rung.yaml:2: cannot be read: it is not UTF-8"):
+        load_config(path)
+    with pytest.raises(ConfigError, match=r"none.yaml: cannot be read: No such file or directory"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_entries_may_take_in_the_fields_of_others(tmp_path: Path) -> None:
+    path = tmp_path / "rung.yaml"
+    path.write_text("nodes:\n  - &first {id: a, address: box:1, vram: 8GiB}\n  - {<<: *first, id: b}\n")
+
+    first, second = load_config(path).nodes
+
+    assert (first.id, second.id) == ("a", "b")
+    assert (second.address, second.vram_bytes) == ("box:1", 8 * 1024**3)
+
+
 def test_the_example_says_what_it_means() -> None:
     orchestrator, reasoner, embedder = load_config(ROOT / "deploy" / "rung.example.yaml").deployment_specs()
 

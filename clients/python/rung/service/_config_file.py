@@ -239,6 +239,8 @@ class _Reader:
             location, message = self._in_file((*error["loc"], "kind")), _not_among(error["ctx"])
         elif error["input"] is None and error["type"].endswith("_type"):
             message = "is empty; write what it is, or leave it out"
+        elif error["type"] == "string_type" and isinstance(error["input"], (dict, list)):
+            message = "is to be a text"
         elif error["type"] in _PLAIN:
             message = _PLAIN[error["type"]]
         places = (location[:depth] for depth in range(len(location), -1, -1))
