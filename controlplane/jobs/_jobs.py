@@ -38,10 +38,15 @@ _log = structlog.get_logger("rung.jobs")
 
 #: Whoever watches a job hears something at least so often: below a second, so that none is silent.
 HEARTBEAT_S = 0.9
-#: Events are stored in one transaction this often: a token is not a row, and a crash costs at most this.
+#: What happens to jobs is stored in one transaction this often, with the text before it: a crash costs the
+#: events of so long at most, and those of a write under way.
 STORE_INTERVAL_S = 0.05
-#: After a crash a job's sequence jumps by this much, so that no number that a subscriber may have
-#: seen, but the store had not, is used twice.
+#: Of jobs that only say something (text, and pieces of tool calls) a crash may cost this much more: they are
+#: stored this often, all together, because small writes are a good part of what many streams cost.
+TEXT_INTERVAL_S = 0.5
+#: After a crash a job's sequence jumps by this much, so that no number that a subscriber may have seen, but
+#: the store had not, is used twice. It is far more than a job says in the intervals above, and than one says
+#: in hours in which the store takes nothing.
 SEQUENCE_JUMP_AFTER_CRASH = 1_000_000
 #: New jobs are refused when the store has not taken any for this long.
 _STORE_PATIENCE_S = 5.0
@@ -111,14 +116,15 @@ class KeptArtifacts(Protocol):
 class Jobs:
     """The life of jobs and the fan-out of their events.
 
-    A job's events are appended in memory and stored in batches. Subscribers pull from memory (or
-    from the store when they are far behind), so that a slow one holds up nobody.
+    A job's events are appended in memory and stored in batches, text less often than the rest.
+    Subscribers pull from memory (or from the store when they are far behind), so that a slow one
+    holds up nobody.
 
     Args:
         store: keeps them.
         retention_s: ended ones are deleted at this age.
         artifacts: what they made.
-        monotonic_s: the clock of their elapsed times.
+        monotonic_s: the clock of their elapsed times, and of when text is stored.
     """
 
     def __init__(
@@ -135,7 +141,11 @@ class Jobs:
         self._retention_s = retention_s
         self._live: dict[str, LiveJob] = {}
         self._by_request_id: dict[str, LiveJob] = {}
+        #: Those with events to be stored soon, and those that only said something since they were stored;
+        #: `store_now` takes a job out of both.
         self._changed: dict[str, LiveJob] = {}
+        self._talking: dict[str, LiveJob] = {}
+        self._text_due_s = 0.0
         self._wake = asyncio.Event()
         self._draining = False
         self._store_failing_since: float | None = None
@@ -184,6 +194,7 @@ class Jobs:
             policy=policy,
             request_id=request_id,
             on_change=self._on_change,
+            on_text=self._on_text,
             monotonic_s=self._monotonic_s,
         )
         self._live[job.id] = job
@@ -196,6 +207,13 @@ class Jobs:
         if not changed:
             self._wake.set()
         changed[job.id] = job
+
+    def _on_text(self, job: LiveJob) -> None:
+        talking = self._talking
+        if not talking:
+            self._text_due_s = self._monotonic_s() + TEXT_INTERVAL_S
+            self._wake.set()
+        talking[job.id] = job
 
     @property
     def running(self) -> int:
@@ -316,14 +334,24 @@ class Jobs:
 
     async def store_now(self) -> None:
         """Store what was appended so far; returns when it is safe. Raises what the store raises."""
+        await self._store_due(with_text=True)
+
+    async def _store_due(self, *, with_text: bool = False) -> None:
+        """Store the jobs whose time has come, each with all that it has. Raises what the store raises."""
         async with self._store_lock:
-            changed, self._changed = self._changed, {}
-            if not changed:
+            due, self._changed = self._changed, {}
+            if with_text or self._monotonic_s() >= self._text_due_s:
+                due |= self._talking
+                self._talking = {}
+            else:
+                for job_id in due:
+                    self._talking.pop(job_id, None)
+            if not due:
                 return
             records: list[Job] = []
             segments: list[StoredSegment] = []
             reached: list[tuple[LiveJob, int]] = []
-            for job in changed.values():
+            for job in due.values():
                 events = job.unstored()
                 records.append(job.record())
                 if events:
@@ -333,7 +361,7 @@ class Jobs:
                 await self._store.write(records, segments)
             except BaseException:
                 # Whatever was not stored is still to be stored.
-                self._changed = changed | self._changed
+                self._changed = due | self._changed
                 raise
             for job, sequence in reached:
                 job.stored(sequence)
@@ -348,14 +376,14 @@ class Jobs:
             await asyncio.sleep(STORE_INTERVAL_S)
             self._wake.clear()
             try:
-                await self.store_now()
+                await self._store_due()
                 self._store_failing_since = None
             except RungError as error:
                 if self._store_failing_since is None:
                     self._store_failing_since = self._monotonic_s()
                 _log.error("jobs_not_stored", error=error.message, jobs=len(self._changed))
                 await asyncio.sleep(1.0)
-            if self._changed:
+            if self._changed or self._talking:
                 self._wake.set()
 
     async def _keep_retention(self) -> None:
@@ -398,7 +426,15 @@ def _new_id() -> str:
 
 
 def _segment(job_id: str, create_time_s: float, events: Sequence[JobEvent]) -> StoredSegment:
-    stored = [(event.sequence, event.elapsed_s, without_data(event).payload) for event in events]
+    stored = [
+        (
+            event.sequence,
+            event.elapsed_s,
+            # Nearly all are text, and a call for each would take as long as their encoding.
+            payload if type(payload := event.payload) is not ArtifactChunk else without_data(event).payload,
+        )
+        for event in events
+    ]
     return StoredSegment(
         job_id=job_id,
         first_sequence=events[0].sequence,

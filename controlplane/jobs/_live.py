@@ -39,7 +39,18 @@ _KEPT_EVENTS = 4096
 class LiveJob:
     """The one writer's view of a running job. Not thread-safe: it lives on the event loop.
 
-    `append` is on the path of every token: it makes one struct and wakes who waits.
+    `text` is on the path of every token: it makes one struct and wakes who waits.
+
+    Args:
+        job_id: its id.
+        kind: what it makes.
+        model: what was asked for.
+        policy: how it may be treated.
+        request_id: its caller's own id of it, or empty.
+        on_change: called after each event but those of `on_text`.
+        on_text: called after each piece of text or of a tool call: there are many of these, and none is worth
+            a write of its own. `on_change` when left out.
+        monotonic_s: the clock of its elapsed times.
     """
 
     __slots__ = (
@@ -48,6 +59,7 @@ class LiveJob:
         "_first_kept",
         "_monotonic_s",
         "_on_change",
+        "_on_text",
         "_phase",
         "_phase_started",
         "_preview_sequence",
@@ -78,6 +90,7 @@ class LiveJob:
         policy: Policy,
         request_id: str,
         on_change: Callable[[LiveJob], None],
+        on_text: Callable[[LiveJob], None] | None = None,
         monotonic_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.id = job_id
@@ -100,6 +113,7 @@ class LiveJob:
         self._first_kept = 1
         self._waiters: list[asyncio.Future[None]] = []
         self._on_change = on_change
+        self._on_text = on_text or on_change
         self._cancel: Callable[[], object] | None = None
         self._preview_sequence = 0
         self._phase: PhaseProgress | None = None
@@ -107,7 +121,12 @@ class LiveJob:
         self.append(JobAccepted(kind=kind, model=model))
 
     def append(self, payload: EventPayload) -> JobEvent:
-        """Add an event to the log and wake who waits for it."""
+        """Add an event to the log and wake who waits for it; text has methods of its own."""
+        event = self._add(payload)
+        self._on_change(self)
+        return event
+
+    def _add(self, payload: EventPayload) -> JobEvent:
         now = self._monotonic_s()
         elapsed_s = now - self._started
         self.last_sequence += 1
@@ -118,17 +137,18 @@ class LiveJob:
                 if not waiter.done():
                     waiter.set_result(None)
             self._waiters.clear()
-        self._on_change(self)
         return event
 
     def text(self, delta: TokenDelta) -> None:
         """Add text, and count what was delivered."""
         self.delivered_characters += len(delta.content)
-        self.append(delta)
+        self._add(delta)
+        self._on_text(self)
 
     def tool_call(self, delta: ToolCallDelta) -> None:
         """Add a part of a tool call."""
-        self.append(delta)
+        self._add(delta)
+        self._on_text(self)
 
     def artifact(self, chunk: ArtifactChunk) -> None:
         """Add a piece of an artifact, without its data: that is stored already.
