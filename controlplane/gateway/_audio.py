@@ -16,13 +16,14 @@ from controlplane.artifacts import Artifacts
 from controlplane.fleet import DeploymentView, Fleet
 from controlplane.gateway._artifacts import break_off
 from controlplane.gateway._errors import error_body, error_response
-from controlplane.gateway._generate_stream import progress_line
-from controlplane.gateway._generations import Followed, Follower
+from controlplane.gateway._generate_stream import progress_comment
+from controlplane.gateway._generations import Followed, Follower, open_stream, send_lines
 from controlplane.gateway._openai import read_policy, read_request_id
 from controlplane.pipelines import Wish
 from rung.errors import InvalidRequestError, RungError
 from rung.types import (
     ArtifactChunk,
+    JobEvent,
     JobKind,
     PhaseProgress,
     Residency,
@@ -172,6 +173,7 @@ class AudioRoutes:
 
 async def _audio(request: web.Request, followed: Followed) -> web.StreamResponse:
     """The audio itself. What goes wrong once it has begun cuts it off, so that nobody takes it for whole."""
+    # Nothing says what is under way meanwhile: every byte is sound, and whoever wants to know takes events.
     response = web.StreamResponse()
     async with aclosing(followed.events()) as events:
         async for event in events:
@@ -193,46 +195,40 @@ async def _audio(request: web.Request, followed: Followed) -> web.StreamResponse
 
 
 async def _speech_events(request: web.Request, followed: Followed) -> web.StreamResponse:
-    response = await _event_stream(request, followed)
-    async with aclosing(followed.events()) as events:
-        async for event in events:
-            match event.payload:
-                case PhaseProgress() as progress:
-                    await response.write(_comment(progress, event.elapsed_s))
-                case ArtifactChunk(data=data) if data:
-                    audio = base64.b64encode(data).decode()
-                    await response.write(_event({"type": "speech.audio.delta", "audio": audio}))
-                case _:
-                    pass
+    async def line_of(event: JobEvent) -> bytes:
+        match event.payload:
+            case PhaseProgress() as progress:
+                return progress_comment(progress, event.elapsed_s)
+            case ArtifactChunk(data=data) if data:
+                audio = base64.b64encode(data).decode()
+                return _event({"type": "speech.audio.delta", "audio": audio})
+            case _:
+                return b""
+
+    response = await open_stream(request, followed, "text/event-stream")
+    await send_lines(response, followed.lines(line_of))
     done = {"type": "speech.audio.done", "usage": _NO_USAGE, "rung": followed.mark()}
     return await _end(response, followed, done)
 
 
 async def _transcript_events(request: web.Request, followed: Followed) -> web.StreamResponse:
-    response = await _event_stream(request, followed)
     text = ""
-    async with aclosing(followed.events()) as events:
-        async for event in events:
-            match event.payload:
-                case PhaseProgress() as progress:
-                    await response.write(_comment(progress, event.elapsed_s))
-                case TokenDelta(content):
-                    text += content
-                    await response.write(_event({"type": "transcript.text.delta", "delta": content}))
-                case _:
-                    pass
+
+    async def line_of(event: JobEvent) -> bytes:
+        nonlocal text
+        match event.payload:
+            case PhaseProgress() as progress:
+                return progress_comment(progress, event.elapsed_s)
+            case TokenDelta(content):
+                text += content
+                return _event({"type": "transcript.text.delta", "delta": content})
+            case _:
+                return b""
+
+    response = await open_stream(request, followed, "text/event-stream")
+    await send_lines(response, followed.lines(line_of))
     done = {"type": "transcript.text.done", "text": text, "rung": followed.mark()}
     return await _end(response, followed, done)
-
-
-async def _event_stream(request: web.Request, followed: Followed) -> web.StreamResponse:
-    response = web.StreamResponse(
-        headers={**followed.headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    )
-    response.content_type = "text/event-stream"
-    response.charset = "utf-8"
-    await response.prepare(request)
-    return response
 
 
 async def _end(
@@ -301,11 +297,6 @@ def _wish(request: web.Request, kind: JobKind, model: str, wanted: SpeechInput |
 def _speaks(view: DeploymentView, model: str) -> bool:
     spec = view.deployment.spec
     return JobKind.SPEECH.value in spec.capabilities and model in ("", spec.id, spec.model, *spec.aliases)
-
-
-def _comment(progress: PhaseProgress, elapsed_s: float) -> bytes:
-    """What OpenAI's clients skip."""
-    return b": rung.progress " + _encode(progress_line(progress, elapsed_s)) + b"\n\n"
 
 
 def _event(fields: Mapping[str, object]) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -14,7 +13,13 @@ from msgspec.structs import replace
 
 from controlplane.artifacts import Artifacts
 from controlplane.gateway._artifacts import artifact_url
-from controlplane.gateway._generations import Followed, Follower, Quiet, artifact_base64
+from controlplane.gateway._generations import (
+    Followed,
+    Follower,
+    artifact_base64,
+    open_stream,
+    send_lines,
+)
 from controlplane.gateway._openai import read_policy, read_request_id
 from controlplane.gateway._pictures import picture_from_text
 from controlplane.pipelines import Wish, check_side
@@ -82,20 +87,15 @@ class GenerateStreamRoutes:
         wish = _wish(body, request)
         sse = "text/event-stream" in request.headers.get("Accept", "")
         async with await self._follower.begin(wish, with_previews=body.previews) as followed:
-            response = web.StreamResponse(
-                headers={**followed.headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            content_type = "text/event-stream" if sse else "application/x-ndjson"
+            response = await open_stream(request, followed, content_type)
+            await send_lines(
+                response, self.lines(followed, sse=sse, inline=body.response_format == "b64_json")
             )
-            response.content_type = "text/event-stream" if sse else "application/x-ndjson"
-            response.charset = "utf-8"
-            await response.prepare(request)
-            lines = self.lines(followed, sse=sse, inline=body.response_format == "b64_json")
-            async with aclosing(lines):
-                async for line in lines:
-                    await response.write(line)
             await response.write_eof()
         return response
 
-    async def lines(
+    def lines(
         self, followed: Followed, *, sse: bool = False, inline: bool = False
     ) -> AsyncGenerator[bytes, None]:
         """A job as `/generate/stream` tells it, from its first line to the last.
@@ -106,25 +106,22 @@ class GenerateStreamRoutes:
             inline: the last line has the pictures themselves, too.
 
         Raises:
-            RungError: the log of the job cannot be read.
+            UnavailableError: the log of the job cannot be read.
         """
-        quiet = Quiet()
-        async for event in followed.events():
+
+        async def line_of(event: JobEvent) -> bytes:
             line = await self._line(event, followed, inline=inline)
             if line is None:
-                if followed.progress is None or not quiet.too_long(event.elapsed_s):
-                    continue
-                line = progress_line(followed.progress, event.elapsed_s)
-            quiet.told(event.elapsed_s)
-            yield _sse(event, line) if sse else _encode(line) + b"\n"
+                return b""
+            return _sse(event, line) if sse else _encode(line) + b"\n"
+
+        return followed.lines(line_of)
 
     async def _line(self, event: JobEvent, followed: Followed, *, inline: bool) -> dict[str, object] | None:
+        under_way = phase_told(event, followed)
+        if under_way is not None:
+            return progress_line(under_way, event.elapsed_s)
         match event.payload:
-            case PhaseProgress(phase=Phase.DONE):
-                # The terminal event says it, with what was made: a reader stops at the first `done`.
-                return None
-            case PhaseProgress() as progress:
-                return progress_line(progress, event.elapsed_s)
             case ArtifactChunk(preview=True, content_type=content_type, data=data) if data:
                 progress = followed.progress or PhaseProgress(Phase.SAMPLING)
                 preview = {"content_type": content_type, "b64_json": base64.b64encode(data).decode()}
@@ -166,6 +163,27 @@ class GenerateStreamRoutes:
                 # The job did well and says so; only this copy of its picture cannot be had.
                 image["error"] = error.message
         return image
+
+
+def phase_told(event: JobEvent, followed: Followed) -> PhaseProgress | None:
+    """The phase that an event tells of, for streams whose last line says that the job is done.
+
+    That is not for a phase to say, since readers stop at the first `done`: a heartbeat after it says what was
+    under way before, and nothing of how much longer.
+    """
+    phase = event.payload
+    if not isinstance(phase, PhaseProgress):
+        return None
+    if phase.phase is not Phase.DONE:
+        return phase
+    if event.sequence:
+        return None
+    return replace(followed.progress or PhaseProgress(Phase.ROUTE), remaining_s=None, job_remaining_s=None)
+
+
+def progress_comment(progress: PhaseProgress, elapsed_s: float) -> bytes:
+    """A phase among server-sent events of OpenAI's, whose clients skip comments."""
+    return b": rung.progress " + _encode(progress_line(progress, elapsed_s)) + b"\n\n"
 
 
 def progress_line(progress: PhaseProgress, elapsed_s: float) -> dict[str, object]:

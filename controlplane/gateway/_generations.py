@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from types import TracebackType
+from typing import TypeAlias
 
 import msgspec
+from aiohttp import web
 
 from controlplane.artifacts import Artifacts
 from controlplane.gateway._openai import job_headers
@@ -31,24 +34,9 @@ from rung.types import (
 
 #: A stream says what is under way at least once a second: this leaves time to send it.
 KEEP_ALIVE_S = 0.8
-#: After so long without a line, an event of which there is nothing to tell is one: the next event, or a
-#: heartbeat, may be `KEEP_ALIVE_S` away, and both together are to be no more than a second.
-_QUIET_S = 0.2
 
-
-class Quiet:
-    """How long a stream has said nothing, by the time of its job."""
-
-    def __init__(self) -> None:
-        self._told_s = 0.0
-
-    def told(self, elapsed_s: float) -> None:
-        """A line was sent."""
-        self._told_s = elapsed_s
-
-    def too_long(self, elapsed_s: float) -> bool:
-        """Whether an event without a line of its own has to be one all the same."""
-        return elapsed_s - self._told_s >= _QUIET_S
+#: An event as a route tells it; empty for one of which it has nothing to tell. Of a heartbeat it always has.
+LineOf: TypeAlias = Callable[[JobEvent], Awaitable[bytes]]
 
 
 class Follower:
@@ -123,13 +111,40 @@ class Followed:
             return msgspec.Raw(self._begun.mark())
         return msgspec.Raw(msgspec.json.encode({"job": self.job_id}))
 
-    async def events(self) -> AsyncGenerator[JobEvent, None]:
-        """The events to the terminal one, with a heartbeat wherever nothing happens for a while."""
+    async def lines(self, line_of: LineOf) -> AsyncGenerator[bytes, None]:
+        """What a route streams of the job, to its end: never silent for a second.
+
+        Silence is between lines, not between events: `line_of` is given a heartbeat `KEEP_ALIVE_S` after the
+        last event of which it made a line, whatever else happened meanwhile.
+
+        Args:
+            line_of: makes the lines.
+
+        Raises:
+            UnavailableError: the log of the job cannot be read.
+        """
+        line = b""
+        async with aclosing(self.events(has_told=lambda: bool(line))) as events:
+            async for event in events:
+                line = await line_of(event)
+                if line:
+                    yield line
+
+    async def events(self, *, has_told: Callable[[], bool] | None = None) -> AsyncGenerator[JobEvent, None]:
+        """The events to the terminal one, for what is answered as a whole; streams have `lines`.
+
+        Args:
+            has_told: as `Jobs.watch`.
+
+        Raises:
+            UnavailableError: the log of the job cannot be read.
+        """
         watching = self._jobs.watch(
             self.job_id,
             heartbeat_s=KEEP_ALIVE_S,
             with_data=self._with_data,
             with_previews=self._with_previews,
+            has_told=has_told,
         )
         async for event in watching:
             self._take(event)
@@ -170,6 +185,24 @@ class Followed:
             self.usage = payload.usage
         elif isinstance(payload, TERMINAL_EVENTS):
             self.end = payload
+
+
+async def open_stream(request: web.Request, followed: Followed, content_type: str) -> web.StreamResponse:
+    """Begin an answer that is sent line by line."""
+    response = web.StreamResponse(
+        headers={**followed.headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    )
+    response.content_type = content_type
+    response.charset = "utf-8"
+    await response.prepare(request)
+    return response
+
+
+async def send_lines(response: web.StreamResponse, lines: AsyncGenerator[bytes, None]) -> None:
+    """Send lines as they come, to the last one. Raises what making them raises."""
+    async with aclosing(lines):
+        async for line in lines:
+            await response.write(line)
 
 
 async def artifact_base64(artifacts: Artifacts, artifact: Artifact) -> str:

@@ -13,13 +13,19 @@ from msgspec import Struct
 from controlplane.artifacts import Artifacts
 from controlplane.gateway._artifacts import artifact_url
 from controlplane.gateway._errors import error_body, error_response
-from controlplane.gateway._generate_stream import check_effort, checked, progress_line
-from controlplane.gateway._generations import Followed, Follower, Quiet, artifact_base64
+from controlplane.gateway._generate_stream import check_effort, checked, phase_told, progress_comment
+from controlplane.gateway._generations import (
+    Followed,
+    Follower,
+    artifact_base64,
+    open_stream,
+    send_lines,
+)
 from controlplane.gateway._openai import read_policy, read_request_id
 from controlplane.gateway._pictures import picture_from_text, read_size
 from controlplane.pipelines import Wish, picture_of
 from rung.errors import InvalidRequestError, RungError
-from rung.types import Artifact, ArtifactChunk, ImageInput, ImagePart, JobKind, Phase, PhaseProgress, Usage
+from rung.types import Artifact, ArtifactChunk, ImageInput, ImagePart, JobEvent, JobKind, PhaseProgress, Usage
 
 #: OpenAI's qualities, the old ones included, as tiers; None leaves it to the effort.
 TIER_OF_QUALITY = {
@@ -147,27 +153,23 @@ class ImageRoutes:
         self, request: web.Request, followed: Followed, event_name: str, partial_images: int
     ) -> web.StreamResponse:
         """Server-sent events: OpenAI's, and in comments, which its clients skip, `rung.progress`."""
-        response = web.StreamResponse(
-            headers={**followed.headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        )
-        response.content_type = "text/event-stream"
-        response.charset = "utf-8"
-        await response.prepare(request)
-        sent, quiet = 0, Quiet()
-        async for event in followed.events():
-            chunk, payload, progress = b"", event.payload, followed.progress
-            if isinstance(payload, ArtifactChunk) and payload.preview and payload.data:
-                if _is_due(sent, partial_images, progress):
-                    chunk = _partial_image(event_name, payload, sent)
-                    sent += 1
-            elif isinstance(payload, PhaseProgress) and payload.phase is not Phase.DONE:
-                # The end is told by the terminal event.
-                chunk = _progress_comment(payload, event.elapsed_s)
-            if not chunk and progress is not None and quiet.too_long(event.elapsed_s):
-                chunk = _progress_comment(progress, event.elapsed_s)
-            if chunk:
-                quiet.told(event.elapsed_s)
-                await response.write(chunk)
+        sent = 0
+
+        async def line_of(event: JobEvent) -> bytes:
+            nonlocal sent
+            under_way = phase_told(event, followed)
+            if under_way is not None:
+                return progress_comment(under_way, event.elapsed_s)
+            preview = event.payload
+            if not (isinstance(preview, ArtifactChunk) and preview.preview and preview.data):
+                return b""
+            if not _is_due(sent, partial_images, followed.progress):
+                return b""
+            sent += 1
+            return _partial_image(event_name, preview, sent - 1)
+
+        response = await open_stream(request, followed, "text/event-stream")
+        await send_lines(response, followed.lines(line_of))
         await response.write(await self._ending(followed, event_name))
         await response.write_eof()
         return response
@@ -191,10 +193,6 @@ class ImageRoutes:
         except RungError as error:
             return b"event: error\ndata: " + error_body(error) + b"\n\n"
         return b"".join(completed)
-
-
-def _progress_comment(progress: PhaseProgress, elapsed_s: float) -> bytes:
-    return b": rung.progress " + _encode(progress_line(progress, elapsed_s)) + b"\n\n"
 
 
 def _partial_image(event_name: str, preview: ArtifactChunk, place: int) -> bytes:

@@ -13,13 +13,13 @@ from controlplane.artifacts import Artifacts
 from controlplane.gateway._artifacts import artifact_url, send_pieces
 from controlplane.gateway._errors import error_response
 from controlplane.gateway._generate_stream import check_effort
-from controlplane.gateway._generations import Followed, Follower
+from controlplane.gateway._generations import Followed, Follower, open_stream, send_lines
 from controlplane.gateway._jobs import ndjson_event, sse_event
 from controlplane.gateway._openai import read_policy, read_request_id
 from controlplane.gateway._pictures import picture_from_text
 from controlplane.pipelines import Wish, picture_of
 from rung.errors import InvalidRequestError, RungError
-from rung.types import ImagePart, JobKind, MeshInput
+from rung.types import ImagePart, JobEvent, JobKind, MeshInput
 
 
 class _Body(Struct, forbid_unknown_fields=True):
@@ -78,14 +78,12 @@ class MeshRoutes:
 async def _stream(request: web.Request, followed: Followed) -> web.StreamResponse:
     sse = "text/event-stream" in request.headers.get("Accept", "")
     write = sse_event if sse else ndjson_event
-    response = web.StreamResponse(
-        headers={**followed.headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    )
-    response.content_type = "text/event-stream" if sse else "application/x-ndjson"
-    response.charset = "utf-8"
-    await response.prepare(request)
-    async for event in followed.events():
-        await response.write(write(event))
+
+    async def line_of(event: JobEvent) -> bytes:
+        return write(event)
+
+    response = await open_stream(request, followed, "text/event-stream" if sse else "application/x-ndjson")
+    await send_lines(response, followed.lines(line_of))
     await response.write_eof()
     return response
 

@@ -257,10 +257,11 @@ class Jobs:
         *,
         with_data: bool = False,
         with_previews: bool = False,
+        has_told: Callable[[], bool] | None = None,
     ) -> AsyncIterator[JobEvent]:
         """Events after a sequence, then new ones as they come, to the terminal one.
 
-        When nothing happens for `heartbeat_s`, a heartbeat (sequence 0) says what is under way.
+        When nothing is told for `heartbeat_s`, a heartbeat (sequence 0) says what is under way.
 
         Args:
             job_id: which.
@@ -268,6 +269,8 @@ class Jobs:
             heartbeat_s: the longest silence.
             with_data: pieces of artifacts come with their data, as long as the artifact is kept.
             with_previews: previews come with their data, as with `with_data`; only the newest has any.
+            has_told: whether the reader passed on the event that it was given last, asked when it wants the
+                next; for readers that have nothing to say of some. Without it each event counts as told.
 
         Raises:
             UnknownJobError: no such job.
@@ -275,6 +278,8 @@ class Jobs:
             UnavailableError: the store or an artifact cannot be read.
         """
         sequence = after_sequence
+        now_s = asyncio.get_running_loop().time
+        told_s = now_s()
         while True:
             live = self._live.get(job_id)
             events: Sequence[JobEvent] | None = live.kept_after(sequence) if live is not None else None
@@ -290,6 +295,8 @@ class Jobs:
                     yield event
                 else:
                     yield await self._filled(event, payload) if with_data else without_data(event)
+                if has_told is not None and has_told():
+                    told_s = now_s()
                 sequence = event.sequence
                 if isinstance(event.payload, TERMINAL_EVENTS):
                     return
@@ -299,8 +306,11 @@ class Jobs:
                 raise OutOfRangeError(f"job {job_id} has no event {sequence} yet", job=job_id)
             if live.terminal is not None and sequence == live.last_sequence:
                 return
-            if not await _arrives(live, heartbeat_s):
+            left_s = heartbeat_s if has_told is None else told_s + heartbeat_s - now_s()
+            # One that is due is not put off by what comes: events that nobody passes on may have no end.
+            if left_s <= 0.0 or not await _arrives(live, left_s):
                 yield live.heartbeat()
+                told_s = now_s()
 
     async def _filled(self, event: JobEvent, chunk: ArtifactChunk) -> JobEvent:
         """A piece with its data, read for this one reader, so that nothing is held for slow ones."""

@@ -38,7 +38,8 @@ def silence_between_events(patch: pytest.MonkeyPatch) -> None:
 
 
 def events_without_a_line_count_as_lines(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(_generations, "_QUIET_S", 0.8)
+    events = _generations.Followed.events
+    patch.setattr(_generations.Followed, "events", lambda self, *, has_told=None: events(self))
 
 
 def heartbeats_that_come_late(patch: pytest.MonkeyPatch) -> None:

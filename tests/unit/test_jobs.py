@@ -25,6 +25,7 @@ from rung.types import (
     Usage,
 )
 from tests.fakes.store import MemoryStore
+from tests.fakes.virtual_time import in_virtual_time
 
 
 @pytest.fixture
@@ -101,6 +102,32 @@ async def test_silence_is_told_outside_the_log(jobs: Jobs) -> None:
     assert heartbeat.sequence == 0
     assert job.last_sequence == 1
     await watch.aclose()  # type: ignore[attr-defined]  # it is a generator
+
+
+@in_virtual_time
+async def test_silence_is_between_what_a_reader_tells() -> None:
+    clock = asyncio.get_running_loop().time
+    jobs = Jobs(MemoryStore(), monotonic_s=clock)
+    job = _open(jobs)
+    told: list[float] = []
+
+    async def tell_heartbeats() -> None:
+        event: JobEvent | None = None
+        watching = jobs.watch(
+            job.id, heartbeat_s=0.5, has_told=lambda: event is not None and not event.sequence
+        )
+        async for event in watching:
+            if not event.sequence:
+                told.append(round(event.elapsed_s, 3))
+
+    reader = asyncio.create_task(tell_heartbeats())
+    for _ in range(16):
+        await asyncio.sleep(0.1)
+        _say(job, 1)
+    job.done("stop")
+    await reader
+
+    assert told == [0.5, 1.0, 1.5]
 
 
 async def test_a_request_to_cancel_is_not_lost(jobs: Jobs) -> None:
