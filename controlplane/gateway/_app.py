@@ -40,6 +40,8 @@ _log = structlog.get_logger("rung.http")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _MIB = 1024 * 1024
+#: What nginx writes down for a caller that has gone; it is sent to nobody.
+_CALLER_HAS_GONE = 499
 
 
 class Gateway:
@@ -145,9 +147,14 @@ class Gateway:
             response.set_status(405)
             response.headers["Allow"] = allowed
             return response
-        except Exception as error:
-            if isinstance(error, web.HTTPException | ConnectionError):
-                raise
+        except ConnectionError:
+            # The caller has gone, which was noticed by writing to it: nobody reads what is returned.
+            if request.transport is not None:
+                request.transport.abort()
+            return web.Response(status=_CALLER_HAS_GONE)
+        except web.HTTPException:
+            raise
+        except Exception as error:  # noqa: BLE001 - the boundary: whatever it is becomes a status
             _log.error("http_defect", path=request.path, exc_info=error)
             return error_response(RungError("internal error; the server's log has the details"))
 

@@ -66,7 +66,7 @@ _MOVES_ON = (
     VramInfeasibleError,
 )
 
-#: Takes bytes of a stream for the caller.
+#: Takes bytes of a stream for the caller. Raises ConnectionError once the caller has gone.
 OnBytes = Callable[[bytes], Awaitable[None]]
 #: Called with each line of progress while an engine is made awake or a slot is waited for.
 OnWait = Callable[[str], Awaitable[None]]

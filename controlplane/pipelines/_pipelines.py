@@ -364,6 +364,9 @@ class _Ending:
             if by and task is not None and task.uncancel() == 0:
                 # Somebody asked for the job to end, not for this task: it still has to answer its caller.
                 raise JobCancelledError(f"the job was cancelled by {by}", job=job.id) from None
+        elif isinstance(error, ConnectionError):
+            # Of its caller: what becomes of connections to engines is a RungError.
+            job.cancelled(job.cancel_requested_by or "caller_disconnected")
         elif isinstance(error, RungError):
             job.failed(reason_of_error(error), error.message)
         elif isinstance(error, Exception):

@@ -8,6 +8,7 @@ import re
 from collections.abc import AsyncIterator
 from typing import Any
 
+import aiohttp
 import openai
 import pytest
 from aiohttp import web
@@ -228,6 +229,27 @@ async def test_a_caller_that_leaves_cancels_the_engine(plane: Plane) -> None:
     job = await plane.ended(job_id)
     assert (job.state, job.detail) == (JobState.CANCELLED, "cancelled by caller_disconnected")
     assert plane.slots.load("tiny-1") == (0, 0)
+
+
+async def test_a_caller_whose_going_is_noticed_by_writing_to_it_is_no_defect(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plane.engine.answer = plane.engine.endless
+    writes = web.StreamResponse.write
+
+    async def write(response: web.StreamResponse, data: bytes) -> None:
+        # The engine's own responses are of this class too.
+        if "X-Rung-Job" in response.headers:
+            raise aiohttp.ClientConnectionResetError("Cannot write to closing transport")
+        await writes(response, data)
+
+    monkeypatch.setattr(web.StreamResponse, "write", write)
+    async with plane.http.post(f"{plane.url}/v1/chat/completions", json=CHAT | {"stream": True}) as response:
+        job = await plane.ended(response.headers["X-Rung-Job"])
+
+    assert (job.state, job.detail) == (JobState.CANCELLED, "cancelled by caller_disconnected")
+    assert plane.slots.load("tiny-1") == (0, 0)
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 async def test_a_caller_that_leaves_before_the_answer_cancels_the_engine(plane: Plane) -> None:
