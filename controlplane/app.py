@@ -196,6 +196,7 @@ async def serve(config: Config) -> None:
         await stop.wait()
         _log.info("draining", jobs=jobs.running, grace_s=server.drain_s)
         gateway.drain()
+        await grpc_server.drain()
         await jobs.drain(server.drain_s)
         await grpc_server.stop(1.0)
     _log.info("stopped")

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import grpc.aio
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from rung.errors import (
+    DrainingError,
     EngineFailedError,
     EngineProtocolError,
     EngineStartFailedError,
@@ -21,7 +24,7 @@ from rung.errors import (
     PinnedDeploymentError,
     RungError,
 )
-from rung.types import FailureReason, JobState, LifecycleFailed, Policy, Residency, TokenDelta
+from rung.types import FailureReason, JobCancelled, JobState, LifecycleFailed, Policy, Residency, TokenDelta
 from tests.integration.stack import Stack, engine_pids, stack
 
 #: An answer that goes on for long enough to be broken off.
@@ -235,6 +238,31 @@ async def test_a_graceful_stop_lets_jobs_end(running: Stack) -> None:
     assert await running.plane.end(signal.SIGTERM) == 0
 
     assert "40" in (await result).text
+    await running.plane.start()
+
+
+async def test_while_it_drains_it_says_so_takes_nothing_new_and_ends_what_lasts_too_long(
+    running: Stack,
+) -> None:
+    health = health_pb2.HealthCheckRequest(service="rung.v1.InferenceService")
+    job = await running.client.create_job(LONG, model="sim", policy=Policy(detached=True))
+    events = aiter(running.client.watch_job(job.id))
+    while not isinstance((await anext(events)).payload, TokenDelta):
+        pass
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{running.plane.ready['grpc_port']}") as channel:
+        said = aiter(health_pb2_grpc.HealthStub(channel).Watch(health))
+        assert (await anext(said)).status == health_pb2.HealthCheckResponse.SERVING
+
+        ending = asyncio.ensure_future(running.plane.end(signal.SIGTERM))
+
+        assert (await anext(said)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        with pytest.raises(DrainingError):
+            await running.client.chat("Hello", model="sim").result()
+        rest = [event.payload async for event in events]
+
+    assert any(isinstance(each, TokenDelta) for each in rest), "it went on while there was time"
+    assert rest[-1] == JobCancelled(by="drain")
+    assert await ending == 0
     await running.plane.start()
 
 

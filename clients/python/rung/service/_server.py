@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -84,6 +85,7 @@ class GrpcServer:
     ) -> None:
         require_loopback(options.host, what)
         self._options = options
+        self._what = what
         self._names = [service.full_name for service in services]
         self._health = health.aio.HealthServicer()
         self.server = grpc.aio.server(interceptors=list(interceptors), options=options.arguments())
@@ -95,16 +97,37 @@ class GrpcServer:
 
     async def start(self) -> None:
         """Bind and serve; `port` is then the bound one. Raises OSError if the port is taken."""
-        address = f"{self._options.host}:{self._options.port}"
+        host, port = self._options.host, self._options.port
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._require_free_port(address)
         try:
             self.port = self.server.add_insecure_port(address)
         except RuntimeError as error:
-            raise OSError(f"cannot listen on {address}: {error}") from error
+            raise OSError(f"{self._what} cannot listen on {address}: {error}") from error
         await self.server.start()
         for name in ("", *self._names):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
+    def _require_free_port(self, address: str) -> None:
+        """Refuse a port that is taken: gRPC says that in its own log alone. Raises OSError."""
+        host, port = self._options.host, self._options.port
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            # As gRPC does it: connections that have just ended do not hold the port.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(place)
+            except OSError as error:
+                raise OSError(
+                    f"{self._what} cannot listen on {address}: {error.strerror}; "
+                    "stop what listens there, or choose another port"
+                ) from error
+
+    async def drain(self) -> None:
+        """Report NOT_SERVING, so that nobody sends more; calls go on, and new ones are still taken."""
+        await self._health.enter_graceful_shutdown()
+
     async def stop(self, grace_s: float) -> None:
         """Report NOT_SERVING, let calls finish for `grace_s`, then cancel them."""
-        await self._health.enter_graceful_shutdown()
+        await self.drain()
         await self.server.stop(grace_s)
