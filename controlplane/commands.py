@@ -27,7 +27,9 @@ ConfigFile: TypeAlias = Annotated[
     ),
 ]
 
-config = typer.Typer(help="Check and write configuration files, and print their JSON schema.", no_args_is_help=True)
+config = typer.Typer(
+    help="Check and write configuration files, and print their JSON schema.", no_args_is_help=True
+)
 
 
 def serve(
@@ -207,7 +209,7 @@ def simulate(
 
     out = make_console()
     if list_them:
-        print_traces(out)
+        print_traces(out, as_json=as_json)
     elif not trace:
         typer.echo("error: which trace? `rung simulate --list` shows those that come with Rung", err=True)
         raise typer.Exit(ExitCode.USAGE)

@@ -48,6 +48,11 @@ def require_permitted(action: LifecycleAction, target: DeploymentView, *, force:
     """
     spec = target.deployment.spec
     node = target.node
+    # First: of a pinned one, too, force would change nothing.
+    if is_external(spec) and action in (LifecycleAction.START, LifecycleAction.STOP):
+        raise NotOursError(
+            f"{spec.id} is run by somebody else; {action} it where it was started", deployment=spec.id
+        )
     pinned = spec.residency_class is ResidencyClass.PINNED
     permitted = action in RAISING or (action is LifecycleAction.SHRINK and spec.shrinkable)
     if pinned and not (permitted or force):
@@ -58,13 +63,6 @@ def require_permitted(action: LifecycleAction, target: DeploymentView, *, force:
         raise NodeUnreachableError(f"{node.id} does not answer: {node.detail or node.state}", node=node.id)
     if target.hold and action in RAISING and target.deployment.residency is not Residency.AWAKE:
         raise HeldByProfileError(f"{spec.id}: {target.hold}", deployment=spec.id)
-    if is_external(spec) and action in (
-        LifecycleAction.START,
-        LifecycleAction.STOP,
-    ):
-        raise NotOursError(
-            f"{spec.id} is run by somebody else; {action} it where it was started", deployment=spec.id
-        )
     if node.state in _DRAINING and action in RAISING:
         raise FailedPreconditionError(
             f"{node.id} is {node.state}; resume it before anything is started there", node=node.id

@@ -227,7 +227,9 @@ def _welcome(console: Console, plan: _Plan, ports: ServerPorts, snapshot: FleetS
         console.print(Text.assemble((f"{name:<16}", "bold"), value))
     console.print()
     console.print("Try, in another terminal:")
-    for command in ("chat 'Why is the sky blue?'", "status --watch", "models"):
+    # Without a deployment nobody would answer.
+    chat = ("chat 'Why is the sky blue?'",) if snapshot.deployments else ()
+    for command in (*chat, "status --watch", "models"):
         console.print(Text(f"  rung{address} {command}", style="cyan"))
     console.print(Text("Ctrl-C stops the control plane and the agent; engines keep running.", style="dim"))
 

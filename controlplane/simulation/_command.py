@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 from rich.console import Console
@@ -32,24 +32,35 @@ def run_simulate(
     with show_progress(err) as tell:
         report = simulate(name, trace, policies=policies or tuple(POLICIES), seed=seed, on_progress=tell)
     if as_json:
-        out.file.write(msgspec.json.format(msgspec.json.encode(report), indent=2).decode() + "\n")
+        _print_json(out, report)
     else:
         print_report(out, report)
 
 
-def print_traces(out: Console) -> None:
+def print_traces(out: Console, *, as_json: bool) -> None:
     """The traces that come with Rung, and the policies."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column("trace")
-    table.add_column("what it is")
-    for name, path in shipped_traces().items():
-        trace = load_trace(path)
-        table.add_row(name, f"{trace.title}. {trace.description}")
-    out.print(table)
+    traces = {
+        name: f"{trace.title}. {trace.description}"
+        for name, path in shipped_traces().items()
+        for trace in (load_trace(path),)
+    }
+    policies = {name: (policy.__doc__ or "").strip().split("\n", 1)[0] for name, policy in POLICIES.items()}
+    if as_json:
+        _print_json(out, {"traces": traces, "policies": policies})
+        return
+    out.print(_table("trace", "what it is", traces))
     out.print()
+    out.print(_table("policy", "what it does", policies))
+
+
+def _table(name: str, meaning: str, rows: Mapping[str, str]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column("policy")
-    table.add_column("what it does")
-    for name, policy in POLICIES.items():
-        table.add_row(name, (policy.__doc__ or "").strip().split("\n", 1)[0])
-    out.print(table)
+    table.add_column(name)
+    table.add_column(meaning)
+    for row in rows.items():
+        table.add_row(*row)
+    return table
+
+
+def _print_json(out: Console, value: object) -> None:
+    out.file.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")

@@ -127,9 +127,7 @@ class EngineSupervisor:
         """
         running = self.running
         if self.residency is not Residency.AWAKE or running is None:
-            raise NotAwakeError(
-                f"{self.id} is {self.residency}: {self.deployment.detail}", deployment=self.id
-            )
+            raise self._not_awake()
         self._state.count(1)
         try:
             yield running.base_url
@@ -398,9 +396,13 @@ class EngineSupervisor:
 
     def _require_awake(self) -> None:
         if self.residency is not Residency.AWAKE:
-            raise NotAwakeError(
-                f"{self.id} is {self.residency}: {self.deployment.detail}", deployment=self.id
-            )
+            raise self._not_awake()
+
+    def _not_awake(self) -> NotAwakeError:
+        # The detail of one that is simply stopped says no more than its residency.
+        detail = self.deployment.detail
+        more = f": {detail}" if detail and detail != self.residency else ""
+        return NotAwakeError(f"{self.id} is {self.residency}{more}", deployment=self.id)
 
     def _require_unpinned(self, *, force: bool) -> None:
         if self.pinned and not force:

@@ -413,7 +413,7 @@ async def test_a_node_that_stays_away_fails_the_operation(
 
 
 async def test_what_is_refused_before_the_agent_is_asked(agent: ScriptedAgent) -> None:
-    external = a_spec("external", external=True)
+    external = a_spec("external", external=True, residency_class=ResidencyClass.PINNED)
     pinned = a_spec("pinned", residency_class=ResidencyClass.PINNED)
     async with a_fleet([agent], [external, pinned]) as fleet:
         with pytest.raises(NodeUnreachableError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from controlplane.simulation._baselines import LeastRecentlyUsed
 from controlplane.simulation._node import TraceEngine, TraceNode
 from controlplane.simulation._policy import Visit
 from controlplane.vram import ReclaimAction
+from rung.cli import ExitCode, main
 from rung.types import ResidencyClass
 
 #: One reasoner, one image engine, one small thing on demand; sizes in whole GiB, times in whole seconds.
@@ -235,6 +237,13 @@ def test_a_policy_that_breaks_a_rule_ends_the_simulation(
     asked = "  - {at: 10s, kind: image, deployment: comfyui, checkpoint: quality, service: 10s}"
     with pytest.raises(BrokenInvariantError, match=complaint):
         simulate("small", _trace(SMALL + asked, tmp_path), policies=["spoilt"])
+
+
+def test_what_there_is_to_simulate_can_be_read_by_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", "--list", "--json"]) == ExitCode.OK
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["traces"]) == set(shipped_traces())
+    assert found["policies"].keys() == POLICIES.keys()
 
 
 def _cut(trace: Trace, duration_s: float) -> Trace:

@@ -49,7 +49,7 @@ def start(context: typer.Context, deployment: DeploymentId, as_json: Ndjson = Fa
 
     Ctrl-C stops following, not loading.
 
-    Example: rung start nemotron-8b
+    Example: rung start orchestrator
     """
     _operate(context, deployment, as_json, lambda client: client.start_deployment(deployment))
 
@@ -59,7 +59,7 @@ def stop(
 ) -> None:
     """Stop a deployment's engine; its memory is free afterwards.
 
-    Example: rung stop deepseek-r1-14b
+    Example: rung stop reasoner
     """
     _operate(context, deployment, as_json, lambda client: client.stop_deployment(deployment, force=force))
 
@@ -75,7 +75,7 @@ def sleep(
 ) -> None:
     """Put a deployment to sleep: weights go to host memory, from where they wake in seconds.
 
-    Example: rung sleep deepseek-r1-14b
+    Example: rung sleep reasoner
     """
     _operate(
         context,
@@ -88,7 +88,7 @@ def sleep(
 def wake(context: typer.Context, deployment: DeploymentId, as_json: Ndjson = False) -> None:
     """Wake a sleeping deployment: its weights go back to the GPU.
 
-    Example: rung wake deepseek-r1-14b
+    Example: rung wake reasoner
     """
     _operate(context, deployment, as_json, lambda client: client.wake_deployment(deployment))
 

@@ -84,7 +84,9 @@ def deployments_table(deployments: Sequence[Deployment]) -> RenderableType:
     """All deployments, or a sentence when there are none."""
     if not deployments:
         return Text(
-            "No deployments. Add some to rung.yaml, or start an engine here and run `rung up`.", "dim"
+            "No deployments yet. Start an engine (vLLM, llama.cpp, Ollama, ComfyUI): `rung up` finds it "
+            "within seconds. Or describe some in rung.yaml: `rung config init` writes one.",
+            "dim",
         )
     table = plain_table(
         "DEPLOYMENT", "MODEL", "NODE", "ENGINE", "RESIDENCY", "CLASS", "VRAM", "BUSY", right=("VRAM", "BUSY")
