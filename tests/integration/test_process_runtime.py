@@ -164,6 +164,37 @@ async def test_an_engine_outlives_its_agent_and_is_taken_over(
     assert (await asyncio.wait_for(waiting, 10)).exit_code in (None, -signal.SIGTERM)
 
 
+#: Leaves a grandchild behind, as an engine that crashes does, and says what becomes of it.
+_ORPHAN = """
+import os, signal, subprocess
+from pathlib import Path
+from nodeagent.runtimes import _proc
+_proc.become_subreaper()
+left = ["sh", "-c", "sleep 600 >/dev/null 2>&1 & echo $!"]
+orphan = int(subprocess.run(left, capture_output=True, text=True, check=True).stdout)
+def parent():
+    return int(Path(f"/proc/{orphan}/stat").read_text().rpartition(")")[2].split()[1])
+assert parent() == os.getpid(), "it came to us, and not to init"
+_proc.reap_orphans(())
+assert _proc.start_time_ticks(orphan) is not None, "one that runs is left to run"
+os.kill(orphan, signal.SIGKILL)
+os.waitid(os.P_PID, orphan, os.WEXITED | os.WNOWAIT)
+_proc.reap_orphans((orphan,))
+assert parent() == os.getpid(), "an engine is reaped by whoever waits for it"
+_proc.reap_orphans(())
+assert not Path(f"/proc/{orphan}").exists(), "nothing is left of it"
+"""
+
+
+async def test_what_an_engine_leaves_behind_comes_to_the_agent_and_is_reaped() -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", _ORPHAN, stderr=asyncio.subprocess.PIPE
+    )
+    _, said = await process.communicate()
+
+    assert process.returncode == 0, said.decode()
+
+
 async def test_what_is_not_there_cannot_be_started(tmp_path: Path) -> None:
     allow = AllowList(executables={"python": AllowedExecutable(path=str(tmp_path / "none"))})
     runtime = ProcessEngineRuntime(allow, tmp_path, "box")
