@@ -9,6 +9,8 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from rung.errors import InvalidRequestError
+
 #: Largest request that a server takes by default: 16 MiB.
 DEFAULT_MAX_REQUEST_BYTES = 16 * 1024 * 1024
 #: A client pings an idle connection this often, also without a call, so that a vanished peer is noticed.
@@ -51,14 +53,30 @@ _SERVICE_CONFIG = json.dumps(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TlsOptions:
-    """Files in PEM: the authority to trust, and the client's own certificate for mutual TLS."""
+    """Files in PEM: the authority to trust, and the client's own certificate for mutual TLS.
+
+    Raises:
+        InvalidRequestError: a certificate comes without its private key, or the other way round.
+    """
 
     authority_file: str | None = None
     certificate_file: str | None = None
     private_key_file: str | None = None
 
+    def __post_init__(self) -> None:
+        # gRPC ends the whole process over half of a pair.
+        if (self.certificate_file is None) != (self.private_key_file is None):
+            raise InvalidRequestError(
+                "a TLS certificate and its private key go together: give both, or neither"
+            )
+
     def credentials(self) -> grpc.ChannelCredentials:
-        """Read the files."""
+        """Read the files.
+
+        Raises:
+            OSError: one cannot be read.
+            InvalidRequestError: one is not PEM.
+        """
         return grpc.ssl_channel_credentials(
             root_certificates=_read(self.authority_file),
             private_key=_read(self.private_key_file),
@@ -115,4 +133,8 @@ def _read(path: str | None) -> bytes | None:
     if path is None:
         return None
     with open(path, "rb") as file:
-        return file.read()
+        data = file.read()
+    # gRPC would say no more than that the server cannot be reached.
+    if b"-----BEGIN " not in data:
+        raise InvalidRequestError(f"{path} is not PEM: nothing in it begins with -----BEGIN")
+    return data
