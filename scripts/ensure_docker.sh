@@ -41,7 +41,13 @@ why() { tail -n 1 "$LOG"; }
 running && exit 0
 command -v dockerd >/dev/null || sh scripts/ensure_debian.sh docker.io || give_up "docker.io is not installed"
 running && exit 0
-[ "$(id -u)" = 0 ] || give_up "no Docker Engine runs, and only root can start one"
+if [ "$(id -u)" != 0 ]; then
+    case $(docker info 2>&1) in
+    *"permission denied"*)
+        give_up "a Docker Engine runs, but not for this user (sudo usermod -aG docker USER, then log in again)" ;;
+    esac
+    give_up "no Docker Engine runs, and only root can start one"
+fi
 
 # Plain first; then what sandboxes without overlayfs, or without bridges and iptables, need.
 start "" && exit 0

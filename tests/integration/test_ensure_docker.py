@@ -19,16 +19,17 @@ $STARTS_WITH) touch "$RECORD.up" ;;
 esac
 """
 _DOCKER = """#!/bin/sh
+test -n "$REFUSES" && echo "permission denied while trying to connect" >&2 && exit 1
 test -e "$RECORD.up"
 """
 
 
-def _run(folder: Path, starts_with: str, **environment: str) -> tuple[int, str, list[str]]:
+def _run(folder: Path, starts_with: str, user: int = 0, **environment: str) -> tuple[int, str, list[str]]:
     """Exit code, what it said, and which options were tried."""
     programs = {
         "docker": _DOCKER,
         "dockerd": _DOCKERD.replace("$STARTS_WITH", starts_with),
-        "id": "#!/bin/sh\necho 0\n",
+        "id": f"#!/bin/sh\necho {user}\n",
         # Nothing to wait for: these programs are done at once.
         "sleep": "#!/bin/sh\n",
     }
@@ -49,7 +50,7 @@ def _run(folder: Path, starts_with: str, **environment: str) -> tuple[int, str, 
         timeout=60,
         check=False,
     )
-    return ran.returncode, ran.stderr, record.read_text().splitlines()
+    return ran.returncode, ran.stderr, record.read_text().splitlines() if record.exists() else []
 
 
 def test_a_daemon_that_starts_is_enough(tmp_path: Path) -> None:
@@ -89,3 +90,18 @@ def test_where_none_starts_it_says_why(
     assert len(tried) == 4
     assert "not permitted: --storage-driver=vfs --bridge=none" in said
     assert said.splitlines()[-1] == said_last
+
+
+@pytest.mark.parametrize(
+    ("refuses", "said"),
+    [
+        ("yes", "a Docker Engine runs, but not for this user"),
+        ("", "no Docker Engine runs, and only root can"),
+    ],
+)
+def test_who_is_not_root_is_told_what_is_missing(tmp_path: Path, refuses: str, said: str) -> None:
+    code, told, tried = _run(tmp_path, "*", user=1000, REFUSES=refuses)
+
+    assert (code, tried) == (0, [])
+    assert told.startswith(f"warning: {said}")
+    assert _run(tmp_path, "*", user=1000, REFUSES=refuses, RUNG_REQUIRE_DOCKER="1")[0] == 1
