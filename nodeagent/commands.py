@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -34,7 +34,9 @@ def run_agent(
     simulated_gpus: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Use a simulated machine instead of the GPUs.")
     ] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"] | None, typer.Option(help="Instead of the file's.")
+    ] = None,
 ) -> None:
     """Run the agent: gRPC on 8152, on loopback. Engines go on when it stops, and are taken back later.
 

@@ -84,7 +84,7 @@ def test_without_bridges_it_runs_without_a_network_and_says_so(tmp_path: Path) -
 def test_where_none_starts_it_says_why(
     tmp_path: Path, environment: dict[str, str], code: int, said_last: str
 ) -> None:
-    found, said, tried = _run(tmp_path, "never", **environment)
+    found, said, tried = _run(tmp_path, "never", 0, **environment)
 
     assert found == code
     assert len(tried) == 4

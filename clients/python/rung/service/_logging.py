@@ -55,8 +55,8 @@ def configure_logging(*, level: str = "info", form: Literal["auto", "json", "con
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    # Their own access lines repeat ours.
-    for noisy in ("uvicorn.access", "httpx", "httpcore", "urllib3", "docker"):
+    # Their own access lines repeat ours, and Alembic tells at every start what it is.
+    for noisy in ("alembic", "docker", "httpcore", "httpx", "urllib3", "uvicorn.access"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
