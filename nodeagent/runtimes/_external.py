@@ -54,7 +54,7 @@ class ExternalEngineRuntime:
         while missed < 2:
             await asyncio.sleep(_LOOK_INTERVAL_S)
             missed = 0 if await self.find(record) else missed + 1
-        return EngineExit(exit_code=None, detail=f"nothing answers at {record.base_url} any more")
+        return EngineExit(exit_code=None, detail=f"nothing answers at {record.base_url}")
 
     async def stop(self, record: RunningEngine, grace_s: float) -> None:
         """Refuse. Raises NotOursError."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import time
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 from msgspec.structs import replace
 
@@ -17,6 +19,19 @@ from rung.types import Deployment, Endpoint, EndpointScope, FailureReason, Resid
 
 _RISING = frozenset({Residency.STARTING, Residency.WAKING})
 _SLEEPS = frozenset({Residency.FALLING_ASLEEP, Residency.ASLEEP, Residency.WAKING})
+
+
+def endpoint_at(base_url: str, declared: EndpointScope) -> Endpoint:
+    """An engine's endpoint with the scope that the agent's owner declared.
+
+    A loopback address is never more than that: on another machine it leads to whatever listens there.
+    """
+    host = urlsplit(base_url).hostname or ""
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    return Endpoint(base_url, EndpointScope.LOOPBACK if loopback else declared)
 
 
 class DeploymentState:
@@ -82,7 +97,7 @@ class DeploymentState:
             spec=replace(self.record.spec, residency_class=self.record.residency_class),
             residency=residency,
             detail=detail,
-            endpoint=Endpoint(running.base_url, self._scope) if running and has_endpoint else None,
+            endpoint=endpoint_at(running.base_url, self._scope) if running and has_endpoint else None,
             load_percent=load_percent,
             failure_reason=failure_reason,
             generation=self.record.generation,
