@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from controlplane.config import config_schema, default_config, load_config
+from nodeagent.config import AgentConfig, ExecutableConfig, load_agent_config
 from rung._sizes import parse_size
 from rung.errors import ConfigError
 from rung.service._config_file import parse_duration
@@ -272,6 +273,20 @@ def test_the_example_says_what_it_means() -> None:
     assert isinstance(reasoner.engine.runtime, DockerRuntime)
     assert reasoner.engine.runtime.mounts[0].source == "/models"
     assert embedder.engine.runtime == ExternalRuntime(base_url="http://127.0.0.1:8209")
+
+
+def test_the_agents_example_names_every_setting_that_an_owner_has() -> None:
+    path = ROOT / "deploy" / "agent.example.yaml"
+    example = load_agent_config(path)
+
+    allowed = example.allow_list().executables
+    assert allowed["comfyui"].arguments_prefix == ("/opt/comfyui/main.py",)
+    assert example.mount_folders == (Path("/models"),)
+    # What is simulated is for tests, and the host can be loopback only.
+    for name in AgentConfig.model_fields.keys() - {"host", "simulated_gpus"}:
+        assert f"{name}:" in path.read_text(), name
+    for name in ExecutableConfig.model_fields:
+        assert f"{name}:" in path.read_text(), name
 
 
 def test_without_a_file_everything_has_a_default() -> None:
