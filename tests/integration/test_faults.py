@@ -80,14 +80,14 @@ async def _aborted(url: str) -> None:
 )
 async def test_a_faulty_engine_is_a_typed_error(tmp_path: Path, fault: str, error: type[RungError]) -> None:
     server = {"engine_idle_timeout": "1s"}
-    async with stack(tmp_path, [simulated(faults=fault)], server=server) as found:
+    async with stack(tmp_path, [simulated(faults=fault, slots=1)], server=server) as found:
         stream = found.client.chat("Tell me something", model="sim")
         with pytest.raises(error):
             await stream.result()
         assert stream.job_id
         job = await found.client.get_job(stream.job_id)
         assert job.state is JobState.FAILED
-        # Nothing is locked: the next one is served, and fails in its own way.
+        # Nothing is locked: the next one gets the only slot, and fails in its own way.
         with pytest.raises(error):
             await found.client.chat("Again", model="sim").result()
 
@@ -189,29 +189,37 @@ async def test_the_agent_is_killed_in_mid_stream(tmp_path: Path, direct: bool) -
         assert "3" in result.text
 
 
-async def test_the_control_plane_is_killed_in_mid_stream(running: Stack) -> None:
-    before = await running.deployment("sim", Residency.AWAKE)
-    assert before.endpoint is not None
-    job = await running.client.create_job(LONG, model="sim", max_tokens=100_000, policy=Policy(detached=True))
-    seen = 0
-    async for event in running.client.watch_job(job.id):
-        seen = event.sequence
-        if isinstance(event.payload, TokenDelta):
-            break
-    await running.plane.end(signal.SIGKILL)
-    os.kill(before.pid, 0)
-    # Its connection to the engine broke with it: nothing goes on generating for nobody.
-    await _aborted(before.endpoint.base_url)
-    await running.plane.start()
-    await running.connect()
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "through the agent"])
+async def test_the_control_plane_is_killed_in_mid_stream(tmp_path: Path, direct: bool) -> None:
+    async with stack(tmp_path, [simulated()], server={"direct_relay": direct}) as running:
+        async for _ in running.client.start_deployment("sim"):
+            pass
+        before = await running.deployment("sim", Residency.AWAKE)
+        assert before.endpoint is not None
+        job = await running.client.create_job(
+            LONG, model="sim", max_tokens=100_000, policy=Policy(detached=True)
+        )
+        seen = 0
+        async for event in running.client.watch_job(job.id):
+            seen = event.sequence
+            if isinstance(event.payload, TokenDelta):
+                break
+        await running.plane.end(signal.SIGKILL)
+        os.kill(before.pid, 0)
+        # The connection to the engine broke with it, also that of an agent which lives on: nothing goes
+        # on generating for nobody.
+        await _aborted(before.endpoint.base_url)
+        await running.plane.start()
+        await running.connect()
 
-    events = [event async for event in running.client.watch_job(job.id, after_sequence=seen)]
-    assert all(event.sequence > seen for event in events)
-    ended = await running.client.get_job(job.id)
-    assert ended.failure_reason is FailureReason.CONTROL_PLANE_RESTARTED
-    after = await running.deployment("sim", Residency.AWAKE)
-    assert after.pid == before.pid
-    assert (await running.client.chat("count to 3", model="sim").result()).text
+        events = [event async for event in running.client.watch_job(job.id, after_sequence=seen)]
+        assert all(event.sequence > seen for event in events)
+        assert isinstance(events[-1].payload, JobFailed)
+        ended = await running.client.get_job(job.id)
+        assert ended.failure_reason is FailureReason.CONTROL_PLANE_RESTARTED
+        after = await running.deployment("sim", Residency.AWAKE)
+        assert after.pid == before.pid
+        assert (await running.client.chat("count to 3", model="sim").result()).text
 
 
 async def test_an_engine_that_is_killed_is_noticed_and_started_again(running: Stack) -> None:

@@ -101,6 +101,8 @@ async def test_a_real_engine_answers_every_client(real: Stack) -> None:
     before = await real.deployment("tiny", Residency.AWAKE)
     await real.agent.end(signal.SIGKILL)
     await real.agent.start()
+    # What was known of it before would look the same.
+    await real.heard()
     after = await real.deployment("tiny", Residency.AWAKE)
     assert (after.pid, after.container_id, after.generation) == (
         before.pid,
