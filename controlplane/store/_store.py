@@ -14,6 +14,7 @@ from typing import IO, Any, TypeVar
 
 import alembic.command
 import alembic.config
+import alembic.util
 import msgspec
 from msgspec import Struct
 from sqlalchemy import Connection, Engine, Row, Table, create_engine, delete, event, literal, select
@@ -56,7 +57,7 @@ class JobStore:
         """Open the file, made and migrated as needed.
 
         Raises:
-            FailedPreconditionError: another process has it.
+            FailedPreconditionError: another process has it, or a later version made it.
             UnavailableError: it cannot be read or written.
         """
         return await asyncio.to_thread(cls._open, path)
@@ -77,6 +78,13 @@ class JobStore:
             engine.dispose()
             lock.close()
             raise UnavailableError(f"the store {path} cannot be used: {_cause(error)}") from error
+        except alembic.util.CommandError as error:
+            engine.dispose()
+            lock.close()
+            raise FailedPreconditionError(
+                f"the store {path} was made by a later version of Rung ({error}); run that one, "
+                "or give this one another server.state_dir"
+            ) from error
         return cls(engine, lock)
 
     async def write(self, jobs: Sequence[Job], segments: Sequence[StoredSegment]) -> None:

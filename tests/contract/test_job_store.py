@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -138,6 +140,19 @@ async def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
 
     with pytest.raises(UnavailableError, match="cannot be used"):
         await JobStore.open(tmp_path / "file" / "rung.db")
+
+
+async def test_a_store_of_a_later_version_is_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "rung.db"
+    await (await JobStore.open(path)).aclose()
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("UPDATE alembic_version SET version_num = '9999'")
+        database.commit()
+
+    with pytest.raises(FailedPreconditionError, match="was made by a later version of Rung"):
+        await JobStore.open(path)
+    with closing(sqlite3.connect(path)) as database:
+        assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 _WRITER = """
