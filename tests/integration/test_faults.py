@@ -24,7 +24,16 @@ from rung.errors import (
     PinnedDeploymentError,
     RungError,
 )
-from rung.types import FailureReason, JobCancelled, JobState, LifecycleFailed, Policy, Residency, TokenDelta
+from rung.types import (
+    FailureReason,
+    JobCancelled,
+    JobFailed,
+    JobState,
+    LifecycleFailed,
+    Policy,
+    Residency,
+    TokenDelta,
+)
 from tests.integration.stack import Stack, engine_pids, stack
 
 #: An answer that goes on for long enough to be broken off.
