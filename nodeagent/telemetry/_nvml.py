@@ -25,6 +25,7 @@ from nodeagent.telemetry._readings import (
     ProcessReading,
     gpu_from_reading,
     init_problem,
+    merged_processes,
     warnings_of,
 )
 from nodeagent.telemetry._source import GpuSample
@@ -235,8 +236,14 @@ def _figures(handle: Any, known: GpuReading) -> GpuReading:
         pynvml.nvmlDeviceGetCurrentClocksEventReasons,
         pynvml.nvmlDeviceGetCurrentClocksThrottleReasons,
     )
-    processes = _first(
+    computing = _first(
         handle, pynvml.nvmlDeviceGetComputeRunningProcesses_v3, pynvml.nvmlDeviceGetComputeRunningProcesses_v2
+    )
+    # A desktop or a game holds memory too, and is in a list of its own.
+    drawing = _first(
+        handle,
+        pynvml.nvmlDeviceGetGraphicsRunningProcesses_v3,
+        pynvml.nvmlDeviceGetGraphicsRunningProcesses_v2,
     )
     return msgspec.structs.replace(
         known,
@@ -248,10 +255,12 @@ def _figures(handle: Any, known: GpuReading) -> GpuReading:
         power_limit_milliwatts=limit,
         temperature_celsius=temperature,
         clocks_event_reasons=reasons,
-        processes=tuple(
-            ProcessReading(pid=process.pid, memory_bytes=process.usedGpuMemory) for process in processes or ()
-        ),
+        processes=merged_processes(_processes(computing), _processes(drawing)),
     )
+
+
+def _processes(found: Any) -> tuple[ProcessReading, ...]:
+    return tuple(ProcessReading(pid=each.pid, memory_bytes=each.usedGpuMemory) for each in found or ())
 
 
 def _memory(handle: Any) -> tuple[MemoryReading | None, int]:

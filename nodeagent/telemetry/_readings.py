@@ -38,7 +38,7 @@ class MemoryReading(Struct, frozen=True, kw_only=True):
 
 
 class ProcessReading(Struct, frozen=True, kw_only=True):
-    """A compute process. `memory_bytes` as read: None, 0 and the all-ones sentinel mean "unknown"."""
+    """A process on a device. `memory_bytes` as read: None, 0 and the all-ones sentinel mean "unknown"."""
 
     pid: int
     memory_bytes: int | None = None
@@ -98,6 +98,19 @@ _INTEGRATED_PARTS = ("GB10", "Thor", "Orin", "Xavier", "Tegra")
 
 #: A total this near to the host's is the host's.
 _SAME_POOL = 0.1
+
+
+def merged_processes(*lists: tuple[ProcessReading, ...]) -> tuple[ProcessReading, ...]:
+    """Each process once, in the order in which they are first met.
+
+    One that both computes and draws is in both of NVML's lists, each time with all of its memory: its
+    figures are not added, and a figure that is known outdoes one that is not.
+    """
+    found: dict[int, ProcessReading] = {}
+    for reading in (each for listed in lists for each in listed):
+        if reading.pid not in found or not _has_memory(found[reading.pid]):
+            found[reading.pid] = reading
+    return tuple(found.values())
 
 
 def throttle_reasons(mask: int | None) -> tuple[str, ...]:
@@ -202,9 +215,12 @@ def _health(reading: GpuReading, *, unified: bool) -> GpuHealth:
 
 
 def _process(reading: ProcessReading) -> GpuProcess:
+    return GpuProcess(reading.pid, reading.memory_bytes if _has_memory(reading) else None)
+
+
+def _has_memory(reading: ProcessReading) -> bool:
     # Some drivers say 0 for processes of another PID namespace.
-    known = reading.memory_bytes not in (None, 0, _NO_VALUE)
-    return GpuProcess(reading.pid, reading.memory_bytes if known else None)
+    return reading.memory_bytes not in (None, 0, _NO_VALUE)
 
 
 def _watts(milliwatts: int | None) -> float | None:

@@ -15,7 +15,8 @@
  *     temperature CELSIUS
  *     power MILLIWATTS LIMIT
  *     reasons HEXMASK
- *     process PID BYTES            BYTES "-" is the all-ones "no value"
+ *     process PID BYTES            a compute process; BYTES "-" is the all-ones "no value"
+ *     graphics PID BYTES           a process that draws; without one: NOT_SUPPORTED
  *     mig
  *     xid NUMBER                   delivered once for each initialisation
  *     error CODE                   every call for the device fails so
@@ -41,13 +42,14 @@ typedef unsigned long long u64;
 
 struct process { unsigned pid; u64 bytes; };
 
+struct processes { int count; struct process process[MAX_PROCESSES]; };
+
 struct gpu {
     char uuid[80], name[96];
     int has_memory, memory_error, has_utilization, has_temperature, has_power, has_reasons, mig, xid, error;
     u64 total, free, reserved, reasons;
     unsigned utilization, memory_utilization, temperature, power, power_limit;
-    int processes;
-    struct process process[MAX_PROCESSES];
+    struct processes computing, drawing;
 };
 
 struct machine {
@@ -61,10 +63,18 @@ static char handles[MAX_GPUS];
 static int initialised;
 static int event_delivered[MAX_GPUS];
 
-static void read_gpu_line(struct gpu *gpu, const char *line)
+static void read_process(struct processes *processes, const char *line)
 {
     char bytes[32];
-    struct process *process = &gpu->process[gpu->processes];
+    struct process *process = &processes->process[processes->count];
+    if (processes->count < MAX_PROCESSES && sscanf(line, "%*s %u %31s", &process->pid, bytes) == 2) {
+        process->bytes = bytes[0] == '-' ? ~0ULL : strtoull(bytes, NULL, 10);
+        processes->count++;
+    }
+}
+
+static void read_gpu_line(struct gpu *gpu, const char *line)
+{
     if (sscanf(line, "memory %llu %llu %llu", &gpu->total, &gpu->free, &gpu->reserved) == 3) gpu->has_memory = 1;
     else if (sscanf(line, "memory_error %d", &gpu->memory_error) == 1) return;
     else if (sscanf(line, "utilization %u %u", &gpu->utilization, &gpu->memory_utilization) == 2)
@@ -75,10 +85,8 @@ static void read_gpu_line(struct gpu *gpu, const char *line)
     else if (sscanf(line, "xid %d", &gpu->xid) == 1) return;
     else if (sscanf(line, "error %d", &gpu->error) == 1) return;
     else if (strncmp(line, "mig", 3) == 0) gpu->mig = 1;
-    else if (gpu->processes < MAX_PROCESSES && sscanf(line, "process %u %31s", &process->pid, bytes) == 2) {
-        process->bytes = bytes[0] == '-' ? ~0ULL : strtoull(bytes, NULL, 10);
-        gpu->processes++;
-    }
+    else if (strncmp(line, "process ", 8) == 0) read_process(&gpu->computing, line);
+    else if (strncmp(line, "graphics ", 9) == 0) read_process(&gpu->drawing, line);
 }
 
 static void read_machine(struct machine *machine)
@@ -262,22 +270,39 @@ EXPORT int nvmlDeviceGetCurrentClocksThrottleReasons(void *handle, u64 *mask)
 
 struct process_info { unsigned pid; u64 bytes; unsigned gpu_instance, compute_instance; };
 
-static int running_processes(void *handle, unsigned *count, struct process_info *infos)
+static int list(const struct processes *processes, unsigned *count, struct process_info *infos)
+{
+    unsigned room = *count;
+    *count = (unsigned)processes->count;
+    if (room < *count) return INSUFFICIENT_SIZE;
+    for (int i = 0; i < processes->count; i++)
+        infos[i] = (struct process_info){processes->process[i].pid, processes->process[i].bytes, ~0u, ~0u};
+    return OK;
+}
+
+static int computing(void *handle, unsigned *count, struct process_info *infos)
 {
     struct gpu gpu;
     int code = find(handle, &gpu);
-    unsigned room = *count;
+    return code ? code : list(&gpu.computing, count, infos);
+}
+
+static int drawing(void *handle, unsigned *count, struct process_info *infos)
+{
+    struct gpu gpu;
+    int code = find(handle, &gpu);
     if (code) return code;
-    *count = (unsigned)gpu.processes;
-    if (room < *count) return INSUFFICIENT_SIZE;
-    for (int i = 0; i < gpu.processes; i++)
-        infos[i] = (struct process_info){gpu.process[i].pid, gpu.process[i].bytes, ~0u, ~0u};
-    return OK;
+    return gpu.drawing.count ? list(&gpu.drawing, count, infos) : NOT_SUPPORTED;
 }
 
 EXPORT int nvmlDeviceGetComputeRunningProcesses_v2(void *handle, unsigned *count, struct process_info *infos)
 {
-    return running_processes(handle, count, infos);
+    return computing(handle, count, infos);
+}
+
+EXPORT int nvmlDeviceGetGraphicsRunningProcesses_v2(void *handle, unsigned *count, struct process_info *infos)
+{
+    return drawing(handle, count, infos);
 }
 
 #ifndef OLD_DRIVER
@@ -318,7 +343,12 @@ EXPORT int nvmlDeviceGetCurrentClocksEventReasons(void *handle, u64 *mask)
 
 EXPORT int nvmlDeviceGetComputeRunningProcesses_v3(void *handle, unsigned *count, struct process_info *infos)
 {
-    return running_processes(handle, count, infos);
+    return computing(handle, count, infos);
+}
+
+EXPORT int nvmlDeviceGetGraphicsRunningProcesses_v3(void *handle, unsigned *count, struct process_info *infos)
+{
+    return drawing(handle, count, infos);
 }
 
 EXPORT int nvmlDeviceGetMigMode(void *handle, unsigned *current, unsigned *pending)

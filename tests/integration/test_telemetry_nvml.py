@@ -152,6 +152,21 @@ def test_a_card_with_every_figure(library: Path, tmp_path: Path) -> None:
     assert gpu.processes == (GpuProcess(4242, 19_327_352_832), GpuProcess(4343, None))
 
 
+@pytest.mark.parametrize("driver", ["library", "old_library"])
+def test_a_desktop_and_a_game_are_listed_and_each_process_once(
+    driver: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    drawing = "graphics 900 450000000\ngraphics 4242 19327352832\ngraphics 4343 77\ngraphics 901 -\n"
+    with watching(request.getfixturevalue(driver), tmp_path, CARD + drawing) as machine:
+        (gpu,) = machine.first(anything).gpus
+    assert gpu.processes == (
+        GpuProcess(4242, 19_327_352_832),
+        GpuProcess(4343, 77),
+        GpuProcess(900, 450_000_000),
+        GpuProcess(901, None),
+    )
+
+
 def test_figures_are_followed(library: Path, tmp_path: Path) -> None:
     with watching(library, tmp_path, CARD) as machine:
         machine.first(anything)

@@ -14,6 +14,7 @@ from nodeagent.telemetry._readings import (
     ProcessReading,
     gpu_from_reading,
     init_problem,
+    merged_processes,
     throttle_reasons,
     warnings_of,
 )
@@ -168,6 +169,20 @@ def test_memory_of_processes_is_unknown_rather_than_wrong() -> None:
         GpuProcess(2, None),
         GpuProcess(3, None),
         GpuProcess(4, None),
+    )
+
+
+def test_a_process_in_both_lists_is_there_once_with_what_is_known_of_its_memory() -> None:
+    computing = (ProcessReading(pid=1, memory_bytes=5), ProcessReading(pid=2, memory_bytes=0))
+    drawing = (
+        ProcessReading(pid=3),
+        ProcessReading(pid=2, memory_bytes=7),
+        ProcessReading(pid=1, memory_bytes=2**64 - 1),
+    )
+    assert merged_processes(computing, drawing) == (
+        ProcessReading(pid=1, memory_bytes=5),
+        ProcessReading(pid=2, memory_bytes=7),
+        ProcessReading(pid=3),
     )
 
 
