@@ -16,7 +16,7 @@ import structlog
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from rung.errors import RungError, Status
-from rung.service._services import make_handler
+from rung.service._services import Malformed, make_handler
 from rung.transport import grpc_code, status_trailer
 
 _log = structlog.get_logger("rung.grpc")
@@ -68,6 +68,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             started = time.monotonic()
             code = Status.CANCELLED.value
             try:
+                if type(request) is Malformed:
+                    raise request.error
                 async for response in inner_stream(request, context):
                     yield response
                 code = "OK"
@@ -82,6 +84,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             started = time.monotonic()
             code = Status.CANCELLED.value
             try:
+                if type(request) is Malformed:
+                    raise request.error
                 response = await inner_unary(request, context)
                 code = "OK"
             except Exception as error:  # noqa: BLE001 - the boundary: whatever it is becomes a status

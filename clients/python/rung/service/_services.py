@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import grpc.aio
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 
-from rung.errors import NotImplementedYetError
+from rung.errors import InvalidRequestError, NotImplementedYetError
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -18,11 +19,25 @@ if TYPE_CHECKING:
     Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 
+class Malformed:
+    """What stands for the request of a single-request method when its bytes cannot be read.
+
+    gRPC reads a request before it calls the handler, and tells the caller of an error there UNKNOWN and no
+    more. `CallInterceptor` raises `error` where it becomes a status.
+    """
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: InvalidRequestError) -> None:
+        self.error = error
+
+
 def add_service(server: grpc.aio.Server, service: ServiceDescriptor, servicer: object) -> None:
     """Register a servicer that may lack methods: those answer UNIMPLEMENTED, with rich details.
 
     The base classes of the generated code answer UNIMPLEMENTED without a reason that a program or
-    a person could read.
+    a person could read. A request that cannot be read is INVALID_ARGUMENT, which takes a server with the
+    `CallInterceptor`.
 
     Raises:
         TypeError: the servicer has a method that the service has not.
@@ -40,9 +55,29 @@ def _handler(method: MethodDescriptor, servicer: object) -> grpc.RpcMethodHandle
     return make_handler(
         behaviour,
         streams=(method.client_streaming, method.server_streaming),
-        request_deserializer=GetMessageClass(method.input_type).FromString,
+        request_deserializer=_reader(method),
         response_serializer=GetMessageClass(method.output_type).SerializeToString,
     )
+
+
+def _reader(method: MethodDescriptor) -> Callable[[bytes], Any]:
+    """What reads a request of `method`. One that cannot be read is `Malformed`, or raised within a stream."""
+    from_bytes = GetMessageClass(method.input_type).FromString
+    in_stream = method.client_streaming
+
+    def read(data: bytes) -> Any:
+        try:
+            return from_bytes(data)
+        except DecodeError:
+            error = InvalidRequestError(
+                f"the request of {method.name} is no {method.input_type.full_name}: its bytes cannot be read"
+            )
+            if in_stream:
+                # The handler asks for it, and so is told.
+                raise error from None
+            return Malformed(error)
+
+    return read
 
 
 def make_handler(
