@@ -1,7 +1,8 @@
 #!/bin/sh
 # See to it that a Docker Engine runs, for the tests of the Docker runtime: installs Debian's docker.io
-# and starts its daemon by hand where nothing starts it (no systemd). Where Docker cannot run it says
-# why, and those tests are skipped; with RUNG_REQUIRE_DOCKER=1 that is a failure.
+# and starts its daemon by hand where nothing starts it (no systemd). Where Docker cannot run, or only
+# without the bridge by which a container's port is published, it says why, and those tests are skipped;
+# with RUNG_REQUIRE_DOCKER=1 that is a failure.
 set -u
 cd "$(dirname "$0")/.."
 LOG=${TMPDIR:-/tmp}/rung-dockerd.log
@@ -9,6 +10,7 @@ WAIT_S=20
 NO_NETWORK="--bridge=none --iptables=false --ip6tables=false"
 
 running() { docker info >/dev/null 2>&1; }
+bridged() { [ -n "$(docker network ls --quiet --filter driver=bridge 2>/dev/null)" ]; }
 
 give_up() {
     if [ "${RUNG_REQUIRE_DOCKER:-}" = 1 ]; then
@@ -16,6 +18,13 @@ give_up() {
         exit 1
     fi
     echo "warning: $1; the tests of the Docker runtime will not run" >&2
+    exit 0
+}
+
+# End here if a daemon answers.
+end_if_running() {
+    running || return 0
+    bridged || give_up "Docker runs without a bridge network: a container's port cannot be published"
     exit 0
 }
 
@@ -38,9 +47,9 @@ start() {
 
 why() { tail -n 1 "$LOG"; }
 
-running && exit 0
+end_if_running
 command -v dockerd >/dev/null || sh scripts/ensure_debian.sh docker.io || give_up "docker.io is not installed"
-running && exit 0
+end_if_running
 if [ "$(id -u)" != 0 ]; then
     case $(docker info 2>&1) in
     *"permission denied"*)
@@ -50,16 +59,11 @@ if [ "$(id -u)" != 0 ]; then
 fi
 
 # Plain first; then what sandboxes without overlayfs, or without bridges and iptables, need.
-start "" && exit 0
+start "" && end_if_running
 echo "dockerd does not start as it is: $(why)" >&2
-start "--storage-driver=vfs" && exit 0
-for options in "$NO_NETWORK" "--storage-driver=vfs $NO_NETWORK"; do
-    if start "$options"; then
-        echo "warning: Docker runs without a network ($options): a container's port cannot be published," \
-            "and tests that need one are skipped" >&2
-        exit 0
-    fi
-done
+start "--storage-driver=vfs" && end_if_running
+start "$NO_NETWORK" && end_if_running
+start "--storage-driver=vfs $NO_NETWORK" && end_if_running
 echo "the last lines of $LOG:" >&2
 tail -n 5 "$LOG" >&2
 give_up "dockerd does not start"

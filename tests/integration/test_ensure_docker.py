@@ -14,13 +14,16 @@ ROOT = Path(__file__).parent.parent.parent
 _DOCKERD = """#!/bin/sh
 echo "dockerd $*" >>"$RECORD"
 case "$*" in
-$STARTS_WITH) touch "$RECORD.up" ;;
+$STARTS_WITH) echo "$*" >"$RECORD.up" ;;
 *) echo "level=fatal msg=\\"not permitted: $*\\""; exit 1 ;;
 esac
 """
 _DOCKER = """#!/bin/sh
 test -n "$REFUSES" && echo "permission denied while trying to connect" >&2 && exit 1
-test -e "$RECORD.up"
+test -e "$RECORD.up" || exit 1
+case "$1" in
+network) grep -q bridge=none "$RECORD.up" || echo 5fd982685957 ;;
+esac
 """
 
 
@@ -57,17 +60,30 @@ def test_a_daemon_that_starts_is_enough(tmp_path: Path) -> None:
     assert _run(tmp_path, "*") == (0, "", ["dockerd "])
 
 
-def test_without_bridges_it_runs_without_a_network_and_says_so(tmp_path: Path) -> None:
-    code, said, tried = _run(tmp_path, "--bridge=none*")
+@pytest.mark.parametrize(
+    ("environment", "code", "said_last"),
+    [
+        ({}, 0, "warning: {}; the tests of the Docker runtime will not run"),
+        ({"RUNG_REQUIRE_DOCKER": "1"}, 1, "error: {}, and RUNG_REQUIRE_DOCKER is set"),
+    ],
+)
+def test_without_bridges_it_runs_without_a_network_which_is_not_enough_where_it_is_required(
+    tmp_path: Path, environment: dict[str, str], code: int, said_last: str
+) -> None:
+    found, said, tried = _run(tmp_path, "--bridge=none*", 0, **environment)
 
-    assert code == 0
+    assert found == code
     assert tried == [
         "dockerd ",
         "dockerd --storage-driver=vfs",
         "dockerd --bridge=none --iptables=false --ip6tables=false",
     ]
     assert 'dockerd does not start as it is: level=fatal msg="not permitted: "' in said
-    assert "a container's port cannot be published" in said
+    why = "Docker runs without a bridge network: a container's port cannot be published"
+    assert said.splitlines()[-1] == said_last.format(why)
+    # Nor is it when it runs already.
+    again, said, _ = _run(tmp_path, "never", 0, **environment)
+    assert (again, said.splitlines()) == (code, [said_last.format(why)])
 
 
 @pytest.mark.parametrize(
