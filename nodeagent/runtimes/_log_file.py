@@ -18,9 +18,11 @@ _TAIL_BYTES = 256 * 1024
 
 
 def rotate(path: Path, max_bytes: int = MAX_LOG_BYTES) -> None:
-    """Begin a log anew if it is large. The engine goes on to append to the same file.
+    """Begin a log anew if it is large, and keep its last `max_bytes`. The engine appends to the same file.
 
-    What is written between the copy and the cut is lost; an engine's output is not worth a pipe.
+    1. What is written between the copy and the cut is lost; an engine's output is not worth a pipe.
+    2. Nobody does this while no agent runs: until one is back, the file of an engine that goes on is
+       bounded by the disk alone. The first rotation then gives back all but the last `max_bytes`.
     """
     try:
         if path.stat().st_size < max_bytes:
