@@ -42,7 +42,7 @@ class JobRoutes:
 
     async def index(self, request: web.Request) -> web.StreamResponse:
         """`GET /v1/jobs?limit=&state=`: newest first."""
-        limit = read_number(request, "limit", 50)
+        limit = _read_number(request, "limit", 50)
         if not _PAGE_BOUNDS[0] <= limit <= _PAGE_BOUNDS[1]:
             raise InvalidRequestError("limit must be 1 to 1000")
         try:
@@ -63,14 +63,17 @@ class JobRoutes:
     async def events(self, request: web.Request) -> web.StreamResponse:
         """`GET /v1/jobs/{id}/events`: the log from any place to its end, with a heartbeat a second.
 
-        Server-sent events if the caller accepts them, NDJSON otherwise. Resumes after `?after=` or
-        `Last-Event-ID`. Heartbeats have sequence 0 and no SSE id. Pieces of artifacts have the URL of the
-        whole, and their data only with `?data=inline`.
+        Server-sent events if the caller accepts them, NDJSON otherwise. Resumes after `Last-Event-ID`, which
+        an EventSource sends when it reconnects, else after `?after=`, which stays in its URL all along. A
+        caller that has all of it, with the terminal event, gets 204, and an EventSource reconnects no more.
+        Heartbeats have sequence 0 and no SSE id. Pieces of artifacts have the URL of the whole, and their
+        data only with `?data=inline`.
         """
         job_id = request.match_info["id"]
         await self._jobs.get(job_id)
         sse = "text/event-stream" in request.headers.get("Accept", "")
-        after = read_number(request, "after", 0, header="Last-Event-ID")
+        last_seen = request.headers.get("Last-Event-ID", "")
+        after = _number("Last-Event-ID", last_seen) if last_seen else _read_number(request, "after", 0)
         write = sse_event if sse else ndjson_event
         inline = request.query.get("data", "url")
         if inline not in ("inline", "url"):
@@ -78,15 +81,16 @@ class JobRoutes:
         events = self._jobs.watch(job_id, after, with_data=inline == "inline")
         # What is wrong with the place to resume from is known with the first event, before any byte.
         first = await anext(events, None)
+        if first is None:
+            return web.Response(status=204)
         response = web.StreamResponse(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         response.content_type = "text/event-stream" if sse else "application/x-ndjson"
         response.charset = "utf-8"
         await response.prepare(request)
         try:
-            if first is not None:
-                await response.write(write(first))
-                async for event in events:
-                    await response.write(write(event))
+            await response.write(write(first))
+            async for event in events:
+                await response.write(write(event))
         except RungError:
             # The reader resumes from where it is.
             break_off(request)
@@ -118,11 +122,13 @@ def sse_event(event: JobEvent) -> bytes:
     return identity + b"data: " + event_fields(event) + b"\n\n"
 
 
-def read_number(request: web.Request, name: str, default: int, *, header: str = "") -> int:
-    """A number from the query, or from a header. Raises InvalidRequestError."""
-    text = request.query.get(name) or (request.headers.get(header, "") if header else "")
-    if not text:
-        return default
+def _read_number(request: web.Request, name: str, default: int) -> int:
+    """A number from the query. Raises InvalidRequestError."""
+    text = request.query.get(name)
+    return _number(name, text) if text else default
+
+
+def _number(name: str, text: str) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > 18:
         raise InvalidRequestError(f"{name} is {text[:40]!r}; it must be a whole number")
     return int(text)
