@@ -12,6 +12,7 @@ import msgspec
 import structlog
 
 from controlplane.jobs._live import LiveJob, without_data
+from controlplane.jobs._segments import pack, unpack
 from controlplane.store import StoredSegment
 from rung.errors import (
     DrainingError,
@@ -24,7 +25,6 @@ from rung.errors import (
 from rung.types import (
     TERMINAL_EVENTS,
     ArtifactChunk,
-    EventPayload,
     FailureReason,
     Job,
     JobEvent,
@@ -32,6 +32,7 @@ from rung.types import (
     JobKind,
     JobState,
     Policy,
+    TokenDelta,
 )
 
 _log = structlog.get_logger("rung.jobs")
@@ -48,21 +49,14 @@ TEXT_INTERVAL_S = 0.5
 #: the store had not, is used twice. It is far more than a job says in the intervals above, and than one says
 #: in hours in which the store takes nothing.
 SEQUENCE_JUMP_AFTER_CRASH = 1_000_000
+#: What these make is text, of which it is said how much was delivered.
+_TEXT_KINDS = frozenset({JobKind.CHAT, JobKind.TRANSCRIPTION})
 #: New jobs are refused when the store has not taken any for this long.
 _STORE_PATIENCE_S = 5.0
 #: Ended jobs older than the retention are deleted this often.
 _RETENTION_INTERVAL_S = 3600.0
 
 
-class _StoredEvents(msgspec.Struct, array_like=True):
-    """Events of one job, without what is the same in all of them."""
-
-    create_time_s: float
-    events: list[tuple[int, float, EventPayload]]
-
-
-_encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(_StoredEvents)
 #: Not secrets: an id tells apart, and guards nothing.
 _random = random.Random()  # noqa: S311
 
@@ -157,8 +151,7 @@ class Jobs:
         for job in await self._store.unfinished():
             sequence = job.last_sequence + SEQUENCE_JUMP_AFTER_CRASH
             now = time.time()
-            detail = "the control plane was restarted while this job ran; send the request again"
-            failed = JobFailed(FailureReason.CONTROL_PLANE_RESTARTED, detail)
+            failed = await self._ended_by_crash(job)
             event = JobEvent(job.id, sequence, now, max(0.0, now - job.create_time_s), failed)
             ended = msgspec.structs.replace(
                 job,
@@ -166,14 +159,42 @@ class Jobs:
                 end_time_s=now,
                 last_sequence=sequence,
                 failure_reason=failed.reason,
-                detail=detail,
+                detail=failed.detail,
             )
-            await self._store.write([ended], [_segment(job.id, job.create_time_s, [event])])
+            await self._store.write([ended], [pack(job.id, job.create_time_s, [event])])
             _log.warning("job_ended_by_restart", job=job.id)
         self._tasks = [
             asyncio.create_task(self._keep_storing(), name="jobs-store"),
             asyncio.create_task(self._keep_retention(), name="jobs-retention"),
         ]
+
+    async def _ended_by_crash(self, job: Job) -> JobFailed:
+        """The end of a job that an earlier process left running; what it delivered is known in part at best."""
+        delivered = ""
+        stored_characters = 0
+        if job.kind in _TEXT_KINDS:
+            stored_characters = await self._stored_characters(job.id)
+            # What was said last was told at once, and stored a moment later.
+            delivered = (
+                f", after at least {stored_characters} characters of its text"
+                if stored_characters
+                else "; how much of its text had been delivered is not known"
+            )
+        return JobFailed(
+            FailureReason.CONTROL_PLANE_RESTARTED,
+            f"the control plane was restarted while this job ran{delivered}; send the request again",
+            delivered_characters=stored_characters,
+        )
+
+    async def _stored_characters(self, job_id: str) -> int:
+        """Characters of text in the stored part of a log."""
+        characters = sequence = 0
+        while events := await self._stored_after(job_id, sequence):
+            characters += sum(
+                len(event.payload.content) for event in events if isinstance(event.payload, TokenDelta)
+            )
+            sequence = events[-1].sequence
+        return characters
 
     def open(self, *, kind: JobKind, model: str, policy: Policy, request_id: str = "") -> LiveJob:
         """Begin a job.
@@ -325,12 +346,7 @@ class Jobs:
     async def _stored_after(self, job_id: str, sequence: int) -> Sequence[JobEvent]:
         events: list[JobEvent] = []
         for segment in await self._store.segments(job_id, sequence):
-            stored = _decoder.decode(segment.events)
-            events.extend(
-                JobEvent(job_id, each, stored.create_time_s + elapsed_s, elapsed_s, payload)
-                for each, elapsed_s, payload in stored.events
-                if each > sequence
-            )
+            events.extend(unpack(segment, sequence))
         return events
 
     async def _refuse_beyond_end(self, job_id: str, after_sequence: int) -> None:
@@ -365,7 +381,7 @@ class Jobs:
                 events = job.unstored()
                 records.append(job.record())
                 if events:
-                    segments.append(_segment(job.id, job.create_time_s, events))
+                    segments.append(pack(job.id, job.create_time_s, events))
                 reached.append((job, job.last_sequence))
             try:
                 await self._store.write(records, segments)
@@ -433,24 +449,6 @@ class Jobs:
 def _new_id() -> str:
     """An id that sorts by time, so that the store appends to its tables instead of inserting into them."""
     return f"job-{time.time_ns() // 1_000_000:012x}{_random.getrandbits(40):010x}"
-
-
-def _segment(job_id: str, create_time_s: float, events: Sequence[JobEvent]) -> StoredSegment:
-    stored = [
-        (
-            event.sequence,
-            event.elapsed_s,
-            # Nearly all are text, and a call for each would take as long as their encoding.
-            payload if type(payload := event.payload) is not ArtifactChunk else without_data(event).payload,
-        )
-        for event in events
-    ]
-    return StoredSegment(
-        job_id=job_id,
-        first_sequence=events[0].sequence,
-        last_sequence=events[-1].sequence,
-        events=_encoder.encode(_StoredEvents(create_time_s, stored)),
-    )
 
 
 async def _arrives(job: LiveJob, timeout_s: float) -> bool:

@@ -137,7 +137,8 @@ class InferenceServiceServicer:
 
     def WatchJob(self, request, context):
         """WatchJob streams a job's log after a sequence, then follows it to its terminal event and
-        ends. It can be called at any time, by any number of callers.
+        ends. It can be called at any time, by any number of callers. After a crash of the control plane the job's
+        `failed` event has a sequence that is 1,000,000 higher than the last one stored; one can resume across it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -51,7 +51,8 @@ class InferenceServiceStub:
     """ListJobs returns jobs, newest first."""
     WatchJob: _grpc.UnaryStreamMultiCallable[_inference_service_pb2.WatchJobRequest, _inference_service_pb2.WatchJobResponse]
     """WatchJob streams a job's log after a sequence, then follows it to its terminal event and
-    ends. It can be called at any time, by any number of callers.
+    ends. It can be called at any time, by any number of callers. After a crash of the control plane the job's
+    `failed` event has a sequence that is 1,000,000 higher than the last one stored; one can resume across it.
     """
     CancelJob: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.CancelJobRequest, _inference_service_pb2.CancelJobResponse]
     """CancelJob ends a job and reaches its engine. Cancelling an ended job changes nothing."""
@@ -98,7 +99,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """ListJobs returns jobs, newest first."""
     WatchJob: _aio.UnaryStreamMultiCallable[_inference_service_pb2.WatchJobRequest, _inference_service_pb2.WatchJobResponse]  # type: ignore[assignment]
     """WatchJob streams a job's log after a sequence, then follows it to its terminal event and
-    ends. It can be called at any time, by any number of callers.
+    ends. It can be called at any time, by any number of callers. After a crash of the control plane the job's
+    `failed` event has a sequence that is 1,000,000 higher than the last one stored; one can resume across it.
     """
     CancelJob: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.CancelJobRequest, _inference_service_pb2.CancelJobResponse]  # type: ignore[assignment]
     """CancelJob ends a job and reaches its engine. Cancelling an ended job changes nothing."""
@@ -172,7 +174,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_service_pb2.WatchJobResponse], _abc.AsyncIterator[_inference_service_pb2.WatchJobResponse]]:
         """WatchJob streams a job's log after a sequence, then follows it to its terminal event and
-        ends. It can be called at any time, by any number of callers.
+        ends. It can be called at any time, by any number of callers. After a crash of the control plane the job's
+        `failed` event has a sequence that is 1,000,000 higher than the last one stored; one can resume across it.
         """
 
     @_abc_1.abstractmethod

@@ -464,7 +464,8 @@ Global___Job: _TypeAlias = Job  # noqa: Y015
 @_typing.final
 class JobEvent(_message.Message):
     """JobEvent is one entry of a job's log. Sequences start at 1 and only grow; they are gapless
-    but for a jump after the control plane was restarted in mid-job. The last event of every log is
+    but for the terminal event of a job that a crash of the control plane ended: that is 1,000,000 further on than
+    what was stored, so that no number that a reader may have seen is used twice. The last event of every log is
     `done`, `failed` or `cancelled`. Readers skip events they do not know.
     """
 
@@ -879,7 +880,9 @@ class JobFailed(_message.Message):
     detail: _builtins.str
     """One line for a person: what happened, to what, and what to do next."""
     delivered_characters: _builtins.int
-    """Text characters that were delivered before the failure."""
+    """Text characters that were delivered before the failure. With FAILURE_REASON_CONTROL_PLANE_RESTARTED only
+    those that had been stored are known: at least so many were delivered.
+    """
     def __init__(
         self,
         *,
