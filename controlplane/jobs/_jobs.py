@@ -169,7 +169,7 @@ class Jobs:
         ]
 
     async def _ended_by_crash(self, job: Job) -> JobFailed:
-        """The end of a job that an earlier process left running; what it delivered is known in part at best."""
+        """The end of a job that an earlier process left running; of its text it knows what was stored."""
         delivered = ""
         stored_characters = 0
         if job.kind in _TEXT_KINDS:
