@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +23,21 @@ KEEPALIVE_TIMEOUT_S = 10.0
 SERVER_MIN_PING_INTERVAL_S = 10.0
 
 _RETRIED_METHODS = {
-    "rung.v1.InferenceService": ("GetJob", "ListJobs", "ListModels", "ExplainRoute", "CancelJob"),
+    "rung.v1.InferenceService": (
+        "GetJob",
+        "ListJobs",
+        "ListModels",
+        "ListWorkflows",
+        "ExplainRoute",
+        "CancelJob",
+    ),
     "rung.v1.FleetService": ("ListNodes", "GetNode", "ListDeployments", "GetDeployment", "ListProfiles"),
     "rung.v1.VramService": ("ListLeases", "PlanReclaim", "EstimateFootprint"),
     "rung.v1.BurstService": ("ListBurstProfiles", "ListOffers", "ListInstances", "GetBudget"),
 }
 
-# Only idempotent methods, and only when the server was not reached.
+# Only methods that may be carried out twice: UNAVAILABLE is what gRPC says of a server not reached, or
+# lost lost on the way, and what a server says itself of what it needs and lacks for now.
 _SERVICE_CONFIG = json.dumps(
     {
         "methodConfig": [
@@ -86,12 +95,31 @@ class TlsOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelOptions:
-    """How to reach a server. `token` is sent as a bearer token."""
+    """How to reach a server.
+
+    Args:
+        address: `host:port`, or another name that gRPC resolves.
+        tls: None connects in plain text.
+        token: sent with every call as a bearer token. Without TLS only to this machine (loopback, or a socket
+            in its file system), since whoever sees it on the way could use it.
+        max_message_bytes: largest message, either way.
+
+    Raises:
+        InvalidRequestError: a token would leave this machine in plain text.
+    """
 
     address: str
     tls: TlsOptions | None = None
     token: str | None = None
     max_message_bytes: int = 4 * DEFAULT_MAX_REQUEST_BYTES
+
+    def __post_init__(self) -> None:
+        if self.token and self.tls is None and not _stays_here(self.address):
+            raise InvalidRequestError(
+                f"the token would go to {self.address} in plain text, for anybody on the way to read and to "
+                "use: connect with TLS (TlsOptions; --tls-authority of the command), go through an SSH "
+                "tunnel to 127.0.0.1, or give no token"
+            )
 
     def arguments(self) -> list[tuple[str, Any]]:
         """Channel arguments, by the names that gRPC gives them."""
@@ -127,6 +155,34 @@ def open_sync_channel(options: ChannelOptions) -> grpc.Channel:
     if options.tls is None:
         return grpc.insecure_channel(options.address, options=options.arguments())
     return grpc.secure_channel(options.address, options.tls.credentials(), options=options.arguments())
+
+
+def _stays_here(address: str) -> bool:
+    """Whether what is sent to an address, as gRPC writes them, does not leave this machine."""
+    scheme, _, rest = address.partition(":")
+    if scheme in ("unix", "unix-abstract"):
+        return True
+    if scheme == "dns":
+        address = rest
+        # What stands between the slashes is the server that is to resolve the name.
+        address = address[2:].partition("/")[2] if address.startswith("//") else address
+    elif scheme in ("ipv4", "ipv6"):
+        return all(_is_loopback(each) for each in rest.split(","))
+    return _is_loopback(address)
+
+
+def _is_loopback(address: str) -> bool:
+    """Of `host:port`, `host`, `[IPv6]:port` or `IPv6`. A name other than localhost could be anywhere."""
+    if address.startswith("["):
+        host = address[1:].partition("]")[0]
+    elif address.count(":") == 1:
+        host = address.partition(":")[0]
+    else:
+        host = address
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def _read(path: str | None) -> bytes | None:
