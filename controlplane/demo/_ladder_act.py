@@ -12,7 +12,7 @@ from contextlib import aclosing
 from rich.console import Console
 
 from controlplane.demo._ladder_layout import CLOUD_PROVIDER, GAMING, HOME
-from controlplane.demo._layout import SPARK, THINKER
+from controlplane.demo._layout import MOST_TOKENS, SPARK, THINKER
 from controlplane.demo._screen import Screen
 from controlplane.demo._stage import Stage
 from rung import AsyncClient, Policy
@@ -30,17 +30,14 @@ from rung.types import (
 
 _QUESTION = "Prove that there are infinitely many primes."
 _LITTLE, _MUCH = 3, 8
-_MOST_TOKENS = 96
 _FLEET_TIMEOUT_S = 30.0
-#: Who reasons, and then how far that is.
-_LINES_OF_REASONING = 2
 
 
 async def show_ladder(screen: Screen, stage: Stage, client: AsyncClient) -> None:
     """The acts of the ladder. Raises RungError, or TimeoutError, if one of them fails."""
     with screen.act("The effort ladder: one question, two efforts"):
         await _explain(screen, client, _LITTLE)
-        await _ask(screen, client, _LITTLE)
+        await _ask(screen, client, _LITTLE, max_tokens=stage.layout.most_tokens)
         screen.show("")
         await _explain(screen, client, _MUCH)
         took_s = await _ask(screen, client, _MUCH)
@@ -79,6 +76,7 @@ async def _ask(
     effort: int,
     *,
     local_only: bool = False,
+    max_tokens: int = MOST_TOKENS,
     on_reasoning: Callable[[], Awaitable[None]] | None = None,
 ) -> float:
     """Ask, with all that happens meanwhile; returns how long it took, in seconds.
@@ -88,11 +86,12 @@ async def _ask(
         client: of the control plane.
         effort: 1 to 10.
         local_only: whether it may leave hardware of ours.
-        on_reasoning: called once, in the middle of the reasoning.
+        max_tokens: of the answer; the default has room for a call of a tool.
+        on_reasoning: called once, as soon as somebody reasons.
     """
     screen.command(_command("chat", effort, local_only=local_only))
     policy = Policy(local_only=local_only, priority=Priority.USER)
-    stream = client.chat(_QUESTION, effort=effort, max_tokens=_MOST_TOKENS, policy=policy)
+    stream = client.chat(_QUESTION, effort=effort, max_tokens=max_tokens, policy=policy)
     async with stream:
         events = _told(screen, stream, on_reasoning)
         answer = await print_answer(events, out=screen.console, err=Console(quiet=True))
@@ -104,14 +103,12 @@ async def _told(
     screen: Screen, events: AsyncIterator[JobEvent], on_reasoning: Callable[[], Awaitable[None]] | None
 ) -> AsyncGenerator[JobEvent, None]:
     """The same events; those of progress are shown as the job's log has them, and stay to be read."""
-    reasoned = 0
     async for event in events:
         yield event
         if not isinstance(event.payload, PhaseProgress) or not event.sequence:
             continue
         screen.show(event_line(event))
-        reasoned += event.payload.phase is Phase.REASONING
-        if on_reasoning is not None and reasoned == _LINES_OF_REASONING:
+        if on_reasoning is not None and event.payload.phase is Phase.REASONING:
             await on_reasoning()
             on_reasoning = None
 

@@ -17,7 +17,7 @@ from rung.errors import FailedPreconditionError
 from rung.types import LlamaCppServer
 
 #: How many times faster than life the simulated engines are.
-SPEED = 2.0
+SPEED = 4.0
 WORKSTATION = "workstation"
 SPARK = "spark"
 ORCHESTRATOR = "orchestrator"
@@ -27,10 +27,10 @@ COMFYUI = "comfyui"
 _ORCHESTRATOR_MODEL = "nemotron-8b"
 _ORCHESTRATOR_WEIGHTS = "nemotron-8b-awq"
 _ORCHESTRATOR_UTILIZATION = 0.36
-_ORCHESTRATOR_LOAD_S = 1.0
+_ORCHESTRATOR_LOAD_S = 0.8
 _THINKER_MODEL = "qwen3-32b"
 _THINKER_WEIGHTS = "qwen3-32b-fp8"
-_THINKER_LOAD_S = 2.5
+_THINKER_LOAD_S = 1.5
 _REASONER_MODEL = "deepseek-r1-14b"
 _REASONER_WEIGHTS = "deepseek-r1-14b-awq"
 #: Beside the orchestrator it leaves room for the least image. A real engine takes nothing of the simulated
@@ -41,6 +41,10 @@ _REASONER_LOAD_S = 1.0
 #: For itself, and for each checkpoint.
 _COMFYUI_LOAD_S = 0.2
 _CONTEXT_TOKENS = 4096
+#: Of an answer: room for all that a simulated engine says, and for a call of a tool.
+MOST_TOKENS = 96
+#: A real model says as much as it may, and on a CPU that takes seconds.
+MOST_TOKENS_OF_REAL = 32
 
 
 class DemoOptions(Struct, frozen=True, kw_only=True):
@@ -91,6 +95,11 @@ class Layout(Struct, frozen=True, kw_only=True):
     def reasoner_model(self) -> str:
         """What the workstation's reasoning model is called."""
         return _REASONER_MODEL
+
+    @property
+    def most_tokens(self) -> int:
+        """How long an answer of the workstation's model may be."""
+        return MOST_TOKENS if self.llama_cpp is None else MOST_TOKENS_OF_REAL
 
     @property
     def orchestrator_server(self) -> str:

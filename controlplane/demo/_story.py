@@ -15,7 +15,14 @@ from rich.text import Text
 
 from controlplane.demo._grades_act import Starting, show_grades
 from controlplane.demo._ladder_act import show_ladder
-from controlplane.demo._layout import ORCHESTRATOR, SPEED, THINKER, DemoOptions
+from controlplane.demo._layout import (
+    MOST_TOKENS,
+    MOST_TOKENS_OF_REAL,
+    ORCHESTRATOR,
+    SPEED,
+    THINKER,
+    DemoOptions,
+)
 from controlplane.demo._screen import Screen
 from controlplane.demo._stage import Stage
 from controlplane.local import wait_for_nodes
@@ -35,7 +42,6 @@ from rung.types import Deployment, FleetSnapshot, JobEvent, Priority, Residency,
 _NODES_TIMEOUT_S = 30.0
 _HTTP_TIMEOUT_S = 60.0
 _SHOWN_REPLY = 160
-_MOST_TOKENS = 96
 
 
 def open_story(screen: Screen, options: DemoOptions) -> None:
@@ -62,7 +68,14 @@ async def tell(screen: Screen, stage: Stage, client: AsyncClient) -> None:
     with screen.act("An engine starts on the workstation"):
         await _start_orchestrator(screen, stage, client)
     with screen.act("A chat, token by token"):
-        await _chat(screen, client, stage.layout.orchestrator_model, "What in this demo is real?", "chat")
+        await _chat(
+            screen,
+            client,
+            stage.layout.orchestrator_model,
+            "What in this demo is real?",
+            "chat",
+            max_tokens=stage.layout.most_tokens,
+        )
     for found in _answering_engines(await client.list_deployments()):
         with screen.act("An engine was found running on this computer"):
             await _use_found(screen, client, found)
@@ -109,10 +122,18 @@ async def _start_orchestrator(screen: Screen, stage: Stage, client: AsyncClient)
     screen.note(f"{ORCHESTRATOR} started in", format_duration(time.monotonic() - started_s))
 
 
-async def _chat(screen: Screen, client: AsyncClient, model: str, question: str, name: str) -> Answer:
+async def _chat(
+    screen: Screen,
+    client: AsyncClient,
+    model: str,
+    question: str,
+    name: str,
+    *,
+    max_tokens: int = MOST_TOKENS,
+) -> Answer:
     screen.command(f"rung chat --model {shlex.quote(model)} {shlex.quote(question)}")
     stream = client.chat(
-        question, model=model, max_tokens=_MOST_TOKENS, policy=Policy(local_only=True, priority=Priority.USER)
+        question, model=model, max_tokens=max_tokens, policy=Policy(local_only=True, priority=Priority.USER)
     )
     async with stream:
         answer = await print_answer(stream, out=screen.console, err=screen.console)
@@ -137,7 +158,12 @@ def _answering_engines(deployments: Iterable[Deployment]) -> Iterable[Deployment
 async def _use_found(screen: Screen, client: AsyncClient, found: Deployment) -> None:
     screen.say(f"{found.spec.id} serves {found.spec.model}. Somebody else runs it: it is used as it is.")
     await _chat(
-        screen, client, found.spec.id, "Say hello in one sentence.", "chat with the engine found here"
+        screen,
+        client,
+        found.spec.id,
+        "Say hello in one sentence.",
+        "chat with the engine found here",
+        max_tokens=MOST_TOKENS_OF_REAL,
     )
 
 

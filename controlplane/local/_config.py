@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from controlplane.config import Config
 from rung.errors import ConfigError
+
+if TYPE_CHECKING:
+    # With it comes most of the control plane, which the demo's viewer would wait for.
+    from controlplane.config import Config
 
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
 

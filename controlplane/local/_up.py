@@ -11,13 +11,13 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 from msgspec import Struct
 from rich.console import Console
 from rich.text import Text
 
-from controlplane.config import Config, load_config
 from controlplane.local._child import Child, rung_command
 from controlplane.local._ready import ServerPorts, wait_for_nodes, wait_for_ports
 from controlplane.local._watch import ChildDiedError, StopRequestedError, Watch
@@ -25,6 +25,9 @@ from rung import AsyncClient
 from rung.cli.views import fleet_view
 from rung.errors import ConfigError, FailedPreconditionError
 from rung.types import FleetSnapshot
+
+if TYPE_CHECKING:
+    from controlplane.config import Config
 
 _START_TIMEOUT_S = 60.0
 #: Engines that run here are asked who they are once the agent is up; one that is busy answers later.
@@ -156,6 +159,9 @@ def _plan(options: UpOptions) -> _Plan:
             node_id=node_id,
             agent_port=options.agent_port,
         )
+    # Most of the control plane comes with it, and who has no file need not wait for that.
+    from controlplane.config import load_config
+
     config = load_config(options.config)
     node_id, port = _local_node(config, options)
     return _Plan(

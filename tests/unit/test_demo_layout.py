@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import io
+import re
+import subprocess
+import sys
 from pathlib import Path
 
+import msgspec
 import pytest
+from rich.console import Console
 
 from controlplane.cloud._keys import ApiKey, read_key
 from controlplane.config import load_config
 from controlplane.demo._ladder_layout import CLOUD_KEY
 from controlplane.demo._layout import (
     COMFYUI,
+    MOST_TOKENS,
     ORCHESTRATOR,
     REASONER,
     SPARK,
     THINKER,
     WORKSTATION,
+    DemoOptions,
     Layout,
     LocalLlamaCpp,
     find_llama_cpp,
 )
-from controlplane.demo._story import fold_tokens
+from controlplane.demo._screen import Screen
+from controlplane.demo._story import fold_tokens, open_story
 from controlplane.demo._sweeper import MARK
 from nodeagent.config import load_agent_config
 from rung.errors import FailedPreconditionError
@@ -151,3 +160,30 @@ def test_runs_of_tokens_are_folded() -> None:
         "token     'd'",
         "done      complete",
     ]
+
+
+def test_a_real_model_on_a_cpu_is_not_let_go_on_for_long(tmp_path: Path) -> None:
+    simulated = Layout(folder=tmp_path, agent_ports=PORTS, cloud_port=43)
+    found = LocalLlamaCpp(server=LlamaCppServer.LLAMA_SERVER, path="/usr/bin/llama-server")
+    real = msgspec.structs.replace(simulated, gguf=tmp_path / "tiny.gguf", llama_cpp=found)
+    assert real.most_tokens < simulated.most_tokens == MOST_TOKENS
+
+
+def test_what_it_says_of_the_speed_is_what_its_engines_are_told(tmp_path: Path) -> None:
+    layout = Layout(folder=tmp_path, agent_ports=PORTS, cloud_port=43)
+    layout.write()
+    console = Console(record=True, width=200, file=io.StringIO())
+    open_story(Screen(console), DemoOptions())
+    said = re.search(r"talk (\d+) times as fast", " ".join(console.export_text().split()))
+    assert said is not None
+    for spec in load_config(layout.config_path).deployment_specs():
+        runtime = spec.engine.runtime
+        assert isinstance(runtime, ProcessRuntime)
+        assert runtime.environment["RUNG_SIM_SPEED"] == said[1]
+
+
+def test_its_viewer_does_not_wait_for_the_control_plane_to_be_imported() -> None:
+    heavy = "('controlplane.config', 'controlplane.app', 'sqlalchemy', 'pydantic')"
+    program = f"import sys, controlplane.demo; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
