@@ -11,9 +11,8 @@ from typing import Annotated, Literal, TypeAlias
 
 import typer
 
-from rung.cli import ExitCode, default_state_dir, make_console
+from rung.cli import ExitCode, default_state_dir, load_checked, make_console, print_schema
 from rung.cli.views import print_workflow
-from rung.errors import ConfigError
 
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
 ConfigFile: TypeAlias = Annotated[
@@ -240,12 +239,7 @@ def check(
     if path is None:
         typer.echo("error: there is no rung.yaml; `rung config init` writes one to start with", err=True)
         raise typer.Exit(ExitCode.FAILED)
-    try:
-        loaded = load_config(path)
-    except ConfigError as error:
-        # As compilers do it, so that editors find the place.
-        typer.echo(error.message, err=True)
-        raise typer.Exit(ExitCode.FAILED) from None
+    loaded = load_checked(load_config, path)
     server = loaded.server
     counts = f"{_count(len(loaded.nodes), 'node')}, {_count(len(loaded.deployment_specs()), 'deployment')}"
     problems = loaded.images.workflows().problems
@@ -263,11 +257,9 @@ def schema() -> None:
 
     Example: `rung config schema > rung.schema.json`
     """
-    import json
-
     from controlplane.config import config_schema
 
-    typer.echo(json.dumps(config_schema(), indent=2))
+    print_schema(config_schema())
 
 
 @config.command("init")

@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-agent = typer.Typer(help="Run the agent of this machine.", no_args_is_help=True)
+from rung.cli import load_checked, print_schema
 
-
-@agent.callback()
-def _agent() -> None:
-    """Run the agent of this machine."""
+agent = typer.Typer(
+    help="Run the agent of this machine, check its configuration, and print its JSON schema.",
+    no_args_is_help=True,
+)
 
 
 @agent.command("run")
@@ -69,3 +69,29 @@ def run_agent(
             typer.echo(f"error: {'.'.join(str(part) for part in found['loc'])}: {found['msg']}", err=True)
         raise typer.Exit(1) from None
     raise typer.Exit(run(settings))
+
+
+@agent.command("check")
+def check(file: Annotated[Path, typer.Argument(help="What `rung agent run --config` is to take.")]) -> None:
+    """Say whether an agent's configuration can be used, and if not, where and why.
+
+    Example: `rung agent check agent.yaml`
+    """
+    from nodeagent.config import load_agent_config
+
+    loaded = load_checked(load_agent_config, file)
+    allowed = loaded.allow_list()
+    programs = ", ".join(sorted(allowed.executables)) or "no program"
+    images = f", images: {', '.join(allowed.images)}" if allowed.images else ""
+    typer.echo(f"{file}: OK: node {loaded.node_id}, gRPC {loaded.port}; may run {programs}{images}")
+
+
+@agent.command("schema")
+def schema() -> None:
+    """Print the JSON schema of an agent's configuration, for editors.
+
+    Example: `rung agent schema > agent.schema.json`
+    """
+    from nodeagent.config import agent_schema
+
+    print_schema(agent_schema())

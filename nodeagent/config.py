@@ -9,17 +9,33 @@ import shutil
 import socket
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from nodeagent.runtimes import AllowedExecutable, AllowList
 from rung.errors import LoopbackOnlyError
-from rung.service import load_yaml_model, require_loopback
+from rung.service import (
+    ConfigModel,
+    LogConfig,
+    OtherFile,
+    load_yaml_model,
+    published_schema,
+    require_loopback,
+)
 from rung.types import EndpointScope
 
 #: Programs that serve models and that an agent without a list of its own may run, if they are on PATH.
 _USUAL_EXECUTABLES = ("llama-server", "vllm", "ollama")
+#: What the file of a control plane has, which people take for this one.
+_CONTROL_PLANE_FILE = OtherFile(
+    fields=frozenset(
+        {"server", "nodes", "deployments", "profiles", "cloud", "ladder", "artifacts", "images", "safety"}
+        | {"prompt_enhancement", "voice"}
+    ),
+    what="this is a control plane's configuration: use `rung config check`, and `rung serve --config` to "
+    "run it",
+)
 
 
 def _loopback(host: str) -> str:
@@ -42,41 +58,47 @@ def default_state_dir() -> Path:
     return Path(base).expanduser() / "rung" / "agent"
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class LogConfig(_Model):
-    """Logs."""
-
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    form: Literal["auto", "json", "console"] = "auto"
-
-
-class ExecutableConfig(_Model):
+class ExecutableConfig(ConfigModel):
     """An executable that may be run, by name."""
 
     path: str = Field(min_length=1)
+    """The program on this machine."""
     arguments_prefix: tuple[str, ...] = ()
-    environment: dict[str, str] = {}
+    """Arguments that come before those that the agent adds."""
+    environment: dict[str, str] = Field(default={})
+    """Variables that are always set."""
     allow_arguments: bool = False
+    """Whether a deployment may add arguments of its own; off by default."""
     allow_environment: bool = False
+    """Whether a deployment may add variables of its own; off by default."""
 
 
-class AgentConfig(_Model):
+class AgentConfig(ConfigModel):
     """An agent. Without `executables`, those usual programs that are installed may be run."""
 
     node_id: str = Field(default_factory=default_node_id, pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    """Name of this machine, as the control plane's `nodes` have it; by default its host name."""
     host: Annotated[str, AfterValidator(_loopback)] = "127.0.0.1"
+    """Interface; loopback only."""
     port: int = Field(default=8152, ge=0, le=65535)
+    """gRPC port; 8152 by default, 0 picks a free one."""
     state_dir: Path = Field(default_factory=default_state_dir)
+    """Where records and logs of engines are kept; by default ~/.local/state/rung/agent."""
     executables: dict[str, ExecutableConfig] | None = None
+    """Programs that may be run, by the names that deployments use; unset: the usual ones that are installed
+    (llama-server, vllm, ollama, llama-cpp-python)."""
     images: tuple[str, ...] = ()
+    """Images that containers may be of, with their tags; `*` stands for anything. None by default."""
     mount_folders: tuple[Path, ...] = ()
+    """Folders below which containers may mount. None by default."""
     advertise: EndpointScope = EndpointScope.LOOPBACK
+    """From where engines that listen on an address of the network may be reached; `loopback` by default."""
     discover: bool = False
+    """Adopt engines that somebody else runs here on their usual ports; off by default."""
     simulated_gpus: Path | None = None
+    """Folder of a simulated machine that is used instead of this one's GPUs, for tests."""
     log: LogConfig = LogConfig()
+    """What is logged, to stderr, and how."""
 
     @model_validator(mode="after")
     def _expand(self) -> Self:
@@ -110,4 +132,9 @@ def usual_executables() -> dict[str, AllowedExecutable]:
 
 def load_agent_config(path: Path) -> AgentConfig:
     """Read a file. Raises ConfigError with a line for each problem: `file:line: field: what`."""
-    return load_yaml_model(path, AgentConfig)
+    return load_yaml_model(path, AgentConfig, other=_CONTROL_PLANE_FILE)
+
+
+def agent_schema() -> dict[str, Any]:
+    """The JSON schema of a file, for editors."""
+    return published_schema(AgentConfig, name="agent", title="Configuration of a Rung agent")

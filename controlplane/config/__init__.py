@@ -3,7 +3,6 @@
 from controlplane.config._model import (
     Config,
     DeploymentConfig,
-    LogConfig,
     NodeConfig,
     ServerConfig,
     config_schema,
@@ -14,7 +13,6 @@ from controlplane.config._model import (
 __all__ = [
     "Config",
     "DeploymentConfig",
-    "LogConfig",
     "NodeConfig",
     "ServerConfig",
     "config_schema",

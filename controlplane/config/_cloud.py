@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from controlplane.cloud import (
     CloudDrawing,
@@ -18,8 +18,9 @@ from controlplane.cloud import (
     Thinking,
     sides_of,
 )
+from controlplane.config._engines import require_port
 from rung.errors import LoopbackOnlyError
-from rung.service import FieldError, require_loopback
+from rung.service import ConfigModel, FieldError, require_loopback
 
 _ID = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 
@@ -54,6 +55,7 @@ def _base_url(url: str) -> str:
         raise ValueError(f"{url!r} is not an https:// URL such as https://api.openai.com/v1")
     if parts.query or parts.fragment or parts.username or parts.password:
         raise ValueError("a base URL has scheme, host, port and path, and nothing else")
+    require_port(parts)
     if parts.scheme == "http":
         try:
             require_loopback(parts.hostname, "a cloud provider")
@@ -62,71 +64,58 @@ def _base_url(url: str) -> str:
     return url.rstrip("/")
 
 
-class CloudDrawingConfig(BaseModel):
+class CloudDrawingConfig(ConfigModel):
     """How a cloud model draws, and what its pictures cost, in US dollars. Defaults are gpt-image-1's."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    usd_per_image: float = Field(
-        ge=0,
-        description="The dearest picture's, or any where `prices` has none: so much is reserved for each.",
-    )
-    prices: dict[str, Annotated[float, Field(ge=0)]] = Field(
-        default={},
-        description="By quality and size, such as `low 1024x1024`, or by one of the two.",
-    )
-    sizes: tuple[Annotated[str, AfterValidator(_size)], ...] = Field(
-        default=("1024x1024", "1536x1024", "1024x1536"),
-        description="All that it draws; the nearest in shape is asked for. An empty list: any.",
-    )
-    qualities: dict[str, str] = Field(
-        default={"lightning": "low", "quality": "medium", "ultra": "high"},
-        description="What it calls the quality of each tier.",
-    )
-    most: int = Field(default=10, ge=1, le=10, description="Pictures of one request.")
-    edits: bool = Field(default=True, description="Whether it draws from pictures, too.")
-    asks_for_data: bool = Field(
-        default=False,
-        description="Send `response_format`, which most need to send no links, and gpt-image-1 refuses.",
-    )
+    usd_per_image: float = Field(ge=0)
+    """The dearest picture's, or any where `prices` has none: so much is reserved for each."""
+    prices: dict[str, Annotated[float, Field(ge=0)]] = Field(default={})
+    """By quality and size, such as `low 1024x1024`, or by one of the two."""
+    sizes: tuple[Annotated[str, AfterValidator(_size)], ...] = ("1024x1024", "1536x1024", "1024x1536")
+    """All that it draws; the nearest in shape is asked for. An empty list: any."""
+    qualities: dict[str, str] = Field(default={"lightning": "low", "quality": "medium", "ultra": "high"})
+    """What it calls the quality of each tier."""
+    most: int = Field(default=10, ge=1, le=10)
+    """Pictures of one request."""
+    edits: bool = True
+    """Whether it draws from pictures, too."""
+    asks_for_data: bool = False
+    """Send `response_format`, which most need to send no links, and gpt-image-1 refuses."""
 
     def value(self) -> CloudDrawing:
         """As the rest of the system has it."""
         return CloudDrawing(**{name: getattr(self, name) for name in CloudDrawing.__struct_fields__})
 
 
-class CloudModelConfig(BaseModel):
+class CloudModelConfig(ConfigModel):
     """A model of a provider. Prices are in US dollars for a million tokens."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    id: str = Field(pattern=_ID, description="The target is called provider/id.")
-    model: str = Field(default="", description="The provider's name of it; the id where it is left out.")
+    id: str = Field(pattern=_ID)
+    """The target is called provider/id."""
+    model: str = ""
+    """The provider's name of it; the id where it is left out."""
     aliases: tuple[str, ...] = ()
+    """Further names that requests may use."""
     capabilities: tuple[str, ...] = ("chat",)
+    """What it can do: chat, tools, vision, embedding, image; chat alone by default."""
     context_tokens: int = Field(default=0, ge=0)
-    max_output_tokens: int | None = Field(
-        default=None,
-        ge=1,
-        description="Asked for where a request sets no limit; what is reserved follows from it. What only "
-        "draws needs none, and no prices of tokens.",
-    )
+    """Tokens of its context; 0 means that it is not known."""
+    max_output_tokens: int | None = Field(default=None, ge=1)
+    """Asked for where a request sets no limit; what is reserved follows from it. What only draws needs none,
+    and no prices of tokens."""
     usd_per_million_prompt_tokens: float | None = Field(default=None, ge=0)
+    """US dollars for a million tokens of prompt."""
     usd_per_million_completion_tokens: float | None = Field(default=None, ge=0)
-    usd_per_million_cached_tokens: float | None = Field(
-        default=None, ge=0, description="As other tokens of the prompt where it is left out."
-    )
-    drop_fields: tuple[str, ...] = Field(
-        default=(),
-        description="Fields of a request that the model refuses, such as temperature; "
-        "reasoning_content stands for the thoughts in earlier turns.",
-    )
-    thinking: Thinking = Field(
-        default=Thinking.OFF,
-        description="Anthropic's dialect: how it is told to think where a request has reasoning_effort.",
-    )
-
-    images: CloudDrawingConfig | None = Field(default=None, description="For what has the capability image.")
+    """US dollars for a million tokens of answer, thoughts included."""
+    usd_per_million_cached_tokens: float | None = Field(default=None, ge=0)
+    """US dollars for a million tokens of prompt from its cache; unset: as other tokens of the prompt."""
+    drop_fields: tuple[str, ...] = ()
+    """Fields of a request that the model refuses, such as temperature; reasoning_content stands for the
+    thoughts in earlier turns."""
+    thinking: Thinking = Thinking.OFF
+    """Anthropic's dialect: how it is told to think where a request has reasoning_effort."""
+    images: CloudDrawingConfig | None = None
+    """For what has the capability image."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -166,22 +155,23 @@ class CloudModelConfig(BaseModel):
         )
 
 
-class CloudProviderConfig(BaseModel):
+class CloudProviderConfig(ConfigModel):
     """A cloud API. Of openai, anthropic, deepseek and google only the models need be written."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     id: str = Field(pattern=_ID)
+    """Name of the provider; openai, anthropic, deepseek and google are known by it."""
     dialect: Dialect = Dialect.OPENAI
-    base_url: Annotated[str, AfterValidator(_base_url)] = Field(
-        default="", description="https, with the version; http for a simulator on this machine."
-    )
-    api_key_env: str = Field(default="", description="Variable of the environment that has the key.")
-    api_key_file: Path | None = Field(
-        default=None, description="File with the key, readable by its owner only."
-    )
-    daily_cap_usd: float = Field(default=5.0, ge=0, description="Most that is spent in a day of UTC.")
+    """How its API is spoken; `openai` by default."""
+    base_url: Annotated[str, AfterValidator(_base_url)] = ""
+    """https, with the version; http for a simulator on this machine."""
+    api_key_env: str = ""
+    """Variable of the environment that has the key."""
+    api_key_file: Path | None = None
+    """File with the key, readable by its owner only."""
+    daily_cap_usd: float = Field(default=5.0, ge=0)
+    """Most that is spent in a day of UTC, in US dollars; 5 by default."""
     models: tuple[CloudModelConfig, ...] = Field(min_length=1)
+    """Its models that may be used."""
 
     @model_validator(mode="before")
     @classmethod

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
-from controlplane.config._base import ConfigModel
 from rung import types
 from rung.errors import LoopbackOnlyError
-from rung.service import ByteSize, FieldError, require_loopback
+from rung.service import ByteSize, ConfigModel, FieldError, require_loopback
 
 
 def _on_the_node(model: str) -> str:
@@ -28,8 +27,19 @@ def _loopback_url(url: str) -> str:
         raise ValueError(f"{url!r} is not an http:// URL such as http://127.0.0.1:8000")
     if parts.path.strip("/") or parts.query or parts.username:
         raise ValueError(f"{url!r} has more than scheme, host and port; the adapter knows the paths")
+    require_port(parts)
     _loopback_only_engine(parts.hostname)
     return url.rstrip("/")
+
+
+def require_port(parts: SplitResult) -> None:
+    """Raises ValueError for a URL with a port that there cannot be: it is not looked at before it is used."""
+    try:
+        port = parts.port
+    except ValueError:
+        port = 0
+    if port == 0:
+        raise ValueError(f"{parts.netloc} has no port from 1 to 65535")
 
 
 def _loopback_only_engine(host: str) -> None:
@@ -45,24 +55,30 @@ class LlamaCppConfig(ConfigModel):
     """llama.cpp."""
 
     kind: Literal["llamacpp"]
-    model_path: str = Field(default="", description="GGUF file on the node; unset with router_model.")
+    """llama.cpp."""
+    model_path: str = ""
+    """GGUF file on the node; unset with router_model."""
     server: types.LlamaCppServer = types.LlamaCppServer.LLAMA_SERVER
+    """Which program serves the file; `llama-server` by default."""
     context_tokens: int = Field(default=0, ge=0)
+    """Tokens of context, shared by all that run in parallel; 0, by default, means the model's own."""
     gpu_layers: int = Field(-1, ge=-1)
+    """Layers on the GPU; -1, by default, means all."""
     parallel: int = Field(default=1, ge=1)
+    """Requests at once; 1 by default."""
     embedding: bool = False
-    projector_path: str = Field(default="", description="Projector of a vision model, on the node.")
-    projector_on_gpu: bool = Field(
-        default=False,
-        description="Where llama-server runs the projector; unset: by the CPU, which leaves the GPU's memory "
-        "to others and takes a moment longer for each picture.",
-    )
+    """Serve embeddings instead of answers; off by default."""
+    projector_path: str = ""
+    """Projector of a vision model, on the node."""
+    projector_on_gpu: bool = False
+    """Where llama-server runs the projector; unset: by the CPU, which leaves the GPU's memory to others and
+    takes a moment longer for each picture."""
     chat_template: str = ""
+    """Name of a chat template that llama.cpp knows; unset: the file's own."""
     kv_cache_type: Literal["", "f16", "q8_0", "q4_0"] = ""
-    router_model: str = Field(
-        default="",
-        description="One model of a llama-server in router mode that somebody else runs, by its name there.",
-    )
+    """Format of the KV cache; unset: 16 bits (f16)."""
+    router_model: str = ""
+    """One model of a llama-server in router mode that somebody else runs, by its name there."""
 
     @model_validator(mode="before")
     @classmethod
@@ -93,8 +109,11 @@ class OpenAiCompatibleConfig(ConfigModel):
     """Any server with OpenAI's routes."""
 
     kind: Literal["openai_compatible"]
+    """Any server with OpenAI's routes."""
     health_path: str = Field(default="/v1/models", pattern="^/")
+    """Path that answers 200 once it is ready; `/v1/models` by default."""
     api_key_env: str = ""
+    """Variable of the agent's environment that has the engine's key; unset: it needs none."""
 
     def value(self) -> types.Engine:
         """As the rest of the system has it."""
@@ -105,19 +124,25 @@ class VllmConfig(ConfigModel):
     """vLLM."""
 
     kind: Literal["vllm"]
+    """vLLM."""
     model: str
+    """Name at Hugging Face, or folder on the node."""
     gpu_memory_utilization: float = Field(default=0.0, ge=0, le=1)
+    """Share of the GPU's memory that it reserves, 0 to 1; 0, by default, leaves vLLM's own."""
     max_model_len_tokens: int = Field(default=0, ge=0)
+    """Longest sequence in tokens; 0, by default, means the model's own."""
     max_num_seqs: int = Field(default=0, ge=0)
+    """Sequences at once; 0, by default, means vLLM's own."""
     kv_cache_dtype: str = ""
+    """Format of the KV cache, such as fp8; unset: vLLM's own."""
     sleep_mode: bool = False
+    """Start it so that it can be put to sleep; needed for `sleepable`. Off by default."""
     kv_cache_memory_bytes: ByteSize = 0
-    tool_call_parser: str = Field(
-        default="", description="vLLM's parser for the model's tool calls, such as hermes; needed for tools."
-    )
-    reasoning_parser: str = Field(
-        default="", description="vLLM's parser for the model's thoughts, such as deepseek_r1 or qwen3."
-    )
+    """Size of the KV cache in bytes or such as `4GiB`, instead of what the share leaves; 0: unset."""
+    tool_call_parser: str = ""
+    """vLLM's parser for the model's tool calls, such as hermes; needed for tools."""
+    reasoning_parser: str = ""
+    """vLLM's parser for the model's thoughts, such as deepseek_r1 or qwen3."""
 
     def value(self) -> types.Engine:
         """As the rest of the system has it."""
@@ -128,11 +153,11 @@ class OllamaConfig(ConfigModel):
     """Ollama."""
 
     kind: Literal["ollama"]
+    """Ollama."""
     model: Annotated[str, AfterValidator(_on_the_node)]
-    pull: bool | None = Field(
-        default=None,
-        description="Whether a start pulls a model that is not there; unset: unless Ollama is external.",
-    )
+    """Its tag, such as qwen3:8b."""
+    pull: bool | None = None
+    """Whether a start pulls a model that is not there; unset: unless Ollama is external."""
 
     def value(self) -> types.Engine:
         """As the rest of the system has it."""
@@ -143,7 +168,9 @@ class ComfyUiConfig(ConfigModel):
     """ComfyUI."""
 
     kind: Literal["comfyui"]
+    """ComfyUI."""
     reserve_vram_bytes: ByteSize = Field(default=0, alias="reserve_vram")
+    """GPU memory that it leaves to others, in bytes or such as `2GiB`; 0 means its own default."""
 
     def value(self) -> types.Engine:
         """As the rest of the system has it."""
@@ -154,6 +181,7 @@ class ServiceConfig(ConfigModel):
     """A server of speech, pictures, meshes or predictions with a dialect of its own."""
 
     kind: Literal["speaches", "piper", "xtts", "hunyuan3d", "sana", "prediction"]
+    """Whose dialect it speaks."""
 
     def value(self) -> types.Engine:
         """As the rest of the system has it."""
@@ -170,17 +198,24 @@ class MountConfig(ConfigModel):
     """A folder of the node seen in a container."""
 
     source: str = Field(pattern="^/")
+    """Folder on the node, below one that the agent's `mount_folders` names."""
     target: str = Field(pattern="^/")
+    """Where the container sees it."""
     writable: bool = False
+    """Whether the container may write there; off by default."""
 
 
 class ProcessConfig(ConfigModel):
     """A process of an executable that the agent's allow-list names."""
 
     kind: Literal["process"]
+    """A process of an executable that the agent's configuration names."""
     executable: str = Field(min_length=1)
+    """Its name under `executables` of the agent."""
     arguments: tuple[str, ...] = ()
+    """Further arguments, if the agent allows them (`allow_arguments`)."""
     environment: dict[str, str] = Field(default={})
+    """Further variables, if the agent allows them (`allow_environment`)."""
 
     def value(self) -> types.Runtime:
         """As the rest of the system has it."""
@@ -191,12 +226,19 @@ class DockerConfig(ConfigModel):
     """A container."""
 
     kind: Literal["docker"]
+    """A container."""
     image: str = Field(min_length=1)
+    """Image with its tag, one that the agent's `images` allow."""
     command: tuple[str, ...] = ()
+    """What is run in it, before the engine's own arguments; unset: the image's own."""
     mounts: tuple[MountConfig, ...] = ()
+    """Folders of the node that it sees."""
     container_port: int = Field(default=0, ge=0, le=65535)
+    """Port on which it listens inside; 0, by default, means the one that it is told."""
     shared_memory_bytes: ByteSize = Field(default=0, alias="shared_memory")
+    """Size of /dev/shm in bytes or such as `8GiB`; 0, by default, means Docker's own."""
     environment: dict[str, str] = Field(default={})
+    """Variables in the container."""
 
     def value(self) -> types.Runtime:
         """As the rest of the system has it."""
@@ -208,7 +250,9 @@ class ExternalConfig(ConfigModel):
     """An engine that somebody else runs on the node."""
 
     kind: Literal["external"]
+    """Run by somebody else: used as it is, never started or stopped."""
     base_url: Annotated[str, AfterValidator(_loopback_url)]
+    """Where it listens on the node's loopback, such as http://127.0.0.1:8000, without a path."""
 
     def value(self) -> types.Runtime:
         """As the rest of the system has it."""

@@ -6,43 +6,45 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 from msgspec.structs import replace
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from controlplane.workflows import DEFAULT_TIERS, Tier, Workflows
 from rung import types
-from rung.service import ByteSize, FieldError
+from rung.service import ByteSize, ConfigModel, FieldError
 
 _Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 _NEEDED = {"checkpoint": "checkpoint", "family": "family", "vram_bytes": "vram"}
 
 
-class OperationConfig(BaseModel):
+class OperationConfig(ConfigModel):
     """What is different for an operation: what is left out is the tier's."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True)
-
-    checkpoint: str | None = Field(default=None, description="File of the model, by its name in ComfyUI.")
-    family: str | None = Field(
-        default=None, description="sdxl, flux, …: between families ComfyUI is freed before it loads."
-    )
+    checkpoint: str | None = None
+    """File of the model, by its name in ComfyUI."""
+    family: str | None = None
+    """sdxl, flux, …: between families ComfyUI is freed before it loads."""
     steps: int | None = Field(default=None, ge=1, le=150)
+    """Steps of sampling."""
     cfg: float | None = Field(default=None, ge=0, le=30)
-    guidance: float | None = Field(default=None, ge=0, le=100, description="In place of cfg, of Flux.")
-    sampler: str | None = Field(default=None, min_length=1, description="By its name in ComfyUI.")
-    scheduler: str | None = Field(default=None, min_length=1, description="By its name in ComfyUI.")
+    """How strictly the prompt is followed; 1 computes no negative prompt."""
+    guidance: float | None = Field(default=None, ge=0, le=100)
+    """In place of cfg, of Flux."""
+    sampler: str | None = Field(default=None, min_length=1)
+    """By its name in ComfyUI."""
+    scheduler: str | None = Field(default=None, min_length=1)
+    """By its name in ComfyUI."""
     width_pixels: int | None = Field(default=None, ge=64, le=4096, multiple_of=8)
+    """Width of a picture where a request names none; a multiple of 8."""
     height_pixels: int | None = Field(default=None, ge=64, le=4096, multiple_of=8)
-    vram_bytes: ByteSize | None = Field(default=None, gt=0, alias="vram", description="Leased to draw.")
-    grade: types.ReclaimGrade | None = Field(
-        default=None, description="How much others may be disturbed for it, at most."
-    )
-    models: dict[str, str] = Field(
-        default={},
-        description="Further files: controlnet, upscale_model, motion_model, text_encoder; empty for none.",
-    )
-    upscale_factor: float | None = Field(
-        default=None, ge=1, le=16, description="How many times as large upscale_model makes a picture."
-    )
+    """Height of a picture where a request names none; a multiple of 8."""
+    vram_bytes: ByteSize | None = Field(default=None, gt=0, alias="vram")
+    """GPU memory that is leased to draw, in bytes or such as `12GiB`."""
+    grade: types.ReclaimGrade | None = None
+    """How much others may be disturbed for it, at most."""
+    models: dict[str, str] = Field(default={})
+    """Further files: controlnet, upscale_model, motion_model, text_encoder; empty for none."""
+    upscale_factor: float | None = Field(default=None, ge=1, le=16)
+    """How many times as large upscale_model makes a picture."""
 
     def changes(self) -> dict[str, Any]:
         """What is set, by the attributes of `Tier`."""
@@ -53,9 +55,8 @@ class OperationConfig(BaseModel):
 class TierConfig(OperationConfig):
     """A tier: one of lightning, quality and ultra, where what is left out stays as it is, or one more."""
 
-    operations: dict[_Name, OperationConfig] = Field(
-        default={}, description="What is different for inpaint, video, …, or a workflow of one's own."
-    )
+    operations: dict[_Name, OperationConfig] = Field(default={})
+    """What is different for inpaint, video, …, or a workflow of one's own."""
 
     def value(self, name: str) -> Tier:
         """As the rest of the system has it. Raises FieldError: a tier of one's own lacks something."""
@@ -76,17 +77,13 @@ class TierConfig(OperationConfig):
         return replace(base, **changed, operations=operations)
 
 
-class ImagesConfig(BaseModel):
+class ImagesConfig(ConfigModel):
     """Pictures, still and moving."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    tiers: dict[_Name, TierConfig] = Field(
-        default={}, description="Changes of lightning, quality and ultra, and further tiers."
-    )
-    workflows_dir: Path | None = Field(
-        default=None, description="Folder of one's own workflows, in ComfyUI's API format."
-    )
+    tiers: dict[_Name, TierConfig] = Field(default={})
+    """Changes of lightning, quality and ultra, and further tiers."""
+    workflows_dir: Path | None = None
+    """Folder of one's own workflows, in ComfyUI's API format."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

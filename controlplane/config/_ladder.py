@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from controlplane.ladder import (
     BURST_PREFIX,
@@ -18,7 +18,7 @@ from controlplane.ladder import (
     RungSpec,
     build_ladder,
 )
-from rung.service import FieldError
+from rung.service import ConfigModel, FieldError
 
 _NAME = r"^[a-z][a-z0-9._-]{0,62}$"
 
@@ -33,15 +33,13 @@ def _effort_range(value: Any) -> Any:
     return value
 
 
-class RungConfig(BaseModel):
+class RungConfig(ConfigModel):
     """One rung: an effort range of one modality, and who answers it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     name: str = Field(pattern=_NAME)
+    """What it is called in answers and explanations."""
     effort: Annotated[tuple[int, int], BeforeValidator(_effort_range)] = Field(
         default=(MIN_EFFORT, MAX_EFFORT),
-        description="`3`, `1-6` or `[1, 6]`; each effort of a modality is on exactly one rung.",
         json_schema_extra={
             "anyOf": [
                 {"type": "integer", "minimum": MIN_EFFORT, "maximum": MAX_EFFORT},
@@ -50,12 +48,15 @@ class RungConfig(BaseModel):
             ]
         },
     )
+    """`3`, `1-6` or `[1, 6]`; each effort of a modality is on exactly one rung."""
     modality: Modality = Modality.CHAT
-    capabilities: tuple[str, ...] = Field(default=(), description="What each of its targets must have.")
-    chain: str = Field(description="Chain of targets that answer.")
-    reason: str = Field(
-        default="", description="Chain behind the `reason` tool, which is offered from effort 7 on."
-    )
+    """What kind of request it is for; `chat` by default."""
+    capabilities: tuple[str, ...] = ()
+    """What each of its targets must have."""
+    chain: str
+    """Chain of targets that answer."""
+    reason: str = ""
+    """Chain behind the `reason` tool, which is offered from effort 7 on."""
 
     def spec(self) -> RungSpec:
         """As the ladder takes it."""
@@ -70,20 +71,16 @@ class RungConfig(BaseModel):
         )
 
 
-class LadderConfig(BaseModel):
+class LadderConfig(ConfigModel):
     """Chains of targets, and the rungs that use them."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    chains: dict[Annotated[str, Field(pattern=_NAME)], tuple[str, ...]] = Field(
-        description="Targets by chain, best first: a deployment, a model, `node/model`, `provider/model` of "
-        "the cloud, `burst/name`, or `@chain` for all of another chain."
-    )
+    chains: dict[Annotated[str, Field(pattern=_NAME)], tuple[str, ...]]
+    """Targets by chain, best first: a deployment, a model, `node/model`, `provider/model` of the cloud,
+    `burst/name`, or `@chain` for all of another chain."""
     rungs: tuple[RungConfig, ...] = ()
-    classifier: Literal["heuristic", "judge"] = Field(
-        default="heuristic",
-        description="Who says the effort that a caller left open: a local rule, or the orchestrator itself.",
-    )
+    """Ranges of effort by modality, and which chain answers each."""
+    classifier: Literal["heuristic", "judge"] = "heuristic"
+    """Who says the effort that a caller left open: a local rule, or the orchestrator itself."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -12,7 +12,6 @@ from pydantic import AfterValidator, Field, model_validator
 
 from controlplane.cloud import CloudProvider
 from controlplane.config._artifacts import ArtifactsConfig
-from controlplane.config._base import ConfigModel
 from controlplane.config._cloud import CloudProviderConfig, check_cloud
 from controlplane.config._engines import (
     EngineConfig,
@@ -33,11 +32,29 @@ from controlplane.config._voice import VoiceConfig, check_capabilities, check_vo
 from controlplane.vram import Reserve
 from rung import types
 from rung.errors import LoopbackOnlyError
-from rung.service import ByteSize, DurationS, FieldError, load_yaml_model, require_loopback
+from rung.service import (
+    ByteSize,
+    ConfigModel,
+    DurationS,
+    FieldError,
+    LogConfig,
+    OtherFile,
+    load_yaml_model,
+    published_schema,
+    require_loopback,
+)
 
 _ID = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 _ADDRESS = re.compile(r"[^\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
 _DAY_S = 24 * 3600.0
+#: What the file of an agent has, which people take for this one.
+_AGENT_FILE = OtherFile(
+    fields=frozenset(
+        {"node_id", "host", "port", "state_dir", "executables", "images", "mount_folders", "advertise"}
+        | {"discover", "simulated_gpus", "log"}
+    ),
+    what="this is an agent's configuration: use `rung agent check`, and `rung agent run --config` to run it",
+)
 
 
 def default_state_dir() -> Path:
@@ -57,38 +74,35 @@ def _loopback(host: str) -> str:
 def _address(address: str) -> str:
     if not _ADDRESS.fullmatch(address):
         raise ValueError(f"{address!r} is not host:port, such as 127.0.0.1:8152")
+    port = int(address.rpartition(":")[2])
+    if not 1 <= port <= 65535:
+        raise ValueError(f"{port} is not a port: those of servers are 1 to 65535")
     return address
-
-
-class LogConfig(ConfigModel):
-    """Logs."""
-
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    form: Literal["auto", "json", "console"] = "auto"
 
 
 class ServerConfig(ConfigModel):
     """The control plane itself."""
 
-    host: Annotated[str, AfterValidator(_loopback)] = Field(
-        default="127.0.0.1", description="Interface; loopback only."
-    )
-    grpc_port: int = Field(default=8151, ge=0, le=65535, description="0 picks a free one.")
-    http_port: int = Field(default=8150, ge=0, le=65535, description="0 picks a free one.")
-    state_dir: Path = Field(
-        default_factory=default_state_dir,
-        description="Where jobs and artifacts are stored; by default ~/.local/state/rung.",
-    )
-    max_request_bytes: ByteSize = Field(default=16 * 1024**2, ge=1024, description="Largest request.")
-    drain_s: DurationS = Field(
-        default=20.0, ge=0, alias="drain", description="Time for running jobs at a stop."
-    )
+    host: Annotated[str, AfterValidator(_loopback)] = "127.0.0.1"
+    """Interface; loopback only."""
+    grpc_port: int = Field(default=8151, ge=0, le=65535)
+    """Port of gRPC on loopback; 8151 by default, 0 picks a free one."""
+    http_port: int = Field(default=8150, ge=0, le=65535)
+    """Port of HTTP on loopback; 8150 by default, 0 picks a free one."""
+    state_dir: Path = Field(default_factory=default_state_dir)
+    """Where jobs and artifacts are stored; by default ~/.local/state/rung."""
+    max_request_bytes: ByteSize = Field(default=16 * 1024**2, ge=1024)
+    """Largest request, in bytes or such as `64MiB`; 16 MiB by default."""
+    drain_s: DurationS = Field(default=20.0, ge=0, alias="drain")
+    """Time that running jobs have at a stop; 20 s by default."""
     job_retention_s: DurationS = Field(default=7 * _DAY_S, gt=0, alias="job_retention")
-    engine_idle_timeout_s: DurationS = Field(
-        default=600.0, gt=0, alias="engine_idle_timeout", description="Longest silence of an engine."
-    )
-    direct_relay: bool = Field(default=True, description="Talk straight to engines on this machine.")
+    """How long ended jobs and their logs are kept; 7 days by default."""
+    engine_idle_timeout_s: DurationS = Field(default=600.0, gt=0, alias="engine_idle_timeout")
+    """Longest silence of an engine in an answer before it is given up; 10 minutes by default."""
+    direct_relay: bool = True
+    """Talk straight to engines on this machine, and not through their agent; on by default."""
     log: LogConfig = LogConfig()
+    """What is logged, to stderr, and how."""
 
     @model_validator(mode="after")
     def _expand(self) -> Self:
@@ -102,26 +116,17 @@ class NodeConfig(ConfigModel):
     """A machine with an agent."""
 
     id: str = Field(pattern=_ID)
-    address: Annotated[str, AfterValidator(_address)] = Field(description="host:port of its agent.")
+    """Name of the machine, as its agent has it (`node_id`)."""
+    address: Annotated[str, AfterValidator(_address)]
+    """host:port of its agent, such as 127.0.0.1:8152."""
     ownership: types.NodeOwnership = types.NodeOwnership.OWNED
-    vram_reserve_bytes: ByteSize = Field(
-        default=Reserve().vram_bytes,
-        ge=0,
-        alias="vram_reserve",
-        description="Kept free on each of its GPUs: for a driver, a desktop, and measuring a second late.",
-    )
-    host_reserve_bytes: ByteSize = Field(
-        default=Reserve().host_bytes,
-        ge=0,
-        alias="host_reserve",
-        description="Host memory that sleeping models never get.",
-    )
-    vram_bytes: ByteSize = Field(
-        default=0,
-        ge=0,
-        alias="vram",
-        description="Memory of each of its GPUs: lets profiles be checked before anything runs.",
-    )
+    """Whose it is; `local_only` requests go to owned machines only. `owned` by default."""
+    vram_reserve_bytes: ByteSize = Field(default=Reserve().vram_bytes, ge=0, alias="vram_reserve")
+    """Kept free on each of its GPUs, such as `2GiB`: for a driver, a desktop, and measuring a second late."""
+    host_reserve_bytes: ByteSize = Field(default=Reserve().host_bytes, ge=0, alias="host_reserve")
+    """Host memory that sleeping models never get, such as `8GiB`."""
+    vram_bytes: ByteSize = Field(default=0, ge=0, alias="vram")
+    """Memory of each of its GPUs, such as `32GB`: lets profiles be checked before anything runs."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -138,47 +143,53 @@ class DeploymentConfig(ConfigModel):
     """One model served by one engine on one node."""
 
     id: str = Field(pattern=_ID)
+    """Name of this deployment; requests may use it as a model."""
     node: str
+    """Id of the node whose agent runs or reaches it."""
     model: str = Field(min_length=1)
+    """Name of the model that requests use; several deployments may serve the same one."""
     engine: EngineConfig
+    """What serves it, by `kind`, and with which parameters."""
     runtime: RuntimeConfig
+    """How the engine is run, by `kind`: as a process, in a container, or by somebody else."""
     aliases: tuple[str, ...] = ()
+    """Further names of the model."""
     served_model_name: str = ""
+    """Name by which the engine knows the model, where it is another one than `model`."""
     residency_class: types.ResidencyClass = types.ResidencyClass.ON_DEMAND
+    """What may be done to it when others need its memory: `pinned` nothing, `sleepable` put to sleep,
+    `on_demand` stopped (by default), `cache` flushed."""
     keep_running: bool = False
-    slots: int | None = Field(
-        default=None,
-        ge=1,
-        le=4096,
-        description="Requests that it serves at once; unset means 16, and 1 for what makes images, meshes or "
-        "predictions, and for XTTS.",
-    )
+    """Started with the fleet, and again when it ends; off by default."""
+    slots: int | None = Field(default=None, ge=1, le=4096)
+    """Requests that it serves at once; unset means 16, and 1 for what makes images, meshes or predictions,
+    and for XTTS."""
     vram_bytes: ByteSize = Field(default=0, ge=0, alias="vram")
+    """GPU memory that it needs awake, in bytes or such as `12GiB`, until that has been measured."""
     idle_timeout_s: DurationS | None = Field(default=None, alias="idle_timeout")
-    max_grade: types.ReclaimGrade | None = Field(
-        default=None,
-        description="How much others may be disturbed, at most, to start or wake it; unset: as much as it "
-        "takes (full), or for voice as `voice` says.",
-    )
-    shrinkable: bool = Field(
-        default=False,
-        description="May give up its KV cache for a while, even if pinned; vLLM with sleep mode.",
-    )
+    """An `on_demand` one is stopped after so long without requests, such as `15m`; unset: only when others
+    need its memory."""
+    max_grade: types.ReclaimGrade | None = None
+    """How much others may be disturbed, at most, to start or wake it; unset: as much as it takes (full), or
+    for voice as `voice` says."""
+    shrinkable: bool = False
+    """May give up its KV cache for a while, even if pinned; vLLM with sleep mode."""
     capabilities: tuple[str, ...] = ("chat",)
+    """What it can do: chat, tools, vision, embedding, image, speech, …; chat alone by default."""
     context_tokens: int = Field(default=0, ge=0)
+    """Tokens of its context, for choosing who can answer; 0 means that it is not known."""
     port: int = Field(default=0, ge=0, le=65535)
-    swap_slot: str = Field(
-        default="",
-        pattern=r"^([a-z0-9][a-z0-9._-]{0,62})?$",
-        description="Deployments of a node with the same one take turns, on one port if they name the same.",
-    )
-    restore: Literal["lazy", "warm"] = Field(
-        default="lazy",
-        description="After it gave way it comes back when somebody needs it; warm: once there is room.",
-    )
+    """Port of the engine on the node's loopback; 0, by default, lets the agent choose a free one."""
+    swap_slot: str = Field(default="", pattern=r"^([a-z0-9][a-z0-9._-]{0,62})?$")
+    """Deployments of a node with the same one take turns, on one port if they name the same."""
+    restore: Literal["lazy", "warm"] = "lazy"
+    """After it gave way it comes back when somebody needs it; warm: once there is room."""
     gpus: tuple[str, ...] = ()
+    """GPUs that it runs on, by index or UUID; empty, by default, means all of the node's."""
     start_timeout_s: DurationS = Field(default=600.0, gt=0, alias="start_timeout")
+    """Longest time from start to ready; 10 minutes by default."""
     stop_grace_s: DurationS = Field(default=10.0, ge=0, alias="stop_grace")
+    """Time to end by itself before it is killed; 10 s by default."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -236,16 +247,27 @@ class Config(ConfigModel):
 
     # Made anew, so that the schema has no default with the home of whoever printed it.
     server: ServerConfig = Field(default_factory=ServerConfig)
+    """The control plane itself: its ports, its state, its limits, its log."""
     nodes: tuple[NodeConfig, ...] = ()
+    """Machines, each with an agent."""
     deployments: tuple[DeploymentConfig, ...] = ()
+    """What is served, by which engine, on which node. What an agent finds running need not be here."""
     profiles: tuple[ProfileConfig, ...] = ()
+    """Named divisions of the GPUs' memory, for `rung profile switch`."""
     cloud: tuple[CloudProviderConfig, ...] = ()
+    """Providers of cloud models, and how much may be spent there."""
     ladder: LadderConfig | None = None
+    """Chains of targets and the rungs of effort that use them; unset: requests name their model."""
     artifacts: ArtifactsConfig = ArtifactsConfig()
+    """How long, and how much, of the files that jobs made is kept."""
     images: ImagesConfig = ImagesConfig()
+    """Pictures, still and moving: tiers, and workflows of one's own."""
     safety: SafetyConfig = SafetyConfig()
+    """What is refused before anything is generated."""
     prompt_enhancement: PromptEnhancementConfig = PromptEnhancementConfig()
+    """Prompts for pictures that say more, by asking a chat model."""
     voice: VoiceConfig = VoiceConfig()
+    """How much of a node speech and transcriptions may have."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -311,7 +333,7 @@ class Config(ConfigModel):
 
 def load_config(path: Path) -> Config:
     """Read a file. Raises ConfigError with a line for each problem: `file:line: field: what`."""
-    return load_yaml_model(path, Config)
+    return load_yaml_model(path, Config, other=_AGENT_FILE)
 
 
 def default_config() -> Config:
@@ -321,9 +343,7 @@ def default_config() -> Config:
 
 def config_schema() -> dict[str, Any]:
     """The JSON schema of a file, for editors."""
-    schema = Config.model_json_schema(by_alias=True)
-    head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return head | schema | {"title": "Rung configuration"}
+    return published_schema(Config, name="config", title="Rung configuration")
 
 
 def _unique(what: str, names: list[str]) -> None:

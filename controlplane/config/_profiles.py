@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from controlplane.config._swap_slots import check_awake_together
 from controlplane.vram import HELD_ASLEEP_ESTIMATE_BYTES, ProfileShare, check_profile
 from rung import types
 from rung.errors import ConfigError
-from rung.service import FieldError
+from rung.service import ConfigModel, FieldError
 
 _ID = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 
@@ -32,35 +32,31 @@ class Others(StrEnum):
     STOPPED = "stopped"
 
 
-class ProfileEntryConfig(BaseModel):
+class ProfileEntryConfig(ConfigModel):
     """What a profile wants of one deployment."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     deployment: str
+    """Id of the deployment."""
     residency: ProfileResidency
-    gpu_memory_utilization: float = Field(
-        default=0.0, ge=0, le=1, description="Share of the GPU that vLLM reserves; 0 leaves its own."
-    )
+    """Where it is to be while the profile is current."""
+    gpu_memory_utilization: float = Field(default=0.0, ge=0, le=1)
+    """Share of the GPU that vLLM reserves; 0 leaves its own."""
 
 
-class ProfileConfig(BaseModel):
+class ProfileConfig(ConfigModel):
     """A named division of the VRAM."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     name: str = Field(pattern=_ID)
+    """What `rung profile switch` calls it."""
     description: str = ""
+    """One sentence for people."""
     deployments: tuple[ProfileEntryConfig, ...] = Field(min_length=1)
-    others: Others = Field(
-        default=Others.AS_THEY_ARE,
-        description="What becomes of those that are not named, on the nodes of those that are. "
-        "Pinned ones, and what somebody else runs, always stay as they are.",
-    )
-    hold: bool = Field(
-        default=False,
-        description="While it is current, what it wants asleep or stopped is not woken by requests.",
-    )
+    """What it wants of whom."""
+    others: Others = Others.AS_THEY_ARE
+    """What becomes of those that are not named, on the nodes of those that are. Pinned ones, and what
+    somebody else runs, always stay as they are."""
+    hold: bool = False
+    """While it is current, what it wants asleep or stopped is not woken by requests."""
 
     def profile(self, specs: Mapping[str, types.DeploymentSpec]) -> types.Profile:
         """As the rest of the system has it: whatever it changes is named."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from controlplane.ladder import MAX_EFFORT, MIN_EFFORT, OWN_PREFIX, Ladder
 from controlplane.stages import (
@@ -18,24 +18,17 @@ from controlplane.stages import (
     SafetySettings,
     compile_matcher,
 )
-from rung.service import DurationS, FieldError
+from rung.service import ConfigModel, DurationS, FieldError
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True)
-
-
-class BlockedConfig(_Model):
+class BlockedConfig(ConfigModel):
     """What is refused under one category, at every policy."""
 
-    words: tuple[str, ...] = Field(
-        default=(), description="Words and phrases; a * at the end of a word stands for any ending."
-    )
-    regexes: tuple[str, ...] = Field(
-        default=(),
-        description="For what words cannot say, on the text in lower case without accents; repeats need a "
-        "bound, such as {0,40}.",
-    )
+    words: tuple[str, ...] = ()
+    """Words and phrases; a * at the end of a word stands for any ending."""
+    regexes: tuple[str, ...] = ()
+    """For what words cannot say, on the text in lower case without accents; repeats need a bound, such as
+    {0,40}."""
 
     @model_validator(mode="after")
     def _usable(self) -> Self:
@@ -50,15 +43,15 @@ class BlockedConfig(_Model):
         return Blocked(words=self.words, regexes=self.regexes)
 
 
-class ModerationConfig(_Model):
+class ModerationConfig(ConfigModel):
     """A model that has a say in what is generated."""
 
-    model: str = Field(description="A model, `node/model`, `provider/model`, or `rung/` and a chain.")
+    model: str
+    """A model, `node/model`, `provider/model`, or `rung/` and a chain."""
     timeout_s: DurationS = Field(default=10.0, gt=0, alias="timeout")
-    on_failure: Literal["allow", "block"] | None = Field(
-        default=None,
-        description="When it cannot be asked; unset means block for the policy strict, else allow.",
-    )
+    """Longest wait for its verdict; 10 s by default."""
+    on_failure: Literal["allow", "block"] | None = None
+    """When it cannot be asked; unset means block for the policy strict, else allow."""
 
     def value(self) -> Moderation:
         """As the stages take it."""
@@ -66,23 +59,23 @@ class ModerationConfig(_Model):
         return Moderation(model=self.model, timeout_s=self.timeout_s, blocks_on_failure=blocks)
 
 
-class SafetyConfig(_Model):
+class SafetyConfig(ConfigModel):
     """The safety filter of generations."""
 
-    filter: str = Field(default="rules", description="An installed plugin; `rules` is built in.")
-    policy: SafetyPolicy = Field(
-        default=SafetyPolicy.UNRESTRICTED,
-        description="How much is refused. Each refuses anything sexual about minors, and what is blocked.",
-    )
-    blocked: dict[str, BlockedConfig] = Field(
-        default={}, description="Rules of your own, by the category that a refusal names."
-    )
-    allowed: tuple[str, ...] = Field(default=(), description="Words and phrases that are harmless here.")
+    filter: str = "rules"
+    """An installed plugin; `rules` is built in."""
+    policy: SafetyPolicy = SafetyPolicy.UNRESTRICTED
+    """How much is refused. Each refuses anything sexual about minors, and what is blocked."""
+    blocked: dict[str, BlockedConfig] = Field(default={})
+    """Rules of your own, by the category that a refusal names."""
+    allowed: tuple[str, ...] = ()
+    """Words and phrases that are harmless here."""
     moderation: ModerationConfig | None = None
-    timeout_s: DurationS = Field(
-        default=20.0, gt=0, alias="timeout", description="What has no verdict by then is refused."
-    )
-    options: dict[str, Any] = Field(default={}, description="For a plugin from elsewhere.")
+    """A model that is asked, too; unset: rules alone."""
+    timeout_s: DurationS = Field(default=20.0, gt=0, alias="timeout")
+    """What has no verdict by then is refused; 20 s by default."""
+    options: dict[str, Any] = Field(default={})
+    """For a plugin from elsewhere."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -109,20 +102,23 @@ class SafetyConfig(_Model):
         )
 
 
-class PromptEnhancementConfig(_Model):
+class PromptEnhancementConfig(ConfigModel):
     """Prompts for pictures that say more, by asking a chat model that is ready."""
 
     enabled: bool = True
-    enhancer: str = Field(default="ladder", description="An installed plugin; `ladder` is built in.")
-    model: str = Field(default=AUTO_MODEL, description="Who is asked; unset means the ladder.")
-    effort: int = Field(default=2, ge=MIN_EFFORT, le=MAX_EFFORT, description="Where on the ladder.")
-    skip_tiers: tuple[str, ...] = Field(
-        default=("lightning",), description="Tiers of pictures that are not worth the wait."
-    )
-    timeout_s: DurationS = Field(
-        default=15.0, gt=0, alias="timeout", description="Without an answer by then the prompt is kept."
-    )
-    options: dict[str, Any] = Field(default={}, description="For a plugin from elsewhere.")
+    """Whether prompts for pictures are enhanced at all; on by default."""
+    enhancer: str = "ladder"
+    """An installed plugin; `ladder` is built in."""
+    model: str = AUTO_MODEL
+    """Who is asked; unset means the ladder."""
+    effort: int = Field(default=2, ge=MIN_EFFORT, le=MAX_EFFORT)
+    """Where on the ladder."""
+    skip_tiers: tuple[str, ...] = ("lightning",)
+    """Tiers of pictures that are not worth the wait."""
+    timeout_s: DurationS = Field(default=15.0, gt=0, alias="timeout")
+    """Without an answer by then the prompt is kept; 15 s by default."""
+    options: dict[str, Any] = Field(default={})
+    """For a plugin from elsewhere."""
 
     def value(self) -> EnhancementSettings:
         """As the stages take it."""

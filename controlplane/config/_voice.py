@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from rung.service import FieldError
+from rung.service import ConfigModel, FieldError
 from rung.types import JobKind, ReclaimGrade
 
 _Slots = Annotated[int, Field(ge=1, le=64)]
@@ -19,17 +19,15 @@ _CAPABILITIES = {
 }
 
 
-class VoiceConfig(BaseModel):
+class VoiceConfig(ConfigModel):
     """Speech and transcriptions: so many at once on a node, and what may give way to their models."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    slots: _Slots = Field(default=2, description="Voice generations at once on each node.")
-    nodes: dict[str, _Slots] = Field(default={}, description="By node, where it is another number.")
-    max_grade: ReclaimGrade = Field(
-        default=ReclaimGrade.STANDARD,
-        description="How much others may be disturbed, at most, to load a model that speaks or hears.",
-    )
+    slots: _Slots = 2
+    """Voice generations at once on each node."""
+    nodes: dict[str, _Slots] = Field(default={})
+    """By node, where it is another number."""
+    max_grade: ReclaimGrade = ReclaimGrade.STANDARD
+    """How much others may be disturbed, at most, to load a model that speaks or hears."""
 
     def max_grades(self) -> dict[str, ReclaimGrade]:
         """By capability, as the schedulers have it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -59,11 +58,6 @@ class TestInit:
         assert main(["config", "init"]) == ExitCode.FAILED
         assert Path("rung.yaml").read_text() == "# mine\n"
         assert main(["config", "init", "--force"]) == ExitCode.OK
-
-
-def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["config", "schema"]) == ExitCode.OK
-    assert "deployments" in json.loads(capsys.readouterr().out)["properties"]
 
 
 def test_search_order(tmp_path: Path) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from controlplane.config import config_schema, default_config, load_config
+from controlplane.config import default_config, load_config
 from nodeagent.config import AgentConfig, ExecutableConfig, load_agent_config
 from rung._sizes import parse_size
 from rung.errors import ConfigError
@@ -291,13 +290,3 @@ def test_the_agents_example_names_every_setting_that_an_owner_has() -> None:
 
 def test_without_a_file_everything_has_a_default() -> None:
     assert (default_config().server.grpc_port, default_config().server.http_port) == (8151, 8150)
-
-
-def test_the_published_schema_is_up_to_date() -> None:
-    text = (ROOT / "controlplane" / "config" / "rung.schema.json").read_text()
-    published = json.loads(text)
-
-    assert str(Path.home()) not in text, "it is the same for everybody"
-    assert published == json.loads(json.dumps(config_schema(), default=str)), (
-        "run python -m controlplane.config"
-    )

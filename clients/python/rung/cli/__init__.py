@@ -5,8 +5,9 @@ function, whose module must be cheap to import.
 """
 
 from rung.cli._app import main
+from rung.cli._checking import load_checked, print_schema
 from rung.cli._failures import ExitCode
 from rung.cli._paths import default_state_dir
 from rung.cli._session import make_console
 
-__all__ = ["ExitCode", "default_state_dir", "main", "make_console"]
+__all__ = ["ExitCode", "default_state_dir", "load_checked", "main", "make_console", "print_schema"]

@@ -4,10 +4,12 @@ from rung.service._config_file import (
     ByteSize,
     DurationS,
     FieldError,
+    OtherFile,
     load_json_lines_model,
     load_yaml_model,
     parse_duration,
 )
+from rung.service._config_model import ConfigModel, LogConfig, published_schema
 from rung.service._engine_client import EngineClient, EngineReply
 from rung.service._host import host_id
 from rung.service._interceptors import CallInterceptor, refusal_of
@@ -24,12 +26,15 @@ from rung.service._stream_pacer import StreamPacer
 __all__ = [
     "ByteSize",
     "CallInterceptor",
+    "ConfigModel",
     "DurationS",
     "EngineClient",
     "EngineReply",
     "FieldError",
     "FormFile",
     "GrpcServer",
+    "LogConfig",
+    "OtherFile",
     "ServerOptions",
     "Signal",
     "SseSplitter",
@@ -45,6 +50,7 @@ __all__ = [
     "parse_duration",
     "parse_retry_after",
     "parse_seconds",
+    "published_schema",
     "refusal_of",
     "require_loopback",
     "seconds_until",

@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -52,11 +53,31 @@ DurationS = Annotated[
 ]
 
 
-def load_yaml_model(path: Path, model: type[M]) -> M:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OtherFile:
+    """A kind of file that is taken for another one: the fields of its first level, and what to say of it."""
+
+    fields: frozenset[str]
+    what: str
+
+    def is_meant(self, value: Any, model: type[BaseModel]) -> bool:
+        """Whether a file that is no `model` has more of this kind's fields than of the model's."""
+        if not isinstance(value, dict):
+            return False
+        return len(value.keys() & self.fields) > len(value.keys() & model.model_fields.keys())
+
+
+def load_yaml_model(path: Path, model: type[M], *, other: OtherFile | None = None) -> M:
     """Read a file into a model. `${env:NAME}` in a text is replaced by the variable's value.
 
+    Args:
+        path: the file.
+        model: the model.
+        other: a kind of file that people take for this one.
+
     Raises:
-        ConfigError: one line for each thing that is wrong, as `file:line: field: what`.
+        ConfigError: one line for each thing that is wrong, as `file:line: field: what`; one in all for a file
+            of the other kind.
     """
     text = _read(path)
     try:
@@ -72,6 +93,8 @@ def load_yaml_model(path: Path, model: type[M]) -> M:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     reader = _Reader(path)
     value = reader.value(root, ()) if root is not None else {}
+    if other is not None and other.is_meant(value, model):
+        raise ConfigError(f"{path}:1: {other.what}")
     return _validated(reader, value, model)
 
 
