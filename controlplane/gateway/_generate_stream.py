@@ -22,6 +22,8 @@ from controlplane.gateway._generations import (
 )
 from controlplane.gateway._openai import read_policy, read_request_id
 from controlplane.gateway._pictures import picture_from_text
+from controlplane.gateway._progress import progress_comment as progress_comment  # for the other routes
+from controlplane.gateway._progress import progress_line, tenths
 from controlplane.pipelines import Wish, check_side
 from rung.errors import InvalidRequestError, RungError
 from rung.types import (
@@ -131,19 +133,19 @@ class GenerateStreamRoutes:
                 detail = _made_words(followed.artifacts)
                 return {
                     "phase": "done",
-                    "elapsed_s": _tenths(event.elapsed_s),
+                    "elapsed_s": tenths(event.elapsed_s),
                     "detail": detail,
                     "images": images,
                 }
             case JobFailed(reason, detail):
                 return {
                     "phase": "failed",
-                    "elapsed_s": _tenths(event.elapsed_s),
+                    "elapsed_s": tenths(event.elapsed_s),
                     "reason": reason.value,
                     "detail": detail,
                 }
             case JobCancelled(by):
-                return {"phase": "cancelled", "elapsed_s": _tenths(event.elapsed_s), "by": by}
+                return {"phase": "cancelled", "elapsed_s": tenths(event.elapsed_s), "by": by}
             case _:
                 return None
 
@@ -181,37 +183,10 @@ def phase_told(event: JobEvent, followed: Followed) -> PhaseProgress | None:
     return replace(followed.progress or PhaseProgress(Phase.ROUTE), remaining_s=None, job_remaining_s=None)
 
 
-def progress_comment(progress: PhaseProgress, elapsed_s: float) -> bytes:
-    """A phase among server-sent events of OpenAI's, whose clients skip comments."""
-    return b": rung.progress " + _encode(progress_line(progress, elapsed_s)) + b"\n\n"
-
-
-def progress_line(progress: PhaseProgress, elapsed_s: float) -> dict[str, object]:
-    """A phase as `/generate/stream` tells it: `elapsed_s` is since the job began."""
-    line: dict[str, object] = {"phase": progress.phase.value, "elapsed_s": _tenths(elapsed_s)}
-    if progress.detail or progress.step is None:
-        line["detail"] = progress.detail or progress.phase.value.replace("_", " ").capitalize()
-    if progress.step is not None:
-        line["step"] = progress.step
-    if progress.total is not None:
-        line["total"] = progress.total
-    if progress.percent is not None:
-        line["percent"] = round(progress.percent)
-    if progress.remaining_s is not None:
-        line["remaining_s"] = _tenths(progress.remaining_s)
-    if progress.job_remaining_s is not None:
-        line["job_remaining_s"] = _tenths(progress.job_remaining_s)
-    return line
-
-
 def _sse(event: JobEvent, line: dict[str, object]) -> bytes:
     # The id is the place in the job's log, from which `/v1/jobs/{id}/events` goes on.
     identity = f"id: {event.sequence}\n".encode() if event.sequence else b""
     return identity + b"data: " + _encode(line) + b"\n\n"
-
-
-def _tenths(seconds: float) -> float:
-    return round(seconds, 1)
 
 
 def _made_words(artifacts: Sequence[Artifact]) -> str:

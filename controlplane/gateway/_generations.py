@@ -12,6 +12,7 @@ import msgspec
 from aiohttp import web
 
 from controlplane.artifacts import Artifacts
+from controlplane.gateway._keep_alive import KEEP_ALIVE_S
 from controlplane.gateway._openai import job_headers
 from controlplane.jobs import Jobs
 from controlplane.pipelines import Begun, Pipelines, Wish
@@ -31,9 +32,6 @@ from rung.types import (
     UsageReported,
     whole_artifact,
 )
-
-#: A stream says what is under way at least once a second: this leaves time to send it.
-KEEP_ALIVE_S = 0.8
 
 #: An event as a route tells it; empty for one of which it has nothing to tell. Of a heartbeat it always has.
 LineOf: TypeAlias = Callable[[JobEvent], Awaitable[bytes]]

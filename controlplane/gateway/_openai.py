@@ -9,9 +9,11 @@ import msgspec
 from aiohttp import web
 
 from controlplane.gateway._errors import error_body, error_response
+from controlplane.gateway._keep_alive import KeepAlive
+from controlplane.gateway._progress import progress_comment
 from controlplane.pipelines import Begun, Pipelines, Wish, read_head
 from rung.errors import InvalidRequestError, RungError
-from rung.types import JobKind, Policy, Priority
+from rung.types import JobKind, PhaseProgress, Policy, Priority
 
 #: A caller's own id ends up in headers and logs.
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -76,41 +78,72 @@ class OpenAiRoutes:
         return web.Response(body=body, content_type="application/json", headers=job_headers(begun))
 
     async def _stream(self, request: web.Request, begun: Begun, *, keep_usage: bool) -> web.StreamResponse:
-        """Relay a stream.
+        """Relay a stream, which is never silent for a second: comments say what is under way.
 
-        The head of the response waits for the engine's, so that an error before it has its own status,
-        unless an engine has to be made ready first: then comments say how far that is.
+        The head of the response waits for the engine's answer, so that an error before that has its own
+        status, but no longer than `KEEP_ALIVE_S`, nor if the engine has to be waited for by then: what fails
+        after the first comment is told by an event. Headers say who answers only where that is certain.
         """
         response = web.StreamResponse()
+        opening = asyncio.Lock()
+        is_open = False
+        now_s = asyncio.get_running_loop().time
 
-        async def prepare() -> None:
-            response.headers.update(job_headers(begun))
-            response.headers["Content-Type"] = "text/event-stream; charset=utf-8"
-            response.headers["Cache-Control"] = "no-cache"
-            response.headers["X-Accel-Buffering"] = "no"
-            if request.transport is not None:
-                request.transport.set_write_buffer_limits(high=_WRITE_BUFFER_BYTES)
-            await response.prepare(request)
+        async def open_response(*, answers: bool) -> None:
+            nonlocal is_open
+            # Both what the engine says and a comment may want to be first.
+            async with opening:
+                if is_open:
+                    return
+                response.headers.update(job_headers(begun, answers=answers))
+                response.headers["Content-Type"] = "text/event-stream; charset=utf-8"
+                response.headers["Cache-Control"] = "no-cache"
+                response.headers["X-Accel-Buffering"] = "no"
+                if request.transport is not None:
+                    request.transport.set_write_buffer_limits(high=_WRITE_BUFFER_BYTES)
+                await response.prepare(request)
+                is_open = True
 
         async def on_bytes(data: bytes) -> None:
-            if not response.prepared:
-                await prepare()
+            if not is_open:
+                await open_response(answers=True)
+            keep_alive.wrote_s = now_s()
             await response.write(data)
 
-        async def on_wait(detail: str) -> None:
-            await on_bytes(f": {detail}\n\n".encode())
+        async def say() -> None:
+            if request.transport is not None and request.transport.get_write_buffer_size():
+                # The caller has yet to take what was written: it is not kept waiting by us.
+                return
+            if not is_open:
+                await open_response(answers=False)
+            await response.write(_comment(begun))
 
-        try:
-            await self._pipelines.stream(begun, on_bytes, keep_usage=keep_usage, on_wait=on_wait)
-        except RungError as error:
-            if not response.prepared:
-                return error_response(error, job_headers(begun))
-            error.metadata["delivered_characters"] = str(begun.job.delivered_characters)
-            await on_bytes(b"data: " + error_body(error) + b"\n\n")
-        if not response.prepared:
-            await prepare()
+        async def on_wait(_detail: str) -> None:
+            await say()
+            keep_alive.wrote_s = now_s()
+
+        failure: RungError | None = None
+        async with KeepAlive(say) as keep_alive:
+            try:
+                await self._pipelines.stream(begun, on_bytes, keep_usage=keep_usage, on_wait=on_wait)
+            except RungError as error:
+                failure = error
+        if failure is not None:
+            if not is_open:
+                return error_response(failure, job_headers(begun))
+            failure.metadata["delivered_characters"] = str(begun.job.delivered_characters)
+            await response.write(b"data: " + error_body(failure) + b"\n\n")
+        elif not is_open:
+            await open_response(answers=True)
         await response.write_eof(_DONE)
         return response
+
+
+def _comment(begun: Begun) -> bytes:
+    """What is under way now, for whoever reads comments; OpenAI's clients skip them."""
+    heartbeat = begun.job.heartbeat()
+    assert isinstance(heartbeat.payload, PhaseProgress)
+    return progress_comment(heartbeat.payload, heartbeat.elapsed_s)
 
 
 def read_policy(request: web.Request) -> Policy:
@@ -151,8 +184,13 @@ def read_request_id(request: web.Request) -> str:
     return found
 
 
-def job_headers(begun: Begun) -> dict[str, str]:
-    """Which job it is, where the ladder put it, and, once that is known, who answers."""
+def job_headers(begun: Begun, *, answers: bool = True) -> dict[str, str]:
+    """Which job it is, where the ladder put it, and, once that is known, who answers.
+
+    Args:
+        begun: the job.
+        answers: whoever is asked does answer, or failed as the last one; else another one may yet.
+    """
     job, route = begun.job, begun.route
     headers = {"X-Rung-Job": job.id}
     if route.rung:
@@ -161,7 +199,7 @@ def job_headers(begun: Begun) -> dict[str, str]:
     if job.request_id:
         headers["X-Request-Id"] = job.request_id
     served = job.served
-    if served is not None:
+    if answers and served is not None:
         headers["X-Rung-Requested"] = served.requested
         headers["X-Rung-Target"] = served.target
         headers["X-Rung-Node"] = served.node

@@ -13,6 +13,7 @@ import openai
 import pytest
 from aiohttp import web
 
+from controlplane.gateway import _keep_alive
 from rung.types import FailureReason, Job, JobState, LifecycleProgress, Residency
 from tests.fakes.engine_server import DONE, USAGE, delta, frame
 from tests.fakes.fleet_view import deployment_view
@@ -95,6 +96,36 @@ async def test_the_openai_client(plane: Plane) -> None:
         with pytest.raises(openai.NotFoundError) as unknown:
             await client.chat.completions.create(**(CHAT | {"model": "other"}))
         assert unknown.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize("is_head_first", [True, False])
+async def test_the_openai_client_skips_what_is_said_before_the_first_token(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch, is_head_first: bool
+) -> None:
+    monkeypatch.setattr(_keep_alive, "KEEP_ALIVE_S", 0.01)
+    said, writes = asyncio.Event(), web.StreamResponse.write
+
+    async def write(response: web.StreamResponse, data: bytes) -> None:
+        await writes(response, data)
+        if data.startswith(b": rung.progress "):
+            said.set()
+
+    async def answer(request: web.Request, body: dict[str, object]) -> web.StreamResponse:
+        if not is_head_first:
+            await said.wait()
+        response = await plane.engine.head(request)
+        for piece in (delta("Hello"), delta(" world", "stop"), DONE):
+            said.clear()
+            await said.wait()
+            await response.write(piece)
+        return response
+
+    monkeypatch.setattr(web.StreamResponse, "write", write)
+    plane.engine.answer = answer
+    async with plane.openai as client:
+        chunks = [chunk async for chunk in await client.chat.completions.create(**CHAT, stream=True)]
+
+    assert [chunk.choices[0].delta.content for chunk in chunks] == ["Hello", " world"]
 
 
 async def test_tool_calls_pass_through(plane: Plane) -> None:
@@ -307,7 +338,9 @@ async def test_a_stopped_engine_is_started_with_progress(plane: Plane) -> None:
     async with plane.http.post(f"{plane.url}/v1/chat/completions", json=CHAT | {"stream": True}) as response:
         text = await response.read()
 
-    assert text.startswith(b": loading weights, 40 %\n\n")
+    comment, _, _ = text.partition(b"\n\n")
+    told = json.loads(comment.removeprefix(b": rung.progress "))
+    assert (told["phase"], told["detail"]) == ("engine_start", "loading weights, 40 %")
     assert unmarked(text)[0].endswith(delta("Hello") + delta(" world", "stop") + DONE)
 
 

@@ -5,17 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 from unittest.mock import Mock
 
-import aiohttp
 import pytest
 from aiohttp import web
-from aiohttp.abc import AbstractStreamWriter
-from aiohttp.test_utils import make_mocked_request
 from multidict import CIMultiDict
 from prometheus_client import CollectorRegistry
 
@@ -24,9 +20,10 @@ from controlplane.artifacts import Artifacts
 from controlplane.fleet import NodeSchedulers, log_alert
 from controlplane.gateway._audio import AudioRoutes
 from controlplane.gateway._generate_stream import GenerateStreamRoutes
-from controlplane.gateway._generations import KEEP_ALIVE_S, Follower
+from controlplane.gateway._generations import Follower
 from controlplane.gateway._images import ImageRoutes
 from controlplane.gateway._jobs import JobRoutes, ndjson_event
+from controlplane.gateway._keep_alive import KEEP_ALIVE_S
 from controlplane.gateway._meshes import MeshRoutes
 from controlplane.jobs import Jobs, LiveJob
 from controlplane.pipelines import Begun, Pipelines, Slots, Wish
@@ -36,6 +33,7 @@ from rung.service import EngineClient
 from rung.types import ImageInput, JobKind, Phase, Policy, Usage
 from tests.fakes.artifacts import MemoryRows
 from tests.fakes.fleet_view import FakeFleet, deployment_view
+from tests.fakes.heard import Heard, request_with
 from tests.fakes.store import MemoryStore
 from tests.fakes.virtual_time import in_virtual_time
 
@@ -58,43 +56,6 @@ class ScriptedGenerations:
     async def run(self, begun: Begun) -> str:
         await self.script(begun.job)
         return "stop"
-
-
-@dataclass
-class Heard(AbstractStreamWriter):
-    """What a caller hears, and when by the clock of the loop."""
-
-    began_s: float = field(default_factory=lambda: asyncio.get_running_loop().time())
-    told: list[tuple[float, bytes]] = field(default_factory=list)
-
-    async def write(self, chunk: bytes | bytearray | memoryview) -> None:
-        self.told.append((asyncio.get_running_loop().time(), bytes(chunk)))
-
-    async def write_eof(self, chunk: bytes = b"") -> None:
-        pass
-
-    async def drain(self) -> None:
-        pass
-
-    def enable_compression(self, encoding: str = "deflate", strategy: int | None = None) -> None:
-        raise AssertionError("what is compressed waits for more")
-
-    def enable_chunking(self) -> None:
-        pass
-
-    async def write_headers(self, status_line: str, headers: CIMultiDict[str]) -> None:
-        assert "200" in status_line
-
-    @property
-    def gaps_s(self) -> list[float]:
-        """How long it was silent each time, from the request on."""
-        return [after - before for before, after in pairwise([self.began_s, *(at for at, _ in self.told)])]
-
-    @property
-    def lines(self) -> list[dict[str, Any]]:
-        """What was told, as JSON, whichever the route."""
-        texts = [line for _, chunk in self.told for line in chunk.decode().splitlines() if "{" in line]
-        return [json.loads(text[text.index("{") :]) for text in texts]
 
 
 class Plane:
@@ -126,23 +87,6 @@ class Plane:
 
 Ask: TypeAlias = Callable[[Plane, Heard], Awaitable[object]]
 Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-def request_with(
-    heard: Heard, body: bytes, headers: dict[str, str], match_info: dict[str, str] | None = None
-) -> web.Request:
-    payload = aiohttp.StreamReader(Mock(_reading_paused=False), 2**16, loop=asyncio.get_running_loop())
-    payload.feed_data(body)
-    payload.feed_eof()
-    return make_mocked_request(
-        "POST",
-        "/",
-        headers=headers,
-        payload=payload,
-        writer=heard,
-        match_info=match_info or {},
-        app=web.Application(),
-    )
 
 
 def asks(handler_of: Callable[[Plane], Handler], accept: str = "", **body: object) -> Ask:
@@ -179,6 +123,7 @@ async def job_events(plane: Plane, heard: Heard) -> None:
 async def watch_job(plane: Plane, heard: Heard) -> None:
     servicer = InferenceServicer(plane.jobs, plane.pipelines, plane.artifacts, Workflows())
     request = v1.WatchJobRequest(job_id=some_job(plane))
+    heard.headers = CIMultiDict()
     async for response in servicer.WatchJob(request, Mock()):
         event = codec.job_event_from_proto(response.event)
         assert event is not None
