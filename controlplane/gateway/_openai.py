@@ -135,6 +135,9 @@ class OpenAiRoutes:
             await response.write(b"data: " + error_body(failure) + b"\n\n")
         elif not is_open:
             await open_response(answers=True)
+        if request.transport is not None:
+            # The end goes at once, and not when the loop has been round: callers go on from it.
+            request.transport.set_write_buffer_limits(high=0)
         await response.write_eof(_DONE)
         return response
 

@@ -245,6 +245,9 @@ class HttpConnection(asyncio.Protocol):
         """Called by the loop."""
         # Not checked: uvloop's is none by class.
         self._transport = cast("asyncio.Transport", transport)
+        # uvloop sends what is written when it has been round, unless that is over the mark: of many requests
+        # that begin together, the first would wait for the last.
+        self._transport.set_write_buffer_limits(high=0)
 
     def data_received(self, data: bytes) -> None:
         """Called by the loop."""
