@@ -23,7 +23,7 @@ from rung.errors import (
     NotImplementedYetError,
     RungError,
 )
-from rung.transport import DETAILS_TRAILER, ChannelOptions, error_from_rpc, open_channel
+from rung.transport import DETAILS_TRAILER, ChannelOptions, Peer, error_from_rpc, open_channel, words_of
 from rung.types import (
     Deployment,
     DeploymentSpec,
@@ -81,6 +81,9 @@ class AgentClient:
 
     def __init__(self, node_id: str, address: str) -> None:
         self.node_id = node_id
+        self._peer = Peer(
+            name=f"the agent of {node_id}", address=address, start="is it running? (`rung agent run`)"
+        )
         self._channel = open_channel(ChannelOptions(address=address))
         self._stub = v1.NodeAgentServiceStub(self._channel)
         self._runs: RunStream | None = None
@@ -315,11 +318,12 @@ class AgentClient:
         # An error with details was raised by the agent; one without is gRPC's own.
         of_agent = any(key == DETAILS_TRAILER for key, _ in failure.trailing_metadata() or ())
         if not of_agent and failure.code() in _CONNECTION_CODES:
+            said = words_of(failure, self._peer)
             return NodeUnreachableError(
-                f"the agent of {self.node_id} cannot be reached: {failure.details() or failure.code().name}",
+                said or f"the connection to {self._peer.name} at {self._peer.address} broke",
                 node=self.node_id,
             )
-        return error_from_rpc(failure)
+        return error_from_rpc(failure, self._peer)
 
 
 def _command(operation_id: str, epoch: int) -> v1.Command:

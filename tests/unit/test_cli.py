@@ -207,6 +207,14 @@ class TestFailures:
         assert rung.err.splitlines()[0] == "error: cannot reach the control plane at 127.0.0.1:9"
         assert "hint: Start one on this box with `rung up`" in rung.err
 
+    def test_unreachable_says_why_where_that_is_known(self, rung: Terminal) -> None:
+        rung.client.error = UnavailableError("the control plane …", why="name not found")
+        rung("--address", "box:9", "status")
+        assert rung.err.splitlines() == [
+            "error: cannot reach the control plane at box:9: name not found",
+            "hint: Start one on this box with `rung up`, or say where it is with --address or RUNG_ADDRESS.",
+        ]
+
     def test_a_failed_job_is_not_an_unreachable_server(self) -> None:
         lost = UnavailableError("restarted", failure_reason=FailureReason.CONTROL_PLANE_RESTARTED.value)
         assert failure_of(lost).code is ExitCode.FAILED

@@ -15,7 +15,7 @@ import grpc.aio
 
 from rung import v1
 from rung.errors import DrainingError, JobCancelledError, RungError, UnavailableError
-from rung.transport import DETAILS_TRAILER, ChannelOptions, error_from_rpc, open_channel
+from rung.transport import DETAILS_TRAILER, ChannelOptions, Peer, error_from_rpc, open_channel
 
 if TYPE_CHECKING:
     # Generic in the stubs only.
@@ -52,6 +52,9 @@ class Connection:
         self.reconnect_s = reconnect_s
         self._timeout_s = timeout_s
         self._metadata = options.metadata()
+        self._peer = Peer(
+            name="the control plane", address=options.address, start="is it running? (`rung serve`)"
+        )
         self._stubs: Stubs | None = None
         self._closed = False
 
@@ -75,7 +78,7 @@ class Connection:
         try:
             return await method(request, timeout=timeout_s or self._timeout_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as failure:
-            raise _error(failure) from failure
+            raise _error(failure, self._peer) from failure
         except asyncio.CancelledError:
             raise_unless_own_task()
             raise
@@ -106,7 +109,7 @@ class Connection:
             async for message in call:
                 yield message
         except grpc.aio.AioRpcError as failure:
-            raise _error(failure) from failure
+            raise _error(failure, self._peer) from failure
         except asyncio.CancelledError:
             raise_unless_own_task()
             raise
@@ -164,10 +167,10 @@ def raise_unless_own_task() -> None:
         raise JobCancelledError("the call was cancelled by this client") from None
 
 
-def _error(failure: grpc.aio.AioRpcError) -> RungError:
+def _error(failure: grpc.aio.AioRpcError, peer: Peer) -> RungError:
     if failure.code() is grpc.StatusCode.CANCELLED and not any(
         key == DETAILS_TRAILER for key, _ in failure.trailing_metadata() or ()
     ):
         # Nobody here cancelled: that would be asyncio's CancelledError. A server that stops does.
         return UnavailableError("the server ended the call")
-    return error_from_rpc(failure)
+    return error_from_rpc(failure, peer)

@@ -79,10 +79,13 @@ def failure_of(error: RungError, *, address: str = "") -> Failure:
     """What to tell about an error of a call to the control plane at `address`."""
     if is_unreachable(error):
         at = f" at {address}" if address else ""
+        hint = "Start one on this box with `rung up`, or say where it is with --address or RUNG_ADDRESS."
+        why = error.metadata.get("why", "")
+        if why:
+            return Failure(f"cannot reach the control plane{at}: {why}", hint, ExitCode.UNREACHABLE)
         return Failure(
             f"cannot reach the control plane{at}",
-            "Start one on this box with `rung up`, or say where it is with --address or RUNG_ADDRESS. "
-            f"({_first_line(error.message)})",
+            f"{hint} ({_first_line(error.message)})",
             ExitCode.UNREACHABLE,
         )
     # A configuration may have several faults, one a line.

@@ -11,6 +11,7 @@ from rung.transport._channel import (
     open_sync_channel,
 )
 from rung.transport._status import DETAILS_TRAILER, ERROR_DOMAIN, error_from_rpc, grpc_code, status_trailer
+from rung.transport._words import Peer, why_unreachable, words_of
 
 __all__ = [
     "DEFAULT_MAX_REQUEST_BYTES",
@@ -20,10 +21,13 @@ __all__ = [
     "KEEPALIVE_TIME_S",
     "SERVER_MIN_PING_INTERVAL_S",
     "ChannelOptions",
+    "Peer",
     "TlsOptions",
     "error_from_rpc",
     "grpc_code",
     "open_channel",
     "open_sync_channel",
     "status_trailer",
+    "why_unreachable",
+    "words_of",
 ]

@@ -13,11 +13,13 @@ from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from rung.errors import BY_REASON, BY_STATUS, RungError, Status, UnavailableError
+from rung.transport._words import Peer, why_unreachable, words_of
 
 #: `ErrorInfo.domain` of all our errors.
 ERROR_DOMAIN = "rung"
 #: Trailer defined by gRPC for `google.rpc.Status`.
 DETAILS_TRAILER = "grpc-status-details-bin"
+_SOMEBODY = Peer()
 
 
 def status_trailer(error: RungError) -> tuple[tuple[str, bytes], ...]:
@@ -35,11 +37,12 @@ def grpc_code(error: RungError) -> grpc.StatusCode:
     return _code(error)
 
 
-def error_from_rpc(failure: grpc.RpcError) -> RungError:
-    """The error that a failed call stands for. Never looks at the text of a message.
+def error_from_rpc(failure: grpc.RpcError, peer: Peer = _SOMEBODY) -> RungError:
+    """The error that a failed call to `peer` stands for. Its class never depends on the text of a message.
 
     Errors that did not come from our servers (a refused connection, a passed deadline) become the
-    most general class of their code.
+    most general class of their code, and say in words what gRPC has to say. `metadata["why"]` of one
+    that was not connected to is the reason in short, as in "connection refused".
     """
     code: grpc.StatusCode = failure.code()
     message: str = failure.details() or code.name
@@ -52,7 +55,8 @@ def error_from_rpc(failure: grpc.RpcError) -> RungError:
                 if detail.Unpack(info) and info.domain == ERROR_DOMAIN:
                     error_class = BY_REASON.get(info.reason) or _general(code)
                     return error_class(message, **dict(info.metadata))
-    return _general(code)(message)
+    why = why_unreachable(failure)
+    return _general(code)(words_of(failure, peer) or message, **({"why": why} if why else {}))
 
 
 def _code(error: RungError) -> grpc.StatusCode:
