@@ -7,6 +7,7 @@ from controlplane.fleet._division import Division, utilization_of
 from controlplane.fleet._fleet import ConfiguredNode, Fleet
 from controlplane.fleet._marks import DrainMarks, NodeSwaps
 from controlplane.fleet._operations import LifecycleAction
+from controlplane.fleet._permits import is_external
 from controlplane.fleet._pools import find_gpu, held_bytes, ledger_of, pool_of
 from controlplane.fleet._raising import progress_of_event
 from controlplane.fleet._schedulers import NodeSchedulers, freed_by
@@ -29,6 +30,7 @@ __all__ = [
     "find_gpu",
     "freed_by",
     "held_bytes",
+    "is_external",
     "ledger_of",
     "log_alert",
     "models",

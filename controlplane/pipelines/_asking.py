@@ -91,7 +91,8 @@ class LadderAsk:
             targets = self._ready(targets)
         try:
             async with asyncio.timeout(timeout_s):
-                engaging = self._engager.engage(_Silent(), wish, targets, stream=False)
+                # The time is short, and whoever asks goes on without an answer.
+                engaging = self._engager.engage(_Silent(), wish, targets, stream=False, waits_for_gone=False)
                 async with await engaging as engaged:
                     return Told(await engaged.reply.read(), engaged.target)
         except TimeoutError:

@@ -7,24 +7,25 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from itertools import chain
-from types import TracebackType
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import structlog
 
-from controlplane.fleet import DeploymentView, Fleet, NodeSchedulers
+from controlplane.fleet import DeploymentView, Fleet, NodeSchedulers, is_external
 from controlplane.ladder import Candidate, Circuits, TargetKind, awake_in
+from controlplane.pipelines._engaged import CloudPort, Engaged, EngagedJob, OnWait, Reply
 from controlplane.pipelines._generation import DeliveredError
 from controlplane.pipelines._openai import check_status, engine_body
+from controlplane.pipelines._order import TargetOrder
 from controlplane.pipelines._router import Router
 from controlplane.pipelines._slots import Slots
 from controlplane.pipelines._wish import Wish
 from rung.errors import (
     BudgetExhaustedError,
-    EngineProtocolError,
     EngineRejectedError,
     EngineStartFailedError,
     EngineTimeoutError,
+    EngineUnreachableError,
     HeldByProfileError,
     NoTargetError,
     NotAwakeError,
@@ -52,6 +53,12 @@ _STARTING = frozenset({Residency.STOPPED, Residency.STARTING, Residency.FAILED, 
 #: How often a request makes its deployment awake that others make give way again.
 _AWAKE_ROUNDS = 4
 
+#: How long a request waits to hear what became of an engine that is gone. An agent notices at once when a
+#: process or a container of its own ends; this is for what is slow on the way.
+HEARD_WITHIN_S = 3.0
+
+#: An engine that fails so, before it began to answer, may have ended, and its node's agent knows or will.
+_GONE = (EngineUnreachableError, NotAwakeError)
 #: A target that fails so is sick; its circuit is told.
 _TARGETS_FAULT = (UnavailableError, EngineTimeoutError)
 #: After these the next target is tried.
@@ -65,125 +72,6 @@ _MOVES_ON = (
     UnsuitableTargetError,
     VramInfeasibleError,
 )
-
-#: Takes bytes of a stream for the caller. Raises ConnectionError once the caller has gone.
-OnBytes = Callable[[bytes], Awaitable[None]]
-#: Called with each line of progress while an engine is made awake or a slot is waited for.
-OnWait = Callable[[str], Awaitable[None]]
-
-
-class EngagedJob(Protocol):
-    """What is told of each step."""
-
-    id: str
-    model: str
-
-    def progress(
-        self,
-        phase: Phase,
-        detail: str = "",
-        *,
-        percent: float | None = None,
-        remaining_s: float | None = None,
-    ) -> None:
-        """A phase began, or moved on."""
-        ...
-
-    def begin_generating(self, served: Served) -> None:
-        """Who answers is known."""
-        ...
-
-    def spent(self, cost_usd: float) -> None:
-        """A cloud model took so many US dollars."""
-        ...
-
-
-class Reply(Protocol):
-    """An engine's answer, straight from the engine or through its agent."""
-
-    status: int
-    content_type: str
-    retry_after: str
-
-    def chunks(self, interval_s: Callable[[], float] | None = None) -> AsyncIterator[bytes]:
-        """The body as it comes, with no less than `interval_s()` between two pieces."""
-        ...
-
-    async def read(self) -> bytes:
-        """The whole body."""
-        ...
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Let go; before the end of the body this cancels the generation in the engine."""
-        ...
-
-
-class PaidReply(Reply, Protocol):
-    """The answer of a cloud model. `cost_usd` is known once it was left."""
-
-    cost_usd: float
-
-
-class CloudPort(Protocol):
-    """What opens the answers of cloud models."""
-
-    def model_name(self, target_id: str) -> str:
-        """The provider's own name of a model."""
-        ...
-
-    async def open(self, target_id: str, body: bytes, *, stream: bool, idle_timeout_s: float) -> PaidReply:
-        """Send a chat request in OpenAI's shape; its answer comes in that shape, whoever gives it.
-
-        Raises:
-            EngineRejectedError: the request is at fault.
-            UnavailableError, EngineTimeoutError: the provider is.
-        """
-        ...
-
-
-class Engaged:
-    """An engine that answers, on a slot of ours; leaving the context lets go of both.
-
-    A class and not a generator: this is on the path of every request.
-    """
-
-    __slots__ = ("_ended", "_release", "reply", "target")
-
-    def __init__(
-        self,
-        target: str,
-        reply: Reply,
-        release: Callable[[str], None] | None,
-        ended: Callable[[str, BaseException | None], None],
-    ) -> None:
-        self.target = target
-        self.reply = reply
-        self._release = release
-        self._ended = ended
-
-    def check_stream(self) -> None:
-        """Raises EngineProtocolError if the answer is no stream."""
-        content_type = self.reply.content_type
-        if not content_type.startswith("text/event-stream"):
-            raise EngineProtocolError(
-                f"{self.target} answered a stream with {content_type or 'no content type'}",
-                engine=self.target,
-            )
-
-    async def __aenter__(self) -> Engaged:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            await self.reply.__aexit__(None, None, None)
-        finally:
-            if self._release is not None:
-                self._release(self.target)
-            self._ended(self.target, error)
 
 
 class Engager:
@@ -236,11 +124,18 @@ class Engager:
         on_wait: OnWait | None = None,
         *,
         stream: bool,
+        waits_for_gone: bool = True,
     ) -> Engaged:
         """Open the answer of the first target that gives one.
 
         A target that is away, full, does not start or answers with a server error is followed by the
         next. Nothing was delivered by then, so nothing is sent twice to the caller.
+
+        An engine of ours that is gone, although it is said to be awake, has mostly just ended. Whoever asked
+        wants an answer, and soon: where another target is ready that one is asked, as after any failure.
+        Where none is, this one is waited for: once its agent has told that it is gone, which takes a few
+        seconds at most, it is made awake as any that is stopped, and asked again, once. An engine that ends
+        of what it is asked is so started once for each request, and not for ever.
 
         Args:
             job: told of each step.
@@ -248,19 +143,30 @@ class Engager:
             targets: to be tried, best first; at least one.
             on_wait: told of each step while the caller waits.
             stream: whether the answer comes piece by piece.
+            waits_for_gone: as above; False for what is better answered by nobody than late.
 
         Raises:
             EngineRejectedError: the engine refused the request.
             NoTargetError: several targets failed; it names each of them.
             RungError: as the only target failed.
         """
+        order = TargetOrder(self._ordered(job, wish, targets), self._router.is_ready)
 
         async def attempt(target: Candidate) -> Engaged:
             if target.kind is TargetKind.CLOUD:
                 return await self._try_cloud(job, wish, target, stream=stream)
-            return await self._try(job, wish, target.id, on_wait, stream=stream)
+            view = await self._take(job, wish, target.id, on_wait)
+            try:
+                return await self._ask(job, wish, view, stream=stream)
+            except _GONE as error:
+                may_wait = waits_for_gone and not is_external(view.deployment.spec)
+                if not may_wait or not order.waits_for(target):
+                    raise
+                await self._until_heard(job, view, error)
+            view = await self._take(job, wish, target.id, on_wait)
+            return await self._ask(job, wish, view, stream=stream)
 
-        return await self.first(job, wish, targets, attempt, complete=False)
+        return await self._first(job, order, attempt, complete=False)
 
     async def first(
         self,
@@ -268,8 +174,6 @@ class Engager:
         wish: Wish,
         targets: Iterator[Candidate],
         attempt: Callable[[Candidate], Awaitable[T]],
-        *,
-        complete: bool = True,
     ) -> T:
         """What the first target gives that does not fail, best first. Nothing may have been delivered before.
 
@@ -278,16 +182,24 @@ class Engager:
             wish: what is wanted; its policy says whether a target that is not ready may be passed for now.
             targets: to be tried, best first; at least one.
             attempt: tries one of them; raises DeliveredError where it fails and nobody else is to be tried.
-            complete: what it gives is all of the answer, which has not only begun.
 
         Raises:
             EngineRejectedError: the request is at fault.
             NoTargetError: several targets failed; it names each of them.
             RungError: as the only target failed, or as the one did that had delivered a part of its result.
         """
+        return await self._first(job, self._ordered(job, wish, targets), attempt, complete=True)
+
+    async def _first(
+        self,
+        job: EngagedJob,
+        targets: Iterator[Candidate],
+        attempt: Callable[[Candidate], Awaitable[T]],
+        *,
+        complete: bool,
+    ) -> T:
+        """As `first`; unless it is `complete`, what an attempt gives is an answer that has only begun."""
         failures: dict[str, RungError] = {}
-        if wish.policy.bridge_allowed:
-            targets = self._bridged(job, targets)
         for target in targets:
             if failures:
                 failure = failures[next(reversed(failures))]
@@ -298,6 +210,8 @@ class Engager:
                 given = await attempt(target)
             except _MOVES_ON as error:
                 self._failed(target.id, error)
+                # One that is tried again fails as it did the last time.
+                failures.pop(target.id, None)
                 failures[target.id] = error
             except EngineRejectedError:
                 self._circuits.succeeded(target.id)
@@ -354,6 +268,9 @@ class Engager:
             # It is full, or does not fit now: that says nothing of its health.
             self._circuits.abandoned(target)
 
+    def _ordered(self, job: EngagedJob, wish: Wish, targets: Iterator[Candidate]) -> Iterator[Candidate]:
+        return self._bridged(job, targets) if wish.policy.bridge_allowed else targets
+
     def _bridged(self, job: EngagedJob, targets: Iterator[Candidate]) -> Iterator[Candidate]:
         """The same targets; one that would have to be made awake first is passed by one that is ready.
 
@@ -387,16 +304,8 @@ class Engager:
         if deployment_id not in self._raising:
             self._raising[deployment_id] = asyncio.create_task(work(), name=f"bridge-{deployment_id}")
 
-    async def _try(
-        self,
-        job: EngagedJob,
-        wish: Wish,
-        deployment_id: str,
-        on_wait: OnWait | None,
-        *,
-        stream: bool,
-    ) -> Engaged:
-        target = await self._take(job, wish, deployment_id, on_wait)
+    async def _ask(self, job: EngagedJob, wish: Wish, target: DeploymentView, *, stream: bool) -> Engaged:
+        """Send the request to a deployment, on a slot that was taken; that is released if it fails."""
         spec = target.deployment.spec
         try:
             reply = await self._open(job, wish, target, stream=stream)
@@ -409,6 +318,22 @@ class Engager:
             self._slots.release(spec.id)
             raise
         return Engaged(spec.id, reply, self._slots.release, self._ended)
+
+    async def _until_heard(self, job: EngagedJob, tried: DeploymentView, error: RungError) -> None:
+        """Wait, with no slot held, to hear that a deployment is no longer what was asked in vain.
+
+        Raises:
+            RungError: `error`; nothing was heard of it within `HEARD_WITHIN_S`.
+        """
+        deployment_id = tried.deployment.spec.id
+        _log.warning("engine_gone", job=job.id, deployment=deployment_id, error=error.message)
+        waiting = f"waiting up to {HEARD_WITHIN_S:g} s to hear from {tried.node.id} what became of it"
+        job.progress(Phase.HEALTH_CHECK, f"{error.message}; {waiting}")
+        now_s = asyncio.get_running_loop().time
+        deadline_s = now_s() + HEARD_WITHIN_S
+        while _is_as_it_was(self._now(deployment_id), tried):
+            if not await self._fleet.wait_changed(max(0.0, deadline_s - now_s())):
+                raise error
 
     async def _take(
         self, job: EngagedJob, wish: Wish, deployment_id: str, on_wait: OnWait | None
@@ -487,6 +412,16 @@ class Engager:
             )
         run = self._fleet.run_through_agent(spec.id, job.id, wish.kind, body, self._idle_timeout_s)
         return await run.__aenter__()
+
+
+def _is_as_it_was(now: DeploymentView, then: DeploymentView) -> bool:
+    """Whether a deployment is still said to be awake, and was not started or woken anew meanwhile."""
+    found, before = now.deployment, then.deployment
+    return (found.residency, found.generation, found.residency_time_s) == (
+        Residency.AWAKE,
+        before.generation,
+        before.residency_time_s,
+    )
 
 
 def _engine_body(wish: Wish, model: str, *, stream: bool) -> bytes:

@@ -17,7 +17,8 @@ from controlplane.jobs import Jobs, LiveJob
 from controlplane.ladder import Circuits, Ladder
 from controlplane.pipelines._asking import LadderAsk
 from controlplane.pipelines._begun import Begun
-from controlplane.pipelines._engage import CloudPort, Engager, OnBytes, OnWait
+from controlplane.pipelines._engage import Engager
+from controlplane.pipelines._engaged import CloudPort, OnBytes, OnWait
 from controlplane.pipelines._generation import GenerationPipeline
 from controlplane.pipelines._judging import Judge, judge_by_rule
 from controlplane.pipelines._metrics import PipelineMetrics

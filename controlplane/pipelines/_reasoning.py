@@ -11,7 +11,8 @@ from msgspec.structs import replace
 
 from controlplane.jobs import LiveJob
 from controlplane.pipelines._begun import Begun
-from controlplane.pipelines._engage import Engaged, Engager, OnBytes, OnWait
+from controlplane.pipelines._engage import Engager
+from controlplane.pipelines._engaged import Engaged, OnBytes, OnWait
 from controlplane.pipelines._openai import AnswerReader
 from controlplane.pipelines._reason_tool import ReasonCall, ReasonFilter, ReasonTalk, reasoner_body
 from controlplane.pipelines._router import Router

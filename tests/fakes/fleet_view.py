@@ -58,13 +58,14 @@ class FakeFleet(Fleet):
         self.show(*views)
 
     def show(self, *views: DeploymentView) -> None:
-        """Replace the view."""
+        """Replace the view, and tell who waits for that."""
         by_model: dict[str, tuple[DeploymentView, ...]] = {}
         for view in views:
             spec = view.deployment.spec
             for name in (spec.model, spec.id):
                 by_model[name] = (*by_model.get(name, ()), view)
         self._view = FleetView({NODE.id: NODE}, {view.deployment.spec.id: view for view in views}, by_model)
+        self._changed.fire()
 
     async def ensure_awake(self, deployment_id: str) -> AsyncIterator[LifecycleProgress]:  # type: ignore[override]  # a script needs no generator's `send`
         for step in self.steps:
