@@ -22,6 +22,8 @@ from docker.types import DeviceRequest, LogConfig, Mount
 from nodeagent.runtimes import _proc
 from nodeagent.runtimes._allow import AllowList
 from nodeagent.runtimes._base import EngineExit, LaunchPlan, OnProgress, RunningEngine, RuntimeProgress
+from nodeagent.runtimes._docker_events import ContainerEvents
+from nodeagent.runtimes._docker_state import LIVE, complaint_of, how_it_ended, restarted
 from nodeagent.runtimes._docker_stream import read_stream
 from rung.errors import EngineStartFailedError, InvalidRequestError, RungError, UnavailableError
 from rung.types import DockerRuntime
@@ -42,7 +44,6 @@ _CALL_THREADS = 4
 _LAST_WORDS = 20
 #: After SIGKILL a container is gone in no time, unless a process of it hangs in the kernel.
 _KILL_PATIENCE_S = 10
-_LIVE = frozenset({"running", "restarting", "paused"})
 _FAILURES = (docker.errors.DockerException, requests.exceptions.RequestException)
 
 
@@ -61,6 +62,8 @@ class DockerEngineRuntime:
         self._client: docker.DockerClient | None = None
         self._connecting = threading.Lock()
         self._pool = ThreadPoolExecutor(_CALL_THREADS, thread_name_prefix="docker")
+        self._events = ContainerEvents(f"{LABEL_OWNER}={self._owner}", self._lines)
+        self._complaints: dict[str, str] = {}
 
     def check(self, plan: LaunchPlan) -> None:
         """Refuse what the allow-list has not. See `EngineRuntime.check`."""
@@ -138,7 +141,7 @@ class DockerEngineRuntime:
         container.start()
         container.reload()
         published = container.attrs["NetworkSettings"]["Ports"].get(f"{plan.listen_port}/tcp")
-        if container.status in _LIVE and not published:
+        if container.status in LIVE and not published:
             raise EngineStartFailedError(
                 f"the port of {plan.deployment_id} cannot be published: "
                 "this Docker Engine has no bridge network (dockerd --bridge=none)",
@@ -181,16 +184,40 @@ class DockerEngineRuntime:
         if not record.container_id:
             return False
         container = await self._container(record)
-        return container is not None and container.status in _LIVE
+        return container is not None and container.status in LIVE
 
     async def wait(self, record: RunningEngine) -> EngineExit:
-        """Return when the container has ended or was removed."""
-        code: int | None = None
-        async for found in self._lines(lambda client: _wait_for_exit(client, record.container_id)):
-            code = found
-        last_words = tuple([line async for line in self.log(record, tail_lines=_LAST_WORDS, follow=False)])
-        detail = "was removed" if code is None else f"ended with exit code {code}"
-        return EngineExit(exit_code=code, detail=detail, log_tail=last_words)
+        """Return when the container has ended or was removed; one that was started anew has ended, too."""
+        try:
+            code, detail = await self._end_of(record)
+        finally:
+            self._complaints.pop(record.container_id, None)
+        last_words: list[str] = []
+        # Docker refuses the output of a container that is about to be removed.
+        with suppress(UnavailableError):
+            last_words = [line async for line in self.log(record, tail_lines=_LAST_WORDS, follow=False)]
+        return EngineExit(exit_code=code, detail=detail, log_tail=tuple(last_words))
+
+    async def _end_of(self, record: RunningEngine) -> tuple[int | None, str]:
+        """The exit code of a container and how it ended, once it has; notes its health meanwhile."""
+        with self._events.listening(record.container_id) as listener:
+            seen: dict[str, Any] | None = None
+            while True:
+                container = await self._container(record)
+                if container is None:
+                    code, how = how_it_ended(seen, listener.heard)
+                    return code, "was removed" if code is None else f"{how}, and was removed"
+                if container.status not in LIVE:
+                    return how_it_ended(container.attrs, listener.heard)
+                if seen is not None and restarted(seen, container.attrs):
+                    return None, "was started anew through Docker"
+                seen = container.attrs
+                self._complaints[record.container_id] = complaint_of(seen)
+                await listener.news()
+
+    def complaint(self, record: RunningEngine) -> str:
+        """What the HEALTHCHECK of the image finds wrong, as far as whoever waits has heard; "" if nothing."""
+        return self._complaints.get(record.container_id, "")
 
     async def stop(self, record: RunningEngine, grace_s: float) -> None:
         """Stop the container politely, then by force, and remove it.
@@ -248,6 +275,7 @@ class DockerEngineRuntime:
 
     async def aclose(self) -> None:
         """Let go of the daemon; containers go on."""
+        await self._events.aclose()
         self._pool.shutdown(wait=False, cancel_futures=True)
         client, self._client = self._client, None
         if client is not None:
@@ -311,7 +339,7 @@ def _end(container: Container, deployment_id: str, grace_s: float) -> None:
         # a patient container does.
         container.stop(timeout=math.ceil(grace_s))
         container.reload()
-        if container.status in _LIVE:
+        if container.status in LIVE:
             container.kill()
             container.wait(timeout=_KILL_PATIENCE_S)
     except docker.errors.NotFound:
@@ -319,7 +347,7 @@ def _end(container: Container, deployment_id: str, grace_s: float) -> None:
     except _FAILURES as error:
         refusal = f" ({_text(error)})"
     container.reload()
-    if container.status in _LIVE:
+    if container.status in LIVE:
         raise UnavailableError(
             f"the container {container.short_id} of {deployment_id} does not end{refusal}; "
             "the machine may need a look",
@@ -332,15 +360,6 @@ def _end(container: Container, deployment_id: str, grace_s: float) -> None:
     except docker.errors.APIError as error:
         # It holds no memory any more; the next start of its deployment removes it.
         _log.warning("container_not_removed", container=container.short_id, error=_text(error))
-
-
-def _wait_for_exit(client: docker.DockerClient, container_id: str) -> Iterator[int]:
-    try:
-        # No timeout: it may run for days.
-        found = client.api.wait(container_id, timeout=None)
-    except docker.errors.NotFound:
-        return
-    yield int(found["StatusCode"])
 
 
 def _read_log(

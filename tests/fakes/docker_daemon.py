@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,17 @@ class DockerDaemon:
         self.labels: dict[str, str] | None = None
         self.running = False
         self.pid = 7
+        #: What inspecting the container shows beside that.
+        self.state: dict[str, Any] = {"ExitCode": 0, "StartedAt": "then"}
+        #: Who reads its events now: `reading` is set while somebody does, `deserted` when nobody does any
+        #: more, `inspected` each time that the container was looked at.
+        self.readers: list[web.StreamResponse] = []
+        self.reading = asyncio.Event()
+        self.deserted = asyncio.Event()
+        self.inspected = asyncio.Event()
+        #: While it is not set, who asks for events waits.
+        self.may_subscribe = asyncio.Event()
+        self.may_subscribe.set()
         #: What it can not do.
         self.deaf_to_kill = False
         self.without_bridge = False
@@ -32,6 +45,9 @@ class DockerDaemon:
         versioned = "/{version:v[0-9.]+}"
         container = versioned + "/containers/{id}"
         app.router.add_get("/version", self._version)
+        app.router.add_get("/{version:v[0-9.]+}/_ping", self._ping)
+        app.router.add_get("/{version:v[0-9.]+}/networks", self._networks)
+        app.router.add_get("/{version:v[0-9.]+}/events", self._events)
         app.router.add_get(versioned + "/images/{image}/json", self._image)
         app.router.add_post(versioned + "/images/create", self._break_off)
         app.router.add_post(versioned + "/containers/create", self._create)
@@ -43,6 +59,8 @@ class DockerDaemon:
         app.router.add_delete(container, self._remove)
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
         self._path = folder / "docker.sock"
+        self._told: list[bytes] = []
+        self._connections: list[asyncio.Transport] = []
 
     async def __aenter__(self) -> DockerDaemon:
         await self._runner.setup()
@@ -62,6 +80,51 @@ class DockerDaemon:
 
     async def _version(self, _: web.Request) -> web.Response:
         return web.json_response({"ApiVersion": "1.41", "Version": "20.10"})
+
+    async def _ping(self, _: web.Request) -> web.Response:
+        return web.Response(text="OK")
+
+    async def _networks(self, _: web.Request) -> web.Response:
+        return web.json_response([] if self.without_bridge else [{"Id": "1", "Driver": "bridge"}])
+
+    async def tell(self, action: str, **attributes: str) -> None:
+        """Tell an event of the container to all who read events."""
+        event = {
+            "Type": "container",
+            "Action": action,
+            "Actor": {"ID": CONTAINER_ID, "Attributes": attributes},
+        }
+        self._told.append(json.dumps(event).encode() + b"\n")
+        for reader in self.readers:
+            await reader.write(self._told[-1])
+
+    def break_off(self) -> None:
+        """End the streams of events."""
+        for transport in self._connections:
+            transport.close()
+        self._connections.clear()
+
+    async def _events(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        response.enable_chunked_encoding()
+        await response.prepare(request)
+        await self.may_subscribe.wait()
+        for earlier in self._told if int(request.query.get("since", "0")) else ():
+            await response.write(earlier)
+        assert request.transport is not None
+        self._connections.append(request.transport)
+        self.calls.append("events")
+        self.readers.append(response)
+        self.reading.set()
+        self.deserted.clear()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.readers.remove(response)
+            if not self.readers:
+                self.reading.clear()
+                self.deserted.set()
+        return response
 
     async def _image(self, _: web.Request) -> web.Response:
         if self.without_image:
@@ -86,7 +149,9 @@ class DockerDaemon:
     async def _inspect(self, _: web.Request) -> web.Response:
         self._require_container()
         ports = {} if self.without_bridge else {"8000/tcp": [{"HostIp": "127.0.0.1", "HostPort": "1"}]}
-        state = {"Status": "running" if self.running else "exited", "Running": self.running, "Pid": self.pid}
+        status = "running" if self.running else "exited"
+        state = {"Status": status, "Running": self.running, "Pid": self.pid, **self.state}
+        self.inspected.set()
         return web.json_response(
             {
                 "Id": CONTAINER_ID,

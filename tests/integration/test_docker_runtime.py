@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import docker
@@ -21,14 +21,22 @@ from nodeagent.runtimes import AllowList, DockerEngineRuntime, LaunchPlan, Runni
 from rung.errors import EngineStartFailedError, NotAllowedError
 from rung.types import DockerRuntime, Mount
 from tests.fakes.image_registry import ImageRegistry
-from tests.integration.docker_engine import IMAGE, build_empty_image, python_runtime, require_docker
+from tests.integration.docker_engine import (
+    CHECKED_IMAGE,
+    IMAGE,
+    build_checked_image,
+    build_empty_image,
+    python_runtime,
+    require_docker,
+)
 from tests.integration.engine_process import free_port
 
 pytestmark = pytest.mark.docker
 
 #: A name of its own for each run: the daemon is shared by all who test on this machine.
 NODE = f"test-{uuid.uuid4().hex[:8]}"
-#: Says `up`; told to by SIGUSR1 says `no model` and ends with 3; SIGTERM leaves a trace, and ends it.
+#: Says `up`; told to by SIGUSR1 says `no model` and ends with 3, by SIGUSR2 takes a GiB of memory; SIGTERM
+#: leaves a trace, and ends it.
 ENGINE = """
 import signal, sys
 from pathlib import Path
@@ -40,6 +48,7 @@ def stop(*_):
     if 'stubborn' not in sys.argv:
         sys.exit(0)
 signal.signal(signal.SIGUSR1, fail)
+signal.signal(signal.SIGUSR2, lambda *_: bytearray(b'x') * 2**30)
 signal.signal(signal.SIGTERM, stop)
 print('loading\\nalmost\\nup')
 while True:
@@ -56,7 +65,7 @@ def client() -> Iterator[docker.DockerClient]:
 
 
 def _runtime(folder: Path, node_id: str = NODE) -> DockerEngineRuntime:
-    allow = AllowList(images=(IMAGE, "127.0.0.1:*/engine:*"), mount_folders=(Path("/"),))
+    allow = AllowList(images=(IMAGE, CHECKED_IMAGE, "127.0.0.1:*/engine:*"), mount_folders=(Path("/"),))
     return DockerEngineRuntime(allow, folder, node_id, gpus_available=False)
 
 
@@ -175,7 +184,7 @@ async def test_an_agent_that_comes_back_knows_its_engine_and_hears_of_its_end(
     ended = await asyncio.wait_for(waiting, 20)
 
     assert ended.exit_code == 3
-    assert "exit code 3" in ended.detail
+    assert ended.detail == "ended with exit code 3 after SIGUSR1 was sent through Docker"
     assert ended.log_tail == ("loading", "almost", "up", "no model")
     assert not await again.find(record)
     # Not removed: it is there to be looked at until its next start, or until it is stopped.
@@ -183,6 +192,74 @@ async def test_an_agent_that_comes_back_knows_its_engine_and_hears_of_its_end(
     await again.stop(record, 0.0)
     assert (await again.wait(record)).detail == "was removed"
     await again.aclose()
+
+
+async def test_an_engine_that_takes_too_much_memory_is_said_to_be_killed_for_it(
+    runtime: DockerEngineRuntime, plan: LaunchPlan, client: docker.DockerClient
+) -> None:
+    record = await runtime.start(plan, Told())
+    await _until_up(runtime, record)
+    container = await _container(client, record)
+    await asyncio.to_thread(container.update, mem_limit="64m", memswap_limit="64m")
+
+    waiting = asyncio.ensure_future(runtime.wait(record))
+    await asyncio.to_thread(container.kill, "SIGUSR2")
+    ended = await asyncio.wait_for(waiting, 20)
+
+    assert ended.exit_code == -9
+    assert ended.detail == "was killed by the kernel: out of memory (limit 64 MiB)"
+    assert ended.log_tail == ("loading", "almost", "up")
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "detail"),
+    [
+        (Container.stop, 0, "ended with exit code 0 after SIGTERM was sent through Docker"),
+        (Container.kill, -9, "was ended by SIGKILL, which was sent through Docker"),
+        (
+            lambda container: container.remove(force=True),
+            -9,
+            "was ended by SIGKILL, which was sent through Docker",
+        ),
+    ],
+    ids=["stop", "kill", "remove"],
+)
+async def test_an_engine_that_somebody_ends_with_docker_is_said_to_be_ended_so(
+    runtime: DockerEngineRuntime,
+    plan: LaunchPlan,
+    client: docker.DockerClient,
+    end: Callable[[Container], None],
+    code: int,
+    detail: str,
+) -> None:
+    record = await runtime.start(plan, Told())
+    await _until_up(runtime, record)
+    waiting = asyncio.ensure_future(runtime.wait(record))
+    await asyncio.to_thread(end, await _container(client, record))
+    ended = await asyncio.wait_for(waiting, 20)
+
+    assert ended.exit_code == code
+    # One that is removed may be looked at before it is gone, or after.
+    assert ended.detail.removesuffix(", and was removed") == detail
+
+
+async def test_a_healthcheck_of_the_image_is_heard_of(
+    runtime: DockerEngineRuntime, plan: LaunchPlan, client: docker.DockerClient, tmp_path: Path
+) -> None:
+    assert isinstance(plan.runtime, DockerRuntime)
+    image = build_checked_image(client)
+    record = await runtime.start(replace(plan, runtime=replace(plan.runtime, image=image)), Told())
+    waiting = asyncio.ensure_future(runtime.wait(record))
+    async with asyncio.timeout(20):
+        while not runtime.complaint(record):  # noqa: ASYNC110 - Docker brings it about
+            await asyncio.sleep(0.02)
+        assert runtime.complaint(record) == "its HEALTHCHECK fails: no model yet"
+        (tmp_path / "out" / "well").touch()
+        while runtime.complaint(record):  # noqa: ASYNC110 - as above
+            await asyncio.sleep(0.02)
+    assert not waiting.done()
+    await runtime.stop(record, 0.0)
+    await asyncio.wait_for(waiting, 20)
 
 
 async def test_output_can_be_looked_at_and_followed_to_its_end(
