@@ -44,6 +44,12 @@ _MODALITIES = {kind: Modality(kind.value) for kind in JobKind}
 _BYTES_PER_TOKEN = 5
 #: Tokens of a picture at least: what Gemma takes for each; others take more for large ones.
 _TOKENS_PER_IMAGE = 256
+#: So many names of models are told to who asked for one that there is not.
+_NAMES_TOLD = 8
+_NOTHING_DEPLOYED = (
+    "nothing is deployed yet: start an engine (vLLM, llama.cpp, Ollama, ComfyUI), and `rung up` finds it, or "
+    "describe one in rung.yaml, which `rung config init` writes"
+)
 _VISION = "vision"
 _NO_LADDER = Ladder((), {})
 _NOTHING: frozenset[str] = frozenset()
@@ -316,9 +322,8 @@ class Router:
             chain = self._chains[key] = chain_of((found,), demand)
         if not chain.groups[0]:
             able_to = " and ".join(sorted(demand.capabilities | {wanted}))
-            raise UnknownModelError(
-                f"no deployment can do {able_to}; `rung models` lists what there is", model=wish.model
-            )
+            there = "`rung models` lists what there is" if self._view.deployments else _NOTHING_DEPLOYED
+            raise UnknownModelError(f"no deployment can do {able_to}; {there}", model=wish.model)
         return Route(chain=chain, demand=demand)
 
     def _demand(self, wish: Wish, head: RequestHead) -> Demand:
@@ -376,8 +381,10 @@ class Router:
         else:
             views = self._view.deployments.values()
             names = sorted({each.deployment.spec.model for each in views} | set(self._cloud_candidates))
-            there = f"there are {', '.join(names[:8])}" if names else "no model is deployed"
-            raise UnknownModelError(f"there is no model {name!r}; {there}, and {AUTO_MODEL}", model=name)
+            more = f" and {len(names) - _NAMES_TOLD} more" if len(names) > _NAMES_TOLD else ""
+            told = f"there are {', '.join(names[:_NAMES_TOLD])}{more}; {AUTO_MODEL} leaves the choice to Rung"
+            there = told if names else _NOTHING_DEPLOYED
+            raise UnknownModelError(f"there is no model {name!r}; {there}", model=name)
         self._groups[name] = group
         return group
 
