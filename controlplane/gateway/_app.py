@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import time
 from collections.abc import Awaitable, Callable
 
 import structlog
@@ -20,6 +21,7 @@ from controlplane.gateway._generations import Follower
 from controlplane.gateway._images import ImageRoutes
 from controlplane.gateway._jobs import JobRoutes
 from controlplane.gateway._meshes import MeshRoutes
+from controlplane.gateway._metrics import RequestMetrics
 from controlplane.gateway._openai import OpenAiRoutes
 from controlplane.gateway._predictions import PredictionRoutes
 from controlplane.gateway._workflows import WorkflowRoutes
@@ -33,7 +35,7 @@ from rung.errors import (
     RequestTooLargeError,
     RungError,
 )
-from rung.service import require_loopback
+from rung.service import cannot_listen, require_loopback
 
 _log = structlog.get_logger("rung.http")
 
@@ -64,9 +66,10 @@ class Gateway:
         self._host = host
         self._wanted_port = port
         self._registry = registry
+        self._requests = RequestMetrics(registry)
         self._draining = False
         self._max_request_bytes = max_request_bytes
-        app = web.Application(client_max_size=max_request_bytes, middlewares=[self._guard])
+        app = web.Application(client_max_size=max_request_bytes, middlewares=[self._counted])
         openai = OpenAiRoutes(pipelines)
         job_routes = JobRoutes(jobs, pipelines)
         artifact_routes = ArtifactRoutes(artifacts, jobs)
@@ -110,7 +113,10 @@ class Gateway:
         """Bind and serve; `port` is then the bound one. Raises OSError if the port is taken."""
         await self._runner.setup()
         site = web.TCPSite(self._runner, self._host, self._wanted_port, backlog=1024)
-        await site.start()
+        try:
+            await site.start()
+        except OSError as error:
+            raise cannot_listen("the HTTP gateway", self._host, self._wanted_port, error) from error
         address = self._runner.addresses[0]
         self.port = int(address[1])
 
@@ -124,6 +130,21 @@ class Gateway:
         await self._runner.cleanup()
 
     @web.middleware
+    async def _counted(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Count a request once it has been answered, to its last byte."""
+        started = time.monotonic()
+        # Unless it is answered: whoever goes away cancels its handler.
+        status = _CALLER_HAS_GONE
+        try:
+            response = await self._guard(request, handler)
+            status = response.status
+        except web.HTTPException as refused:
+            status = refused.status
+            raise
+        finally:
+            self._requests.record(request, status, time.monotonic() - started)
+        return response
+
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Turn errors into OpenAI's shape, and refuse what a foreign web page could make a browser send."""
         try:

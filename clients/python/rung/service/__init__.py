@@ -17,7 +17,7 @@ from rung.service._interpreter import favour_event_loop
 from rung.service._logging import configure_logging
 from rung.service._multipart import FormFile, form
 from rung.service._retry_after import parse_retry_after, parse_seconds, seconds_until
-from rung.service._server import GrpcServer, ServerOptions, require_loopback
+from rung.service._server import GrpcServer, ServerOptions, cannot_listen, require_loopback
 from rung.service._services import add_service
 from rung.service._signal import Signal
 from rung.service._sse import SseSplitter, event_data
@@ -40,6 +40,7 @@ __all__ = [
     "SseSplitter",
     "StreamPacer",
     "add_service",
+    "cannot_listen",
     "configure_logging",
     "event_data",
     "favour_event_loop",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
+import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,6 +70,19 @@ def require_loopback(host: str, what: str) -> None:
         )
 
 
+def cannot_listen(what: str, host: str, port: int, error: OSError) -> OSError:
+    """Why `what` cannot listen there, and what to do; asyncio's own text says only the first."""
+    # An error without a number, such as of a name that nobody knows, has its words in its text.
+    why = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+    taken = error.errno == errno.EADDRINUSE
+    advice = "stop what listens there, or choose another port" if taken else "choose another port"
+    return OSError(f"{what} cannot listen on {_address(host, port)}: {why}; {advice}")
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 class GrpcServer:
     """A gRPC server with health and reflection, from the first bind to a graceful stop.
 
@@ -98,8 +113,8 @@ class GrpcServer:
     async def start(self) -> None:
         """Bind and serve; `port` is then the bound one. Raises OSError if the port is taken."""
         host, port = self._options.host, self._options.port
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        self._require_free_port(address)
+        self._require_free_port()
+        address = _address(host, port)
         try:
             self.port = self.server.add_insecure_port(address)
         except RuntimeError as error:
@@ -108,7 +123,7 @@ class GrpcServer:
         for name in ("", *self._names):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
-    def _require_free_port(self, address: str) -> None:
+    def _require_free_port(self) -> None:
         """Refuse a port that is taken: gRPC says that in its own log alone. Raises OSError."""
         host, port = self._options.host, self._options.port
         family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -118,10 +133,7 @@ class GrpcServer:
             try:
                 probe.bind(place)
             except OSError as error:
-                raise OSError(
-                    f"{self._what} cannot listen on {address}: {error.strerror}; "
-                    "stop what listens there, or choose another port"
-                ) from error
+                raise cannot_listen(self._what, host, port, error) from error
 
     async def drain(self) -> None:
         """Report NOT_SERVING, so that nobody sends more; calls go on, and new ones are still taken."""
