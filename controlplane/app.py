@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
-import signal
 import sys
 import time
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import structlog
 import uvloop
-from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    GCCollector,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
 
+from controlplane._stopping import StopSignals, drain_jobs
 from controlplane.api import build_services
 from controlplane.artifacts import Artifacts
 from controlplane.cloud import CloudPictures, CloudSpend, CloudTargets
@@ -51,28 +57,32 @@ from rung.types import JobKind
 _log = structlog.get_logger("rung.controlplane")
 
 
-def run(config: Config) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit code. What cannot start is said on stderr."""
+def run(config: Config, file: Path | None = None) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit code. What cannot start is said on stderr.
+
+    Args:
+        config: what to serve.
+        file: where it was read from; None for what holds without a file.
+    """
     configure_logging(level=config.server.log.level, form=config.server.log.form)
+    # They double what is scraped, and say nothing that the start of the process does not.
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # the library has no types there
     try:
-        uvloop.run(serve(config))
+        uvloop.run(serve(config, file.absolute() if file is not None else None))
     except (RungError, OSError) as error:
         _say(f"error: {error}")
         return 1
     return 0
 
 
-async def serve(config: Config) -> None:
+async def serve(config: Config, file: Path | None) -> None:
     """Start everything, wait for a signal, drain.
 
     Raises:
         RungError: something cannot start: a port that is not loopback, a store in use.
         OSError: a port is taken.
     """
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    stop = StopSignals()
     server = config.server
     registry = CollectorRegistry()
     for collector in (GCCollector, PlatformCollector, ProcessCollector):
@@ -192,12 +202,28 @@ async def serve(config: Config) -> None:
             json.dumps({"grpc_port": grpc_server.port, "http_port": gateway.port, "pid": os.getpid()})
         )
         stack.callback(ready_file.unlink, missing_ok=True)
-        _log.info("controlplane_ready", grpc_port=grpc_server.port, http_port=gateway.port)
-        await stop.wait()
-        _log.info("draining", jobs=jobs.running, grace_s=server.drain_s)
+        _log.info(
+            "controlplane_ready",
+            grpc_port=grpc_server.port,
+            http_port=gateway.port,
+            config=str(file or "none, all defaults"),
+        )
+        if not config.nodes and not config.cloud:
+            _log.warning(
+                "no_nodes",
+                hint="nobody can answer: `rung config init` writes a configuration to start "
+                "with, and `rung up` runs an agent on this machine, too",
+            )
+        await stop.first.wait()
+        _log.info(
+            "draining",
+            jobs=jobs.running,
+            grace_s=server.drain_s,
+            hint="Ctrl-C or SIGTERM again ends it at once",
+        )
         gateway.drain()
         await grpc_server.drain()
-        await jobs.drain(server.drain_s)
+        await drain_jobs(jobs, server.drain_s, stop.second)
         await grpc_server.stop(1.0)
     _log.info("stopped")
 

@@ -35,6 +35,9 @@ def serve(
     config_file: ConfigFile = None,
     grpc_port: Annotated[int | None, typer.Option(min=0, max=65535, help="Instead of the file's.")] = None,
     http_port: Annotated[int | None, typer.Option(min=0, max=65535, help="Instead of the file's.")] = None,
+    state_dir: Annotated[
+        Path | None, typer.Option(envvar="RUNG_STATE_DIR", help="State, instead of the file's.")
+    ] = None,
     log_level: Annotated[LogLevel | None, typer.Option(help="Instead of the file's.")] = None,
 ) -> None:
     """Run the control plane: gRPC on 8151, HTTP on 8150, both on loopback.
@@ -49,9 +52,10 @@ def serve(
 
     path = config_file or find_config()
     loaded = default_config() if path is None else load_config(path)
-    raise typer.Exit(
-        run(with_overrides(loaded, grpc_port=grpc_port, http_port=http_port, log_level=log_level))
+    settings = with_overrides(
+        loaded, grpc_port=grpc_port, http_port=http_port, state_dir=state_dir, log_level=log_level
     )
+    raise typer.Exit(run(settings, path))
 
 
 def up(
@@ -61,7 +65,10 @@ def up(
     ] = None,
     node_id: Annotated[str, typer.Option(help="Name of this box as a node; by default its host name.")] = "",
     state_dir: Annotated[
-        Path | None, typer.Option(envvar="RUNG_STATE_DIR", help="State and logs; ~/.local/state/rung.")
+        Path | None,
+        typer.Option(
+            envvar="RUNG_STATE_DIR", help="State, instead of the file's, and logs; ~/.local/state/rung."
+        ),
     ] = None,
     grpc_port: Annotated[int | None, typer.Option(min=0, max=65535, help="Instead of 8151.")] = None,
     http_port: Annotated[int | None, typer.Option(min=0, max=65535, help="Instead of 8150.")] = None,
@@ -83,6 +90,7 @@ def up(
 
     options = UpOptions(
         state_dir=state_dir or default_state_dir(),
+        server_state_dir=state_dir,
         config=config_file or find_config(),
         agent_config=agent_config,
         node_id=node_id,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from rung.errors import ConfigError
@@ -18,6 +19,7 @@ def with_overrides(
     *,
     grpc_port: int | None = None,
     http_port: int | None = None,
+    state_dir: Path | None = None,
     log_level: LogLevel | None = None,
 ) -> Config:
     """`config` with what a command line says instead; None leaves what is there.
@@ -33,7 +35,8 @@ def with_overrides(
     if ports["grpc_port"] and ports["grpc_port"] == ports["http_port"]:
         raise ConfigError(f"gRPC and HTTP cannot both have port {ports['grpc_port']}")
     log = server.log if log_level is None else server.log.model_copy(update={"level": log_level})
-    return config.model_copy(update={"server": server.model_copy(update={**ports, "log": log})})
+    changed = {**ports, "state_dir": state_dir or server.state_dir, "log": log}
+    return config.model_copy(update={"server": server.model_copy(update=changed)})
 
 
 #: What `rung config init` writes: it can be used as it is, and explains what else there is.

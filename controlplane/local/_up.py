@@ -43,10 +43,12 @@ _GENERATED = (
 class UpOptions(Struct, frozen=True, kw_only=True):
     """What to start. `config` None means a generated one, with this box as the only node.
 
-    Ports that are None are those of the configuration.
+    What `rung up` itself and the agent keep is under `state_dir`. Ports and a `server_state_dir` that are
+    None are those of the configuration.
     """
 
     state_dir: Path
+    server_state_dir: Path | None = None
     config: Path | None = None
     agent_config: Path | None = None
     node_id: str = ""
@@ -132,6 +134,7 @@ async def _until_ready(plan: _Plan, plane: Child) -> tuple[ServerPorts, FleetSna
 
 def _serve_command(options: UpOptions, plan: _Plan) -> tuple[str, ...]:
     command = ["serve", "--config", str(plan.config), "--log-level", options.log_level]
+    command += ["--state-dir", str(plan.server_state_dir)]
     for name, port in (("--grpc-port", options.grpc_port), ("--http-port", options.http_port)):
         if port is not None:
             command += [name, str(port)]
@@ -166,7 +169,7 @@ def _plan(options: UpOptions) -> _Plan:
     node_id, port = _local_node(config, options)
     return _Plan(
         config=options.config,
-        server_state_dir=config.server.state_dir,
+        server_state_dir=options.server_state_dir or config.server.state_dir,
         node_id=node_id,
         agent_port=port,
     )

@@ -283,6 +283,27 @@ async def test_while_it_drains_it_says_so_takes_nothing_new_and_ends_what_lasts_
     await running.plane.start()
 
 
+async def test_a_second_signal_cuts_a_drain_short_and_callers_are_told(tmp_path: Path) -> None:
+    async with stack(tmp_path, [simulated()], server={"drain": "10m"}) as found:
+        async for _ in found.client.start_deployment("sim"):
+            pass
+        events = aiter(found.client.chat(LONG, model="sim"))
+        while not isinstance((await anext(events)).payload, TokenDelta):
+            pass
+        ending = asyncio.ensure_future(found.plane.end(signal.SIGINT))
+        async with asyncio.timeout(20):
+            while "Ctrl-C or SIGTERM again ends it at once" not in found.plane.log():  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert not ending.done()
+
+        assert await found.plane.end(signal.SIGINT) == 0
+
+        assert [event.payload async for event in events][-1] == JobCancelled(by="drain")
+        assert await ending == 0
+        assert str(tmp_path / "rung.yaml") in found.plane.log(), "it says which configuration it has"
+        assert "no_nodes" not in found.plane.log()
+
+
 async def test_an_external_engine_is_adopted_from_the_configuration(running: Stack, tmp_path: Path) -> None:
     endpoint = (await running.deployment("sim", Residency.AWAKE)).endpoint
     assert endpoint is not None

@@ -73,6 +73,7 @@ class TestOverrides:
     def test_only_what_is_given_changes(self) -> None:
         config = default_config()
         assert with_overrides(config) == config
+        assert with_overrides(config, state_dir=Path("here")).server.state_dir == Path("here")
         changed = with_overrides(config, grpc_port=1, http_port=2, log_level="debug")
         assert (changed.server.grpc_port, changed.server.http_port) == (1, 2)
         assert changed.server.log.level == "debug"
