@@ -43,6 +43,7 @@ from rung.service import (
     configure_logging,
     favour_event_loop,
 )
+from rung.transport import MAX_MESSAGE_BYTES
 from rung.types import (
     DeploymentSpec,
     DockerRuntime,
@@ -148,7 +149,8 @@ def _runtimes(config: AgentConfig, *, gpus_available: bool) -> dict[type[Runtime
 def _server(config: AgentConfig, supervisor: Supervisor, telemetry: Telemetry) -> GrpcServer:
     service = Default().FindServiceByName("rung.v1.NodeAgentService")
     server = GrpcServer(
-        ServerOptions(host=config.host, port=config.port),
+        # Whatever a control plane takes from its callers, it sends on.
+        ServerOptions(host=config.host, port=config.port, max_request_bytes=MAX_MESSAGE_BYTES),
         services=[service],
         interceptors=[CallInterceptor(CollectorRegistry())],
         what="the agent",

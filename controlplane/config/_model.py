@@ -43,6 +43,7 @@ from rung.service import (
     published_schema,
     require_loopback,
 )
+from rung.transport import DEFAULT_MAX_REQUEST_BYTES, LARGEST_REQUEST_BYTES, MAX_MESSAGE_BYTES
 
 _ID = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 _ADDRESS = re.compile(r"[^\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
@@ -55,6 +56,15 @@ _AGENT_FILE = OtherFile(
     ),
     what="this is an agent's configuration: use `rung agent check`, and `rung agent run --config` to run it",
 )
+
+
+def _fits_a_message(size_bytes: int) -> int:
+    if size_bytes > LARGEST_REQUEST_BYTES:
+        raise ValueError(
+            f"a request goes on to an agent in one message of {MAX_MESSAGE_BYTES // 1024**2} MiB at most: "
+            f"{LARGEST_REQUEST_BYTES // 1024**2}MiB is the most that can be set"
+        )
+    return size_bytes
 
 
 def default_state_dir() -> Path:
@@ -91,8 +101,10 @@ class ServerConfig(ConfigModel):
     """Port of HTTP on loopback; 8150 by default, 0 picks a free one."""
     state_dir: Path = Field(default_factory=default_state_dir)
     """Where jobs and artifacts are stored; by default ~/.local/state/rung."""
-    max_request_bytes: ByteSize = Field(default=16 * 1024**2, ge=1024)
-    """Largest request, in bytes or such as `64MiB`; 16 MiB by default."""
+    max_request_bytes: Annotated[ByteSize, AfterValidator(_fits_a_message)] = Field(
+        default=DEFAULT_MAX_REQUEST_BYTES, ge=1024
+    )
+    """Largest request, in bytes or such as `32MiB`; 16 MiB by default, 63 MiB at most."""
     drain_s: DurationS = Field(default=20.0, ge=0, alias="drain")
     """Time that running jobs have at a stop; 20 s by default."""
     job_retention_s: DurationS = Field(default=7 * _DAY_S, gt=0, alias="job_retention")

@@ -39,6 +39,7 @@ class EngineServer:
         self.started = asyncio.Event()
         self.url = ""
         app = web.Application(client_max_size=64 * 1024 * 1024)
+        app.router.add_get("/health", self._health)
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/embeddings", self._embeddings)
         app.router.add_post("/predict", self._predict)
@@ -54,6 +55,9 @@ class EngineServer:
     async def __aexit__(self, *_: object) -> None:
         self.release.set()
         await self._runner.cleanup()
+
+    async def _health(self, request: web.Request) -> web.StreamResponse:
+        return web.Response()
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()

@@ -14,6 +14,10 @@ from rung.errors import InvalidRequestError
 
 #: Largest request that a server takes by default: 16 MiB.
 DEFAULT_MAX_REQUEST_BYTES = 16 * 1024 * 1024
+#: Largest message of a channel, either way: 64 MiB.
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+#: Largest request that a server can be set to take. What goes with it to an agent needs room as well.
+LARGEST_REQUEST_BYTES = MAX_MESSAGE_BYTES - 1024 * 1024
 #: A client pings an idle connection this often, also without a call, so that a vanished peer is noticed.
 KEEPALIVE_TIME_S = 20.0
 #: Time for the answer to a ping.
@@ -111,7 +115,7 @@ class ChannelOptions:
     address: str
     tls: TlsOptions | None = None
     token: str | None = None
-    max_message_bytes: int = 4 * DEFAULT_MAX_REQUEST_BYTES
+    max_message_bytes: int = MAX_MESSAGE_BYTES
 
     def __post_init__(self) -> None:
         if self.token and self.tls is None and not _stays_here(self.address):
