@@ -20,6 +20,7 @@ from controlplane.gateway._generate_stream import GenerateStreamRoutes
 from controlplane.gateway._generations import Follower
 from controlplane.gateway._images import ImageRoutes
 from controlplane.gateway._jobs import JobRoutes
+from controlplane.gateway._listen import listen
 from controlplane.gateway._meshes import MeshRoutes
 from controlplane.gateway._metrics import RequestMetrics
 from controlplane.gateway._openai import OpenAiRoutes
@@ -112,13 +113,10 @@ class Gateway:
     async def start(self) -> None:
         """Bind and serve; `port` is then the bound one. Raises OSError if the port is taken."""
         await self._runner.setup()
-        site = web.TCPSite(self._runner, self._host, self._wanted_port, backlog=1024)
         try:
-            await site.start()
+            self.port = await listen(self._runner, self._host, self._wanted_port)
         except OSError as error:
             raise cannot_listen("the HTTP gateway", self._host, self._wanted_port, error) from error
-        address = self._runner.addresses[0]
-        self.port = int(address[1])
 
     def drain(self) -> None:
         """Report not ready, so that a balancer sends nothing more."""
