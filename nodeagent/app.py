@@ -20,7 +20,7 @@ import uvloop
 from google.protobuf.descriptor_pool import Default
 from prometheus_client import CollectorRegistry
 
-from nodeagent.api import NodeAgentServicer
+from nodeagent.api import Drain, NodeAgentServicer
 from nodeagent.config import AgentConfig
 from nodeagent.discovery import discover
 from nodeagent.engines import adapter_for
@@ -57,11 +57,15 @@ _log = structlog.get_logger("rung.agent")
 
 #: Engines that somebody else starts later are looked for this often.
 _DISCOVERY_INTERVAL_S = 10.0
+#: What is left at the end of a stop gets so long: last messages, operations, logs that are followed.
 _STOP_GRACE_S = 1.0
 
 
 def run(config: AgentConfig) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit code. Engines go on."""
+    """Serve until SIGTERM or SIGINT, and then until what is generated ends; returns the exit code.
+
+    A second signal cuts what is generated. Engines go on.
+    """
     configure_logging(level=config.log.level, form=config.log.form)
     try:
         uvloop.run(serve(config))
@@ -72,16 +76,23 @@ def run(config: AgentConfig) -> int:
 
 
 async def serve(config: AgentConfig) -> None:
-    """Start everything, wait for a signal, let go.
+    """Start everything, wait for a signal, drain, let go.
 
     Raises:
         RungError: another agent uses the state folder, or a port that is not loopback.
         OSError: the port is taken, or the state folder cannot be written.
     """
     stop = asyncio.Event()
+    drain = Drain(config.node_id)
+
+    def told_to_stop() -> None:
+        if stop.is_set():
+            drain.cut()
+        stop.set()
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, told_to_stop)
     become_subreaper()
     config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     async with AsyncExitStack() as stack:
@@ -110,14 +121,16 @@ async def serve(config: AgentConfig) -> None:
         supervisor.measured(telemetry.status)
         await supervisor.resume()
         stack.push_async_callback(supervisor.aclose)
-        server = _server(config, supervisor, telemetry)
+        server = _server(config, supervisor, telemetry, drain)
         await server.start()
         stack.push_async_callback(server.stop, _STOP_GRACE_S)
         tasks = [asyncio.create_task(_keep_measuring(supervisor, telemetry), name="measure")]
         if config.discover:
             tasks.append(
                 asyncio.create_task(
-                    _keep_discovering(supervisor, partial(discover, config.node_id), server.port),
+                    _keep_discovering(
+                        supervisor, partial(discover, config.node_id, config.discover_ports.all), server.port
+                    ),
                     name="discover",
                 )
             )
@@ -129,6 +142,12 @@ async def serve(config: AgentConfig) -> None:
         favour_event_loop()
         _log.info("agent_ready", node=config.node_id, port=server.port)
         await stop.wait()
+        _log.info("draining", generations=drain.running, timeout_s=config.drain_timeout_s)
+        await server.drain()
+        drain.begin()
+        await drain.end(config.drain_timeout_s)
+        # Those who watch look whether it is over.
+        supervisor.changed.fire()
     _log.info("agent_stopped", node=config.node_id)
 
 
@@ -146,7 +165,7 @@ def _runtimes(config: AgentConfig, *, gpus_available: bool) -> dict[type[Runtime
     }
 
 
-def _server(config: AgentConfig, supervisor: Supervisor, telemetry: Telemetry) -> GrpcServer:
+def _server(config: AgentConfig, supervisor: Supervisor, telemetry: Telemetry, drain: Drain) -> GrpcServer:
     service = Default().FindServiceByName("rung.v1.NodeAgentService")
     server = GrpcServer(
         # Whatever a control plane takes from its callers, it sends on.
@@ -155,7 +174,8 @@ def _server(config: AgentConfig, supervisor: Supervisor, telemetry: Telemetry) -
         interceptors=[CallInterceptor(CollectorRegistry())],
         what="the agent",
     )
-    add_service(server.server, service, NodeAgentServicer(supervisor, telemetry, uuid.uuid4().hex))
+    servicer = NodeAgentServicer(supervisor, telemetry, uuid.uuid4().hex, drain)
+    add_service(server.server, service, servicer)
     return server
 
 

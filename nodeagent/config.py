@@ -9,7 +9,7 @@ import shutil
 import socket
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeAlias
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -17,6 +17,7 @@ from nodeagent.runtimes import AllowedExecutable, AllowList
 from rung.errors import LoopbackOnlyError
 from rung.service import (
     ConfigModel,
+    DurationS,
     LogConfig,
     OtherFile,
     load_yaml_model,
@@ -24,6 +25,8 @@ from rung.service import (
     require_loopback,
 )
 from rung.types import EndpointScope
+
+Port: TypeAlias = Annotated[int, Field(ge=1, le=65535)]
 
 #: Programs that serve models and that an agent without a list of its own may run, if they are on PATH.
 _USUAL_EXECUTABLES = ("llama-server", "vllm", "ollama")
@@ -73,6 +76,25 @@ class ExecutableConfig(ConfigModel):
     """Whether a deployment may add variables of its own; off by default."""
 
 
+class DiscoverPorts(ConfigModel):
+    """Ports of loopback where engines of somebody else are looked for. A list replaces the usual ports of its
+    kind, and an empty one leaves them out. What answers there is known by its answers, not by its port."""
+
+    vllm: tuple[Port, ...] = (8000, 8199, 8176, 8209)
+    """Ports of vLLM, or of any server with OpenAI's routes; 8000, 8199, 8176 and 8209 by default."""
+    llamacpp: tuple[Port, ...] = (8080,)
+    """Ports of llama.cpp; 8080 by default."""
+    ollama: tuple[Port, ...] = (11434,)
+    """Ports of Ollama; 11434 by default."""
+    comfyui: tuple[Port, ...] = (8188,)
+    """Ports of ComfyUI; 8188 by default."""
+
+    @property
+    def all(self) -> tuple[int, ...]:
+        """The ports of all kinds."""
+        return (*self.vllm, *self.llamacpp, *self.ollama, *self.comfyui)
+
+
 class AgentConfig(ConfigModel):
     """An agent. Without `executables`, those usual programs that are installed may be run."""
 
@@ -94,9 +116,14 @@ class AgentConfig(ConfigModel):
     advertise: EndpointScope = EndpointScope.LOOPBACK
     """From where engines that listen on an address of the network may be reached; `loopback` by default."""
     discover: bool = False
-    """Adopt engines that somebody else runs here on their usual ports; off by default."""
+    """Adopt engines that somebody else runs here on the ports of `discover_ports`; off by default. One that
+    still loads is adopted when it is ready; one that wants an API key is not found."""
+    discover_ports: DiscoverPorts = DiscoverPorts()
+    """Where they are looked for; their usual ports by default."""
     simulated_gpus: Path | None = None
     """Folder of a simulated machine that is used instead of this one's GPUs, for tests."""
+    drain_timeout_s: DurationS = Field(default=30.0, ge=0, alias="drain_timeout")
+    """Time for running generations at a stop, 30 s by default; a second signal cuts it. Engines go on."""
     log: LogConfig = LogConfig()
     """What is logged, to stderr, and how."""
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+from nodeagent.api._drain import Drain
 from rung import v1
 from rung.codec import RUN_MESSAGE_BYTES, RUN_WINDOW_BYTES, run_error_to_proto
 from rung.errors import InvalidRequestError
@@ -41,11 +42,13 @@ class Runs:
     Args:
         generate: carries out one generation; closed when its caller cancels it.
         pause_s: least time between two messages, asked for after each.
+        drain: says whether generations are begun, and when there are to be no more.
     """
 
-    def __init__(self, generate: Generate, *, pause_s: Callable[[], float]) -> None:
+    def __init__(self, generate: Generate, *, pause_s: Callable[[], float], drain: Drain) -> None:
         self._generate = generate
         self._pause_s = pause_s
+        self._drain = drain
         self._runs: dict[int, _Run] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._last_id = 0
@@ -56,11 +59,15 @@ class Runs:
     async def responses(self, requests: AsyncIterator[v1.RunRequest]) -> AsyncIterator[v1.RunResponse]:
         """What happens, until the caller asks for nothing more and has everything. Leaving cancels all.
 
+        Once the drain is over it ends when it has said all: callers leave it open for what they ask later.
+
         Raises:
             InvalidRequestError: an instruction that cannot be understood.
         """
         reading = asyncio.create_task(self._read(requests), name="run-instructions")
-        reading.add_done_callback(lambda _: self._changed.set())
+        draining = asyncio.create_task(self._drain.over.wait(), name="run-drain")
+        for waiting in (reading, draining):
+            waiting.add_done_callback(lambda _: self._changed.set())
         try:
             while True:
                 if self._unsent:
@@ -70,12 +77,12 @@ class Runs:
                     continue
                 if reading.done():
                     reading.result()
-                    if not self._runs:
-                        return
+                if not self._runs and (reading.done() or draining.done()):
+                    return
                 self._changed.clear()
                 await self._changed.wait()
         finally:
-            ending = (reading, *self._tasks)
+            ending: tuple[asyncio.Task[Any], ...] = (reading, draining, *self._tasks)
             for task in ending:
                 task.cancel()
             await asyncio.gather(*ending, return_exceptions=True)
@@ -116,7 +123,7 @@ class Runs:
 
     async def _carry_out(self, run: _Run, begin: v1.RunBegin) -> None:
         try:
-            async with aclosing(self._generate(begin)) as answer:
+            async with self._drain.generation(), aclosing(self._generate(begin)) as answer:
                 async for piece in answer:
                     if isinstance(piece, bytes):
                         await self._send(run, piece)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import grpc.aio
 from msgspec.structs import replace
 
+from nodeagent.api._drain import Drain
 from nodeagent.api._runs import Runs
 from nodeagent.engines import GenerateControl, Generation, RunKind, VoiceControl
 from nodeagent.supervisor import Command, Operation, Supervisor
@@ -48,22 +49,28 @@ _MESSAGE_PAUSE_S = 0.004
 class NodeAgentServicer:
     """What is not here answers UNIMPLEMENTED (see `rung.service.add_service`)."""
 
-    def __init__(self, supervisor: Supervisor, telemetry: Telemetry, agent_instance_id: str) -> None:
+    def __init__(
+        self, supervisor: Supervisor, telemetry: Telemetry, agent_instance_id: str, drain: Drain
+    ) -> None:
         self._supervisor = supervisor
         self._telemetry = telemetry
         self._agent_instance_id = agent_instance_id
+        self._drain = drain
         self._pacer = StreamPacer(
             unpaced_streams=_UNPACED_STREAMS, interval_per_stream_s=_INTERVAL_PER_STREAM_S
         )
 
     async def Watch(self, request: v1.WatchRequest, context: Context) -> AsyncIterator[v1.WatchResponse]:
-        """A snapshot, then whatever differs from what was sent; a slow reader skips what is superseded."""
+        """A snapshot, then whatever differs from what was sent; a slow reader skips what is superseded.
+
+        While generations end at a stop it goes on: engines that are reached without this agent serve on.
+        """
         self._supervisor.raise_epoch(request.epoch)
         status = self._telemetry.status
         sent = {each.spec.id: each for each in self._supervisor.deployments}
         sequence = 1
         yield v1.WatchResponse(sequence=sequence, snapshot=self._snapshot(sent))
-        while True:
+        while not self._drain.over.is_set():
             if self._same(sent) and self._telemetry.status is status:
                 await self._supervisor.changed.wait(_STATUS_INTERVAL_S / 4)
             responses = self._differences(sent)
@@ -112,7 +119,7 @@ class NodeAgentServicer:
     ) -> AsyncIterator[v1.StartEngineResponse]:
         """Start, with progress."""
         spec = codec.deployment_spec_from_proto(request.spec)
-        operation = self._supervisor.start(_command(request.command), spec)
+        operation = self._supervisor.start(self._command(request.command), spec)
         async for event in _events(operation):
             yield v1.StartEngineResponse(event=event)
 
@@ -121,7 +128,7 @@ class NodeAgentServicer:
     ) -> AsyncIterator[v1.StopEngineResponse]:
         """Stop, with progress."""
         operation = self._supervisor.stop(
-            _command(request.command), request.deployment_id, force=request.force
+            self._command(request.command), request.deployment_id, force=request.force
         )
         async for event in _events(operation):
             yield v1.StopEngineResponse(event=event)
@@ -131,7 +138,7 @@ class NodeAgentServicer:
     ) -> AsyncIterator[v1.SleepEngineResponse]:
         """Sleep, with progress."""
         operation = self._supervisor.sleep(
-            _command(request.command),
+            self._command(request.command),
             request.deployment_id,
             level=request.level,
             force=request.force,
@@ -145,7 +152,7 @@ class NodeAgentServicer:
     ) -> AsyncIterator[v1.ShrinkEngineResponse]:
         """Shrink, with progress."""
         operation = self._supervisor.shrink(
-            _command(request.command), request.deployment_id, drain_timeout_s=_drain_timeout_s(context)
+            self._command(request.command), request.deployment_id, drain_timeout_s=_drain_timeout_s(context)
         )
         async for event in _events(operation):
             yield v1.ShrinkEngineResponse(event=event)
@@ -154,7 +161,7 @@ class NodeAgentServicer:
         self, request: v1.WakeEngineRequest, context: Context
     ) -> AsyncIterator[v1.WakeEngineResponse]:
         """Wake, with progress."""
-        operation = self._supervisor.wake(_command(request.command), request.deployment_id)
+        operation = self._supervisor.wake(self._command(request.command), request.deployment_id)
         async for event in _events(operation):
             yield v1.WakeEngineResponse(event=event)
 
@@ -162,7 +169,7 @@ class NodeAgentServicer:
         self, request: v1.FreeEngineRequest, context: Context
     ) -> AsyncIterator[v1.FreeEngineResponse]:
         """Free, with progress."""
-        operation = self._supervisor.free(_command(request.command), request.deployment_id)
+        operation = self._supervisor.free(self._command(request.command), request.deployment_id)
         async for event in _events(operation):
             yield v1.FreeEngineResponse(event=event)
 
@@ -170,12 +177,17 @@ class NodeAgentServicer:
         self, request: v1.ForgetEngineRequest, context: Context
     ) -> v1.ForgetEngineResponse:
         """Forget a deployment."""
-        await self._supervisor.forget(_command(request.command), request.deployment_id)
+        await self._supervisor.forget(self._command(request.command), request.deployment_id)
         return v1.ForgetEngineResponse()
+
+    def _command(self, command: v1.Command) -> Command:
+        """Raises DrainingError."""
+        self._drain.require_open()
+        return Command(command.operation_id, command.epoch)
 
     def Run(self, request: AsyncIterator[v1.RunRequest], context: Context) -> AsyncIterator[v1.RunResponse]:
         """Generations, as many at once as the caller wants."""
-        return Runs(self._run, pause_s=self._pause_s).responses(request)
+        return Runs(self._run, pause_s=self._pause_s, drain=self._drain).responses(request)
 
     def _pause_s(self) -> float:
         return _MESSAGE_PAUSE_S if self._pacer.interval_s() else 0.0
@@ -219,11 +231,12 @@ class NodeAgentServicer:
         generation = Generation(job_id=request.job_id, input=wanted, idle_timeout_s=_idle_timeout_s(request))
         begun = False
         try:
-            with engine.serving() as base_url:
-                async with aclosing(adapter.generate(base_url, spec, generation)) as events:
-                    async for event in events:
-                        begun = True
-                        yield codec.generation_event_to_proto(event)
+            async with self._drain.generation():
+                with engine.serving() as base_url:
+                    async with aclosing(adapter.generate(base_url, spec, generation)) as events:
+                        async for event in events:
+                            begun = True
+                            yield codec.generation_event_to_proto(event)
         except RungError as error:
             if not begun:
                 raise
@@ -267,10 +280,6 @@ def _drain_timeout_s(context: Context) -> float:
     # None, whatever its type says, for a caller without a deadline.
     remaining_s = context.time_remaining() or _DEFAULT_DRAIN_TIMEOUT_S
     return min(remaining_s, _DEFAULT_DRAIN_TIMEOUT_S)
-
-
-def _command(command: v1.Command) -> Command:
-    return Command(command.operation_id, command.epoch)
 
 
 async def _events(operation: Operation) -> AsyncIterator[v1.LifecycleEvent]:

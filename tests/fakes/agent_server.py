@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import grpc.aio
 from prometheus_client import CollectorRegistry
 
-from nodeagent.api import Runs
+from nodeagent.api import Drain, Runs
 from rung import codec, reason_of_error, v1
 from rung.codec import GenerationEvent
 from rung.errors import RungError
@@ -286,7 +286,7 @@ class _Servicer:
 
     def Run(self, request: AsyncIterator[v1.RunRequest], context: Context) -> AsyncIterator[v1.RunResponse]:
         self._agent.run_streams += 1
-        return Runs(self._run, pause_s=lambda: 0.0).responses(request)
+        return Runs(self._run, pause_s=lambda: 0.0, drain=Drain("box")).responses(request)
 
     async def _run(self, begin: v1.RunBegin) -> AsyncGenerator[v1.RunHead | bytes, None]:
         agent = self._agent

@@ -13,7 +13,7 @@ import pytest
 from google.protobuf.descriptor_pool import Default
 from prometheus_client import CollectorRegistry
 
-from nodeagent.api import NodeAgentServicer
+from nodeagent.api import Drain, NodeAgentServicer
 from nodeagent.engines import EngineHealth
 from nodeagent.telemetry import GpuSample, Telemetry
 from rung import codec, v1
@@ -142,7 +142,9 @@ async def plane(tmp_path: Path) -> AsyncIterator[Plane]:
     async with an_agent(tmp_path) as agent:
         server = grpc.aio.server(interceptors=[CallInterceptor(CollectorRegistry())])
         service = Default().FindServiceByName("rung.v1.NodeAgentService")
-        add_service(server, service, NodeAgentServicer(agent.supervisor, telemetry, "instance-1"))
+        add_service(
+            server, service, NodeAgentServicer(agent.supervisor, telemetry, "instance-1", Drain("box"))
+        )
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         async with open_channel(ChannelOptions(address=f"127.0.0.1:{port}")) as channel:

@@ -12,7 +12,7 @@ import structlog.testing
 from google.protobuf.descriptor_pool import Default
 from prometheus_client import CollectorRegistry
 
-from nodeagent.api import Runs
+from nodeagent.api import Drain, Runs
 from rung import v1
 from rung.errors import InvalidRequestError
 from rung.service import CallInterceptor, GrpcServer, ServerOptions, add_service
@@ -81,7 +81,7 @@ class OneRun:
     def Run(  # noqa: N802 - as the API calls it
         self, request: AsyncIterator[v1.RunRequest], context: Context
     ) -> AsyncIterator[v1.RunResponse]:
-        return Runs(self._answers, pause_s=lambda: 0.0).responses(request)
+        return Runs(self._answers, pause_s=lambda: 0.0, drain=Drain("box")).responses(request)
 
     async def _answers(self, begin: v1.RunBegin) -> AsyncGenerator[v1.RunHead | bytes, None]:
         self.begun += 1

@@ -281,9 +281,11 @@ def test_the_agents_example_names_every_setting_that_an_owner_has() -> None:
     allowed = example.allow_list().executables
     assert allowed["comfyui"].arguments_prefix == ("/opt/comfyui/main.py",)
     assert example.mount_folders == (Path("/models"),)
+    assert example.drain_timeout_s == AgentConfig().drain_timeout_s == 30.0
     # What is simulated is for tests, and the host can be loopback only.
-    for name in AgentConfig.model_fields.keys() - {"host", "simulated_gpus"}:
-        assert f"{name}:" in path.read_text(), name
+    for name, field in AgentConfig.model_fields.items():
+        if name not in ("host", "simulated_gpus"):
+            assert f"{field.alias or name}:" in path.read_text(), name
     for name in ExecutableConfig.model_fields:
         assert f"{name}:" in path.read_text(), name
 

@@ -41,7 +41,7 @@ _RETRIED_METHODS = {
 }
 
 # Only methods that may be carried out twice: UNAVAILABLE is what gRPC says of a server not reached, or
-# lost lost on the way, and what a server says itself of what it needs and lacks for now.
+# lost on the way, and what a server says itself of what it needs and lacks for now.
 _SERVICE_CONFIG = json.dumps(
     {
         "methodConfig": [

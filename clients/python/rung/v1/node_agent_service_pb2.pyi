@@ -43,8 +43,8 @@ class _RunKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunKind.Value
     """`/predict` of a prediction engine."""
 
 class RunKind(_RunKind, metaclass=_RunKindEnumTypeWrapper):
-    """RunKind says which route a generation uses: one of OpenAI's, or that of prediction engines. It is a closed set: no field of a
-    request chooses a path or a host.
+    """RunKind says which route a generation uses: one of OpenAI's, or that of prediction engines. It is a closed
+    set: no field of a request chooses a path or a host.
     """
 
 RUN_KIND_UNSPECIFIED: RunKind.ValueType  # 0

@@ -30,6 +30,10 @@ class NodeAgentServiceStub:
 
     Every mutation carries a `Command`: a lower epoch than the highest that the agent has seen is
     refused with ABORTED, reason STALE_EPOCH; a repeated operation id joins or repeats the operation.
+
+    An agent that is told to stop reports NOT_SERVING (gRPC health), refuses generations and mutations with
+    UNAVAILABLE, reason DRAINING, and lets the generations that run end for as long as its configuration
+    says. Then it ends all streams. Engines go on.
     """
 
     def __init__(self, channel):
@@ -115,11 +119,15 @@ class NodeAgentServiceServicer:
 
     Every mutation carries a `Command`: a lower epoch than the highest that the agent has seen is
     refused with ABORTED, reason STALE_EPOCH; a repeated operation id joins or repeats the operation.
+
+    An agent that is told to stop reports NOT_SERVING (gRPC health), refuses generations and mutations with
+    UNAVAILABLE, reason DRAINING, and lets the generations that run end for as long as its configuration
+    says. Then it ends all streams. Engines go on.
     """
 
     def Watch(self, request, context):
         """Watch streams a full snapshot, then changes. Status is sent once a second, which is also the
-        heartbeat. After a reconnect the new snapshot replaces all that was known.
+        heartbeat. After a reconnect the new snapshot replaces all that was known. It ends with the agent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -202,6 +210,7 @@ class NodeAgentServiceServicer:
         """Run carries generations to engines and their answers back, byte for byte in the shape of OpenAI's routes:
         many at once over one stream that stays open, since opening a call costs more than a short answer.
         Each has a number of its own; the end of the stream cancels all of its generations in their engines.
+        An agent that stops ends the stream with OK once nothing runs; who has more to ask opens another.
 
         What happens to one generation is no error of the call: it comes as `error`, with the reason that a call
         of its own would have had. Reasons of NOT_FOUND (deployment), FAILED_PRECONDITION (not awake),
@@ -341,6 +350,10 @@ class NodeAgentService:
 
     Every mutation carries a `Command`: a lower epoch than the highest that the agent has seen is
     refused with ABORTED, reason STALE_EPOCH; a repeated operation id joins or repeats the operation.
+
+    An agent that is told to stop reports NOT_SERVING (gRPC health), refuses generations and mutations with
+    UNAVAILABLE, reason DRAINING, and lets the generations that run end for as long as its configuration
+    says. Then it ends all streams. Engines go on.
     """
 
     @staticmethod

@@ -31,6 +31,10 @@ class NodeAgentServiceStub:
 
     Every mutation carries a `Command`: a lower epoch than the highest that the agent has seen is
     refused with ABORTED, reason STALE_EPOCH; a repeated operation id joins or repeats the operation.
+
+    An agent that is told to stop reports NOT_SERVING (gRPC health), refuses generations and mutations with
+    UNAVAILABLE, reason DRAINING, and lets the generations that run end for as long as its configuration
+    says. Then it ends all streams. Engines go on.
     """
 
     @_typing.overload
@@ -39,7 +43,7 @@ class NodeAgentServiceStub:
     def __new__(cls, channel: _aio.Channel) -> NodeAgentServiceAsyncStub: ...
     Watch: _grpc.UnaryStreamMultiCallable[_node_agent_service_pb2.WatchRequest, _node_agent_service_pb2.WatchResponse]
     """Watch streams a full snapshot, then changes. Status is sent once a second, which is also the
-    heartbeat. After a reconnect the new snapshot replaces all that was known.
+    heartbeat. After a reconnect the new snapshot replaces all that was known. It ends with the agent.
     """
     StartEngine: _grpc.UnaryStreamMultiCallable[_node_agent_service_pb2.StartEngineRequest, _node_agent_service_pb2.StartEngineResponse]
     """StartEngine starts a deployment's engine and streams its loading until it is ready. Starting
@@ -89,6 +93,7 @@ class NodeAgentServiceStub:
     """Run carries generations to engines and their answers back, byte for byte in the shape of OpenAI's routes:
     many at once over one stream that stays open, since opening a call costs more than a short answer.
     Each has a number of its own; the end of the stream cancels all of its generations in their engines.
+    An agent that stops ends the stream with OK once nothing runs; who has more to ask opens another.
 
     What happens to one generation is no error of the call: it comes as `error`, with the reason that a call
     of its own would have had. Reasons of NOT_FOUND (deployment), FAILED_PRECONDITION (not awake),
@@ -122,12 +127,16 @@ class NodeAgentServiceAsyncStub(NodeAgentServiceStub):
 
     Every mutation carries a `Command`: a lower epoch than the highest that the agent has seen is
     refused with ABORTED, reason STALE_EPOCH; a repeated operation id joins or repeats the operation.
+
+    An agent that is told to stop reports NOT_SERVING (gRPC health), refuses generations and mutations with
+    UNAVAILABLE, reason DRAINING, and lets the generations that run end for as long as its configuration
+    says. Then it ends all streams. Engines go on.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Watch: _aio.UnaryStreamMultiCallable[_node_agent_service_pb2.WatchRequest, _node_agent_service_pb2.WatchResponse]  # type: ignore[assignment]
     """Watch streams a full snapshot, then changes. Status is sent once a second, which is also the
-    heartbeat. After a reconnect the new snapshot replaces all that was known.
+    heartbeat. After a reconnect the new snapshot replaces all that was known. It ends with the agent.
     """
     StartEngine: _aio.UnaryStreamMultiCallable[_node_agent_service_pb2.StartEngineRequest, _node_agent_service_pb2.StartEngineResponse]  # type: ignore[assignment]
     """StartEngine starts a deployment's engine and streams its loading until it is ready. Starting
@@ -177,6 +186,7 @@ class NodeAgentServiceAsyncStub(NodeAgentServiceStub):
     """Run carries generations to engines and their answers back, byte for byte in the shape of OpenAI's routes:
     many at once over one stream that stays open, since opening a call costs more than a short answer.
     Each has a number of its own; the end of the stream cancels all of its generations in their engines.
+    An agent that stops ends the stream with OK once nothing runs; who has more to ask opens another.
 
     What happens to one generation is no error of the call: it comes as `error`, with the reason that a call
     of its own would have had. Reasons of NOT_FOUND (deployment), FAILED_PRECONDITION (not awake),
@@ -209,6 +219,10 @@ class NodeAgentServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Every mutation carries a `Command`: a lower epoch than the highest that the agent has seen is
     refused with ABORTED, reason STALE_EPOCH; a repeated operation id joins or repeats the operation.
+
+    An agent that is told to stop reports NOT_SERVING (gRPC health), refuses generations and mutations with
+    UNAVAILABLE, reason DRAINING, and lets the generations that run end for as long as its configuration
+    says. Then it ends all streams. Engines go on.
     """
 
     @_abc_1.abstractmethod
@@ -218,7 +232,7 @@ class NodeAgentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_node_agent_service_pb2.WatchResponse], _abc.AsyncIterator[_node_agent_service_pb2.WatchResponse]]:
         """Watch streams a full snapshot, then changes. Status is sent once a second, which is also the
-        heartbeat. After a reconnect the new snapshot replaces all that was known.
+        heartbeat. After a reconnect the new snapshot replaces all that was known. It ends with the agent.
         """
 
     @_abc_1.abstractmethod
@@ -316,6 +330,7 @@ class NodeAgentServiceServicer(metaclass=_abc_1.ABCMeta):
         """Run carries generations to engines and their answers back, byte for byte in the shape of OpenAI's routes:
         many at once over one stream that stays open, since opening a call costs more than a short answer.
         Each has a number of its own; the end of the stream cancels all of its generations in their engines.
+        An agent that stops ends the stream with OK once nothing runs; who has more to ask opens another.
 
         What happens to one generation is no error of the call: it comes as `error`, with the reason that a call
         of its own would have had. Reasons of NOT_FOUND (deployment), FAILED_PRECONDITION (not awake),

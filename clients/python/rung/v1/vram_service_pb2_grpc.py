@@ -75,8 +75,8 @@ class VramServiceServicer:
         """AcquireLease queues a demand and streams why it waits until the lease is granted. A caller
         that goes away before the grant withdraws its demand.
 
-        Errors: INVALID_ARGUMENT, NOT_FOUND (the GPU, or the deployment on it), RESOURCE_EXHAUSTED (can never fit; the message
-        says what would make it fit).
+        Errors: INVALID_ARGUMENT, NOT_FOUND (the GPU, or the deployment on it), RESOURCE_EXHAUSTED (can never
+        fit; the message says what would make it fit).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

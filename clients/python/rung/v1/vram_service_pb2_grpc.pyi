@@ -37,8 +37,8 @@ class VramServiceStub:
     """AcquireLease queues a demand and streams why it waits until the lease is granted. A caller
     that goes away before the grant withdraws its demand.
 
-    Errors: INVALID_ARGUMENT, NOT_FOUND (the GPU, or the deployment on it), RESOURCE_EXHAUSTED (can never fit; the message
-    says what would make it fit).
+    Errors: INVALID_ARGUMENT, NOT_FOUND (the GPU, or the deployment on it), RESOURCE_EXHAUSTED (can never
+    fit; the message says what would make it fit).
     """
     RenewLease: _grpc.UnaryUnaryMultiCallable[_vram_service_pb2.RenewLeaseRequest, _vram_service_pb2.RenewLeaseResponse]
     """RenewLease extends a lease. NOT_FOUND once it has expired."""
@@ -60,8 +60,8 @@ class VramServiceAsyncStub(VramServiceStub):
     """AcquireLease queues a demand and streams why it waits until the lease is granted. A caller
     that goes away before the grant withdraws its demand.
 
-    Errors: INVALID_ARGUMENT, NOT_FOUND (the GPU, or the deployment on it), RESOURCE_EXHAUSTED (can never fit; the message
-    says what would make it fit).
+    Errors: INVALID_ARGUMENT, NOT_FOUND (the GPU, or the deployment on it), RESOURCE_EXHAUSTED (can never
+    fit; the message says what would make it fit).
     """
     RenewLease: _aio.UnaryUnaryMultiCallable[_vram_service_pb2.RenewLeaseRequest, _vram_service_pb2.RenewLeaseResponse]  # type: ignore[assignment]
     """RenewLease extends a lease. NOT_FOUND once it has expired."""
@@ -86,8 +86,8 @@ class VramServiceServicer(metaclass=_abc_1.ABCMeta):
         """AcquireLease queues a demand and streams why it waits until the lease is granted. A caller
         that goes away before the grant withdraws its demand.
 
-        Errors: INVALID_ARGUMENT, NOT_FOUND (the GPU, or the deployment on it), RESOURCE_EXHAUSTED (can never fit; the message
-        says what would make it fit).
+        Errors: INVALID_ARGUMENT, NOT_FOUND (the GPU, or the deployment on it), RESOURCE_EXHAUSTED (can never
+        fit; the message says what would make it fit).
         """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,88 @@
+"""How an agent stops: nothing new is begun, what runs may end for a while, and then its streams end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import structlog
+
+from rung.errors import DrainingError
+
+_log = structlog.get_logger("rung.agent")
+
+
+class Drain:
+    """Knows which generations run, and ends what else would never end.
+
+    Attributes:
+        over: set once nothing is waited for any more: streams that go on for ever are to end then.
+    """
+
+    def __init__(self, node_id: str) -> None:
+        self.over = asyncio.Event()
+        self._node_id = node_id
+        self._draining = False
+        self._running: set[asyncio.Timeout] = set()
+
+    @property
+    def running(self) -> int:
+        """Generations that run."""
+        return len(self._running)
+
+    def require_open(self) -> None:
+        """Raises DrainingError once nothing new is begun."""
+        if self._draining:
+            raise DrainingError(
+                f"the agent of {self._node_id} is shutting down and begins nothing new", node=self._node_id
+            )
+
+    @asynccontextmanager
+    async def generation(self) -> AsyncIterator[None]:
+        """One generation, which is let end.
+
+        Raises:
+            DrainingError: it may not begin, or was cut.
+        """
+        self.require_open()
+        try:
+            async with asyncio.timeout(None) as cut:
+                self._running.add(cut)
+                try:
+                    yield
+                finally:
+                    self._running.discard(cut)
+                    if self._draining and not self._running:
+                        self.over.set()
+        except TimeoutError:
+            if not cut.expired():
+                raise
+            raise DrainingError(
+                f"the agent of {self._node_id} shut down before this generation ended", node=self._node_id
+            ) from None
+
+    def begin(self) -> None:
+        """Begin nothing more. It is over once nothing runs."""
+        self._draining = True
+        if not self._running:
+            self.over.set()
+
+    async def end(self, timeout_s: float) -> None:
+        """Wait until it is over, and cut what runs on after `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.over.wait()
+        except TimeoutError:
+            self.cut()
+
+    def cut(self) -> None:
+        """Wait for nothing any more: what runs is cut."""
+        self._draining = True
+        cut, self._running = self._running, set()
+        if cut:
+            _log.warning("generations_cut", generations=len(cut))
+        now_s = asyncio.get_running_loop().time()
+        for each in cut:
+            each.reschedule(now_s)
+        self.over.set()
