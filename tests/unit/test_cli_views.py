@@ -14,6 +14,7 @@ from rich.console import Console, RenderableType
 from rung.cli.views import (
     VramShare,
     bar_cells,
+    deployments_table,
     event_line,
     fleet_view,
     format_age,
@@ -37,6 +38,7 @@ from rung.errors import (
 )
 from rung.types import (
     EventPayload,
+    ExternalRuntime,
     FailureReason,
     FleetSnapshot,
     GpuProcess,
@@ -57,6 +59,7 @@ from rung.types import (
     Phase,
     PhaseProgress,
     Residency,
+    ResidencyClass,
     Routed,
     Served,
     TokenDelta,
@@ -209,6 +212,26 @@ class TestFleetView:
             for each in (replace(asleep, shrunk=True), replace(growing, shrunk=True), asleep)
         ]
         assert shown_as == ["shrunk", "waking", "asleep"]
+
+    @pytest.mark.parametrize(
+        ("residency_class", "words"),
+        [
+            (ResidencyClass.ON_DEMAND, "external"),
+            (ResidencyClass.SLEEPABLE, "external"),
+            (ResidencyClass.PINNED, "pinned"),
+            (ResidencyClass.CACHE, "cache"),
+        ],
+    )
+    def test_what_nobody_here_may_stop_is_not_said_to_be_on_demand(
+        self, residency_class: ResidencyClass, words: str
+    ) -> None:
+        ours = a_deployment("ours")
+        engine = replace(ours.spec.engine, runtime=ExternalRuntime(base_url="http://127.0.0.1:8000"))
+        spec = replace(ours.spec, id="theirs", engine=engine, residency_class=residency_class)
+        table = shown(deployments_table([replace(ours, spec=spec)]), width=160)
+        header, row = table.splitlines()[:2]
+        column = header.index("CLASS")
+        assert row[column:].split()[0] == words
 
     def test_texts_are_not_markup(self) -> None:
         odd = a_deployment("[red]x[/red]")

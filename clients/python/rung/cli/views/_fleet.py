@@ -13,6 +13,8 @@ from rung.cli.views._memory import vram_bar, vram_legend, vram_shares
 from rung.cli.views._words import format_age, format_bytes, format_part
 from rung.types import (
     Deployment,
+    DeploymentSpec,
+    ExternalRuntime,
     FleetSnapshot,
     Gpu,
     GpuHealth,
@@ -21,6 +23,7 @@ from rung.types import (
     Node,
     NodeState,
     Residency,
+    ResidencyClass,
 )
 
 _NODE_STYLES = {
@@ -102,11 +105,19 @@ def deployments_table(deployments: Sequence[Deployment]) -> RenderableType:
             Text(spec.node_id),
             Text(engine_name(deployment)),
             residency_text(deployment),
-            Text(spec.residency_class.value.replace("_", " ")),
+            Text(_class_words(spec)),
             format_bytes(deployment.vram_bytes),
             busy,
         )
     return table
+
+
+def _class_words(spec: DeploymentSpec) -> str:
+    """What may be done to a deployment. One that somebody else runs is never put to sleep, nor stopped."""
+    acted_on = (ResidencyClass.SLEEPABLE, ResidencyClass.ON_DEMAND)
+    if isinstance(spec.engine.runtime, ExternalRuntime) and spec.residency_class in acted_on:
+        return "external"
+    return spec.residency_class.value.replace("_", " ")
 
 
 def models_table(models: Sequence[Model]) -> RenderableType:
