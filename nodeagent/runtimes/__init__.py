@@ -4,6 +4,7 @@ from nodeagent.runtimes._allow import AllowedExecutable, AllowList
 from nodeagent.runtimes._base import (
     EngineExit,
     EngineRuntime,
+    HealthReport,
     LaunchPlan,
     OnProgress,
     RunningEngine,
@@ -21,6 +22,7 @@ __all__ = [
     "EngineExit",
     "EngineRuntime",
     "ExternalEngineRuntime",
+    "HealthReport",
     "LaunchPlan",
     "OnProgress",
     "ProcessEngineRuntime",

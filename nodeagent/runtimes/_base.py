@@ -7,7 +7,7 @@ a restarted agent learns which of its records are still true.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from msgspec import Struct
 
@@ -118,4 +118,13 @@ class EngineRuntime(Protocol):
 
     async def strays(self, known: frozenset[str]) -> tuple[RunningEngine, ...]:
         """Engines that carry this agent's mark but whose deployment id is not in `known`."""
+        ...
+
+
+@runtime_checkable
+class HealthReport(Protocol):
+    """What a runtime that looks after its engines' health offers beside `EngineRuntime`."""
+
+    def complaint(self, record: RunningEngine) -> str:
+        """What it finds wrong with an engine that runs and is waited for; "" if nothing."""
         ...

@@ -16,7 +16,7 @@ from nodeagent.engines import (
     PullControl,
     SleepControl,
 )
-from nodeagent.runtimes import EngineExit, EngineRuntime, RunningEngine
+from nodeagent.runtimes import EngineExit, EngineRuntime, HealthReport, RunningEngine
 from nodeagent.supervisor._planning import last_words
 from nodeagent.supervisor._progress import Progress
 from rung.errors import EngineStartFailedError, RungError, UnavailableError
@@ -82,14 +82,16 @@ async def until_ready(
                     f"{spec.id} could not load its model: {load_task.exception()}{words}", deployment=spec.id
                 )
             if progress.elapsed_s > patience_s:
-                why = f": {probe.detail}" if probe.detail else ""
+                found_wrong = with_complaint(probe.detail, running, runtime)
+                why = f": {found_wrong}" if found_wrong else ""
                 words = last_words(await tail_of(running, runtime))
                 raise EngineStartFailedError(
                     f"{spec.id} was not ready within {patience_s:g} s{why}{words}", deployment=spec.id
                 )
             found = loading.progress
             waiting_for = _waiting_for(probe) if load_task is None else "loading its model"
-            progress.say(found.detail or waiting_for, percent=found.percent)
+            detail = with_complaint(found.detail or waiting_for, running, runtime)
+            progress.say(detail, percent=found.percent)
             await asyncio.wait([exit_task], timeout=_READY_POLL_S)
     finally:
         tasks = [task for task in (exit_task, log_task, load_task) if task is not None]
@@ -112,6 +114,12 @@ async def exit_of(running: RunningEngine, runtime: EngineRuntime) -> EngineExit:
         except UnavailableError as error:
             _log.warning("runtime_away", deployment=running.deployment_id, error=error.message)
             await asyncio.sleep(RETURN_INTERVAL_S)
+
+
+def with_complaint(detail: str, running: RunningEngine, runtime: EngineRuntime) -> str:
+    """What is said of an engine that is not ready, and what its runtime finds wrong with it."""
+    complaint = runtime.complaint(running) if isinstance(runtime, HealthReport) else ""
+    return "; ".join(text for text in (detail, complaint) if text)
 
 
 class _Loading:

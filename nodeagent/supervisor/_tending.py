@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from nodeagent.engines import EngineAdapter, EngineHealth, Probe, SleepControl
 from nodeagent.runtimes import EngineExit, EngineRuntime, RunningEngine
-from nodeagent.supervisor._loading import RETURN_INTERVAL_S, exit_of
+from nodeagent.supervisor._loading import RETURN_INTERVAL_S, exit_of, with_complaint
 from nodeagent.supervisor._planning import last_words
 from nodeagent.supervisor._state import DeploymentState
 from rung.errors import UnavailableError
@@ -76,7 +76,8 @@ async def _until_gone(
             if missed == 0 and state.deployment.detail != "ready":
                 state.show(Residency.AWAKE, "ready")
             elif missed >= _HEALTH_TOLERANCE:
-                state.show(Residency.AWAKE, f"not well: {probe.detail or probe.health}")
+                why = with_complaint(probe.detail or probe.health, running, runtime)
+                state.show(Residency.AWAKE, f"not well: {why}")
     finally:
         exit_task.cancel()
         await asyncio.gather(exit_task, return_exceptions=True)
