@@ -77,8 +77,11 @@ class ExecutableConfig(ConfigModel):
 
 
 class DiscoverPorts(ConfigModel):
-    """Ports of loopback where engines of somebody else are looked for. A list replaces the usual ports of its
-    kind, and an empty one leaves them out. What answers there is known by its answers, not by its port."""
+    """Ports of loopback where engines of somebody else are looked for.
+
+    A list replaces the usual ports of its kind, and an empty one leaves them out. What answers there is
+    known by its answers, not by its port.
+    """
 
     vllm: tuple[Port, ...] = (8000, 8199, 8176, 8209)
     """Ports of vLLM, or of any server with OpenAI's routes; 8000, 8199, 8176 and 8209 by default."""

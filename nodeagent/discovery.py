@@ -1,6 +1,6 @@
 """Finding engines that already run here, so that a first start needs no configuration.
 
-The usual ports on loopback are asked a few harmless questions. An engine is known by how it answers,
+A few ports on loopback are asked a few harmless questions. An engine is known by how it answers,
 not by its port; what is not understood is somebody else's business and is left out without a word.
 """
 
@@ -30,9 +30,6 @@ from rung.types import (
     ResidencyClass,
     VllmEngine,
 )
-
-#: Where vLLM (8000 and those that guides use besides it), llama.cpp, Ollama and ComfyUI listen.
-USUAL_PORTS = (8000, 8199, 8176, 8209, 8080, 11434, 8188)
 
 #: Loopback answers in milliseconds; an engine that is busy compiling may need longer.
 _REQUEST_TIMEOUT_S = 2.0
@@ -91,7 +88,7 @@ _Answer = TypeVar("_Answer", bound=Struct)
 
 
 async def discover(
-    node_id: str, ports: Sequence[int] = USUAL_PORTS, *, host: str = "127.0.0.1"
+    node_id: str, ports: Sequence[int], *, host: str = "127.0.0.1"
 ) -> tuple[DeploymentSpec, ...]:
     """Engines that listen on loopback now, as deployments that somebody else runs.
 

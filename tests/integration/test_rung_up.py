@@ -51,13 +51,14 @@ class Up:
 
 
 @asynccontextmanager
-async def running_up(folder: Path) -> AsyncIterator[Up]:
-    SimulatedGpus.create_profile(folder / "gpus", SimulatedProfile.WORKSTATION)
+async def running_up(folder: Path, *more: str) -> AsyncIterator[Up]:
+    if not (folder / "gpus").exists():
+        SimulatedGpus.create_profile(folder / "gpus", SimulatedProfile.WORKSTATION)
     grpc_port, http_port, agent_port = free_ports(3)
     process = await asyncio.create_subprocess_exec(
         *rung_command("up", "--state-dir", str(folder / "state"), "--node-id", "workstation"),
         *("--grpc-port", str(grpc_port), "--http-port", str(http_port), "--agent-port", str(agent_port)),
-        *("--simulated-gpus", str(folder / "gpus")),
+        *("--simulated-gpus", str(folder / "gpus"), *more),
         cwd=folder,
         env={**os.environ, "XDG_CONFIG_HOME": str(folder)},
         stdout=asyncio.subprocess.PIPE,

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 
 import pytest
 from aiohttp import web
 
-from nodeagent.discovery import USUAL_PORTS, discover
+from nodeagent.config import AgentConfig, DiscoverPorts, load_agent_config
+from nodeagent.discovery import discover
+from rung.errors import ConfigError
 from rung.types import (
     ComfyUiEngine,
     ExternalRuntime,
@@ -248,4 +252,28 @@ async def test_nothing_listens() -> None:
 
 
 def test_our_own_ports_are_not_asked() -> None:
-    assert not {8150, 8151, 8152} & set(USUAL_PORTS)
+    assert not {8150, 8151, 8152} & set(DiscoverPorts().all)
+
+
+def test_ports_of_a_kind_replace_its_usual_ones_and_no_others() -> None:
+    usual = DiscoverPorts()
+    ports = AgentConfig.model_validate(
+        {"discover_ports": {"vllm": [9000, 9001], "ollama": []}}
+    ).discover_ports
+    assert ports.all == (9000, 9001, *usual.llamacpp, *usual.comfyui)
+
+
+@pytest.mark.parametrize(
+    ("given", "where"),
+    [
+        ({"vllm": [0]}, "discover_ports.vllm[0]"),
+        ({"comfyui": [65536]}, "discover_ports.comfyui[0]"),
+        ({"vllm": 9000}, "discover_ports.vllm"),
+        ({"lmstudio": [1234]}, "discover_ports.lmstudio"),
+    ],
+)
+def test_ports_that_cannot_be_meant_are_refused(tmp_path: Path, given: dict[str, object], where: str) -> None:
+    file = tmp_path / "agent.yaml"
+    file.write_text(json.dumps({"discover_ports": given}))
+    with pytest.raises(ConfigError, match=re.escape(where)):
+        load_agent_config(file)
