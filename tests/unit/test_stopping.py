@@ -25,7 +25,11 @@ async def main():
     print("first", flush=True)
     await stop.second.wait()
     print("second", flush=True)
-    await asyncio.Event().wait()
+    try:
+        await asyncio.Event().wait()
+    finally:
+        # Something that does not let itself be closed.
+        await asyncio.Event().wait()
 
 asyncio.run(main())
 """
@@ -70,7 +74,7 @@ async def test_the_second_signal_is_another_and_the_third_ends_the_process(last:
         for said, number in ((b"ready", signal.SIGTERM), (b"first", signal.SIGINT), (b"second", last)):
             assert (await process.stdout.readline()).strip() == said
             process.send_signal(number)
-        assert await process.wait() == -last
+        assert await asyncio.wait_for(process.wait(), 30) == -last
     finally:
         if process.returncode is None:
             process.kill()
