@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import msgspec
 from aiohttp import web
 
-from rung.errors import EngineRejectedError, RungError, Status
+from rung.errors import EngineRejectedError, EngineUnreachableError, RequestTooLargeError, RungError, Status
 
 #: OpenAI's error types by our canonical codes; its clients choose their exception by HTTP status.
 _TYPES = {
@@ -22,26 +22,34 @@ _TYPES = {
     Status.UNAVAILABLE: "service_unavailable_error",
     Status.DEADLINE_EXCEEDED: "timeout_error",
 }
+_SERVER_ERROR = "server_error"
+_BAD_GATEWAY = 502
 _CODES = {"UNKNOWN_MODEL": "model_not_found"}
 
 
 def error_body(error: RungError) -> bytes:
     """OpenAI's error object, with our reason and facts beside it under `rung`."""
     reason = error.reason
-    kind = (
-        "invalid_request_error" if reason == "REQUEST_TOO_LARGE" else _TYPES.get(error.status, "server_error")
-    )
     return msgspec.json.encode(
         {
             "error": {
                 "message": error.message,
-                "type": kind,
+                "type": _type(error),
                 "param": "model" if reason == "UNKNOWN_MODEL" else error.metadata.get("param"),
                 "code": error.metadata.get("engine_code") or _CODES.get(reason) or reason.lower(),
                 "rung": {"reason": reason, **error.metadata},
             }
         }
     )
+
+
+def _type(error: RungError) -> str:
+    if isinstance(error, RequestTooLargeError):
+        return "invalid_request_error"
+    if error.http_status == _BAD_GATEWAY:
+        # An engine failed: OpenAI's own name for that. What is only full or away for now has another.
+        return _SERVER_ERROR
+    return _TYPES.get(error.status, _SERVER_ERROR)
 
 
 def http_status(error: RungError) -> int:
@@ -57,7 +65,8 @@ def error_response(error: RungError, headers: Mapping[str, str] | None = None) -
         status=http_status(error), body=error_body(error), content_type="application/json", headers=headers
     )
     retry_after = error.metadata.get("retry_after")
-    if retry_after is None and response.status in (429, 503):
+    if retry_after is None and (response.status in (429, 503) or isinstance(error, EngineUnreachableError)):
+        # An engine that cannot be reached has mostly ended, and is started by whoever asks next.
         retry_after = "1"
     if retry_after:
         response.headers["Retry-After"] = retry_after

@@ -12,7 +12,7 @@ from controlplane.gateway._errors import error_body, error_response
 from controlplane.gateway._keep_alive import KeepAlive
 from controlplane.gateway._progress import progress_comment
 from controlplane.pipelines import Begun, Pipelines, Wish, read_head
-from rung.errors import InvalidRequestError, RungError
+from rung.errors import InvalidRequestError, RungError, UnknownModelError
 from rung.types import JobKind, PhaseProgress, Policy, Priority
 
 #: A caller's own id ends up in headers and logs.
@@ -49,12 +49,13 @@ class OpenAiRoutes:
         return _json({"object": "list", "data": [_model_row(model) for model in self._pipelines.models()]})
 
     async def model(self, request: web.Request) -> web.StreamResponse:
-        """`GET /v1/models/{model}`."""
+        """`GET /v1/models/{model}`. Raises UnknownModelError."""
         name = request.match_info["model"]
         for found in self._pipelines.models():
             if found.id == name:
                 return _json(_model_row(found))
-        raise web.HTTPNotFound
+        message = f"there is no model {name!r}; `GET /v1/models` lists what there is"
+        raise UnknownModelError(message, model=name)
 
     async def _begin(self, request: web.Request, kind: JobKind, model: str, body: bytes) -> Begun:
         wish = Wish(

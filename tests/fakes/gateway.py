@@ -54,7 +54,11 @@ class Plane:
 
 @asynccontextmanager
 async def a_plane(
-    *, ladder: Ladder | None = None, cloud: Cloud | None = None, ask_judge: bool = False
+    *,
+    ladder: Ladder | None = None,
+    cloud: Cloud | None = None,
+    ask_judge: bool = False,
+    max_request_bytes: int = 64 * 1024,
 ) -> AsyncIterator[Plane]:
     """A gateway with one deployment, `tiny-1` of the model `tiny`, served by the plane's engine."""
     async with (
@@ -82,7 +86,7 @@ async def a_plane(
         gateway = Gateway(
             host="127.0.0.1",
             port=0,
-            max_request_bytes=64 * 1024,
+            max_request_bytes=max_request_bytes,
             fleet=fleet,
             jobs=jobs,
             pipelines=pipelines,
