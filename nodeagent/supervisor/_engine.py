@@ -8,10 +8,11 @@ from contextlib import AbstractAsyncContextManager, contextmanager
 
 from msgspec.structs import replace
 
-from nodeagent.engines import DEEPEST_LEVEL, EngineAdapter, FreeControl, ShrinkControl, SleepControl
+from nodeagent.engines import DEEPEST_LEVEL, EngineAdapter, FreeControl
 from nodeagent.runtimes import EngineRuntime, RunningEngine
 from nodeagent.supervisor._freeing import DRAIN_TIMEOUT_S, free_cache
 from nodeagent.supervisor._gpus import GpuTurns
+from nodeagent.supervisor._guardrails import Guardrails
 from nodeagent.supervisor._lifecycle import RUNNING, EngineLifecycle
 from nodeagent.supervisor._measuring import Look, Meter
 from nodeagent.supervisor._planning import intended, launch_plan, require_free_port
@@ -25,10 +26,6 @@ from rung.errors import (
     EngineStartFailedError,
     EngineUnreachableError,
     FailedPreconditionError,
-    InvalidRequestError,
-    NotAwakeError,
-    NotOursError,
-    PinnedDeploymentError,
 )
 from rung.types import (
     Deployment,
@@ -39,8 +36,6 @@ from rung.types import (
     Residency,
     ResidencyClass,
 )
-
-_AT_REST = frozenset({Residency.STOPPED, Residency.FAILED})
 
 
 class EngineSupervisor:
@@ -64,6 +59,7 @@ class EngineSupervisor:
     ) -> None:
         self._state = DeploymentState(record, records=records, scope=scope, on_change=on_change)
         self._lifecycle = EngineLifecycle(self._state, runtime=runtime, adapter=adapter)
+        self._guardrails = Guardrails(self._state, self._lifecycle)
         self._meter = Meter(self._state, look)
         self._sleep = EngineSleep(self._state, self._lifecycle, self._meter)
         self._turns = Turns(lambda: self.residency)
@@ -90,7 +86,7 @@ class EngineSupervisor:
     @property
     def pinned(self) -> bool:
         """Whether the engine that runs, or the one that is configured, is pinned."""
-        return self._state.record.residency_class is ResidencyClass.PINNED
+        return self._guardrails.pinned
 
     @property
     def external(self) -> bool:
@@ -127,7 +123,7 @@ class EngineSupervisor:
         """
         running = self.running
         if self.residency is not Residency.AWAKE or running is None:
-            raise self._not_awake()
+            raise self._guardrails.not_awake()
         self._state.count(1)
         try:
             yield running.base_url
@@ -246,11 +242,11 @@ class EngineSupervisor:
             NotOursError: somebody else runs it.
             RungError: it does not end, or its runtime is away; the deployment has FAILED.
         """
-        self._require_stoppable(force=force)
+        self._guardrails.require_stoppable(force=force)
         # The start of a pinned engine is waited for, and then this stop is refused.
         self._turns.call_off_starts(force=force)
         async with self._turns.turn("stop", emit):
-            self._require_stoppable(force=force)
+            self._guardrails.require_stoppable(force=force)
             freed_bytes: int | None = None
             if self.running is not None:
                 async with self._gpu_turn("stop", emit):
@@ -270,13 +266,6 @@ class EngineSupervisor:
             held_bytes = before.held_bytes if before is not None else None
             return await self._meter.freed(before, expected_bytes=held_bytes or 0, gone=True)
 
-    def _require_stoppable(self, *, force: bool) -> None:
-        self._require_ours("stop it where it was started")
-        if self.pinned and not force and self.running is not None:
-            raise PinnedDeploymentError(
-                f"{self.id} is pinned; nothing is done to it without force", deployment=self.id
-            )
-
     async def sleep(self, emit: Emit, *, level: int, force: bool, drain_timeout_s: float) -> LifecycleDone:
         """Put the engine to sleep after its running requests; at once if it sleeps at this level.
 
@@ -289,14 +278,14 @@ class EngineSupervisor:
             DeadlineExceededError: requests did not end in time; it stays awake.
             RungError: it did not fall asleep. Its residency says how it is.
         """
-        self._require_sleepable(level, force=force)
+        self._guardrails.require_sleepable(level, force=force)
         async with self._turns.turn("sleep", emit):
-            control = self._require_sleepable(level, force=force)
+            control = self._guardrails.require_sleepable(level, force=force)
             if self.residency is Residency.ASLEEP:
-                self._require_level(level)
+                self._guardrails.require_level(level)
                 return LifecycleDone(self.deployment)
             async with self._gpu_turn("sleep", emit):
-                self._require_awake()
+                self._guardrails.require_awake()
                 await self._lifecycle.stop_tending()
                 freed_bytes = await self._sleep.fall_asleep(
                     control, level, emit, drain_timeout_s=drain_timeout_s
@@ -314,9 +303,9 @@ class EngineSupervisor:
             FailedPreconditionError: its engine cannot shrink, or sleeps.
             NotAwakeError, DeadlineExceededError, RungError: as `sleep`.
         """
-        self._require_shrinkable()
+        self._guardrails.require_shrinkable()
         async with self._turns.turn("shrinking", emit):
-            control = self._require_shrinkable()
+            control = self._guardrails.require_shrinkable()
             if self.residency is Residency.ASLEEP:
                 if self.deployment.shrunk:
                     return LifecycleDone(self.deployment)
@@ -324,7 +313,7 @@ class EngineSupervisor:
                     f"{self.id} sleeps, from where it cannot be shrunk; wake it first", deployment=self.id
                 )
             async with self._gpu_turn("shrinking", emit):
-                self._require_awake()
+                self._guardrails.require_awake()
                 await self._lifecycle.stop_tending()
                 freed_bytes = await self._sleep.shrink(control, emit, drain_timeout_s=drain_timeout_s)
             return LifecycleDone(self.deployment, freed_bytes)
@@ -339,7 +328,7 @@ class EngineSupervisor:
         """
         # What anybody's engine is asked to give back, it may be asked to take again.
         if not (isinstance(self.adapter, FreeControl) and self.adapter.frees_model):
-            self._require_ours("wake it where it was started")
+            self._guardrails.require_ours("wake it where it was started")
         async with self._turns.turn("waking", emit):
             if self.residency is Residency.AWAKE:
                 return LifecycleDone(self.deployment)
@@ -349,7 +338,7 @@ class EngineSupervisor:
                         f"{self.id} is {self.residency}; what is asleep can be woken", deployment=self.id
                     )
                 await self._lifecycle.stop_tending()
-                await self._sleep.wake(self._sleep_control(), emit)
+                await self._sleep.wake(self._guardrails.sleep_control(), emit)
             return LifecycleDone(self.deployment)
 
     async def free(self, emit: Emit) -> LifecycleDone:
@@ -364,17 +353,17 @@ class EngineSupervisor:
             DeadlineExceededError: it was busy for too long; nothing was asked of it.
             RungError: it did not take the call, or it ended.
         """
-        self._require_freeable()
+        self._guardrails.require_freeable()
         async with self._turns.turn("flush", emit):
-            control = self._require_freeable()
+            control = self._guardrails.require_freeable()
             if control.frees_model and self.residency is Residency.ASLEEP:
                 return LifecycleDone(self.deployment)
             async with self._gpu_turn("flush", emit):
-                self._require_awake()
+                self._guardrails.require_awake()
                 if control.frees_model:
                     await self._lifecycle.stop_tending()
                     freed_bytes = await self._sleep.fall_asleep(
-                        self._sleep_control(), DEEPEST_LEVEL, emit, drain_timeout_s=DRAIN_TIMEOUT_S
+                        self._guardrails.sleep_control(), DEEPEST_LEVEL, emit, drain_timeout_s=DRAIN_TIMEOUT_S
                     )
                 else:
                     freed_bytes = await free_cache(
@@ -390,81 +379,6 @@ class EngineSupervisor:
         gpus = (spec or self._state.record.spec).engine.gpus
         return self._gpu_turns.turn(gpus, f"{doing} of {self.id}", emit, lambda: self.residency)
 
-    def _require_ours(self, instead: str) -> None:
-        if self.external:
-            raise NotOursError(f"{self.id} is run by somebody else; {instead}", deployment=self.id)
-
-    def _require_awake(self) -> None:
-        if self.residency is not Residency.AWAKE:
-            raise self._not_awake()
-
-    def _not_awake(self) -> NotAwakeError:
-        # The detail of one that is simply stopped says no more than its residency.
-        detail = self.deployment.detail
-        more = f": {detail}" if detail and detail != self.residency else ""
-        return NotAwakeError(f"{self.id} is {self.residency}{more}", deployment=self.id)
-
-    def _require_unpinned(self, *, force: bool) -> None:
-        if self.pinned and not force:
-            raise PinnedDeploymentError(
-                f"{self.id} is pinned; nothing is done to it without force", deployment=self.id
-            )
-
-    def _require_level(self, level: int) -> None:
-        record = self._state.record
-        if record.shrunk or record.sleep_level != level:
-            found = "is shrunk" if record.shrunk else f"sleeps at level {record.sleep_level}"
-            raise FailedPreconditionError(
-                f"{self.id} {found}, from which there is no way to level {level}; wake it first, or stop it",
-                deployment=self.id,
-            )
-
-    def _require_sleepable(self, level: int, *, force: bool) -> SleepControl:
-        self._require_ours("put it to sleep where it was started")
-        self._require_unpinned(force=force)
-        control = self._sleep_control()
-        levels = self._require_levels(control)
-        if level not in levels:
-            known = " or ".join(map(str, levels))
-            raise InvalidRequestError(f"{self.id} sleeps at level {known}, not {level}", deployment=self.id)
-        return control
-
-    def _require_levels(self, control: SleepControl) -> tuple[int, ...]:
-        levels = control.sleep_levels(self._state.record.spec)
-        if not levels:
-            raise FailedPreconditionError(
-                f"{self.id} was not started so that it can sleep; stop it instead", deployment=self.id
-            )
-        return levels
-
-    def _require_shrinkable(self) -> ShrinkControl:
-        self._require_ours("shrink it where it was started")
-        if not self._state.record.spec.shrinkable:
-            self._require_unpinned(force=False)
-            raise FailedPreconditionError(
-                f"{self.id} has not opted in to being shrunk (shrinkable)", deployment=self.id
-            )
-        adapter = self.adapter
-        if not isinstance(adapter, ShrinkControl):
-            raise FailedPreconditionError(f"the engine of {self.id} cannot shrink", deployment=self.id)
-        self._require_levels(adapter)
-        return adapter
-
-    def _sleep_control(self) -> SleepControl:
-        if not isinstance(self.adapter, SleepControl):
-            raise FailedPreconditionError(
-                f"the engine of {self.id} cannot sleep; stop it instead", deployment=self.id
-            )
-        return self.adapter
-
-    def _require_freeable(self) -> FreeControl:
-        self._require_unpinned(force=False)
-        if not isinstance(self.adapter, FreeControl):
-            raise FailedPreconditionError(
-                f"the engine of {self.id} keeps no cache that it could give back", deployment=self.id
-            )
-        return self.adapter
-
     async def forget(self) -> None:
         """Remove the record of a deployment whose engine does not run.
 
@@ -472,9 +386,9 @@ class EngineSupervisor:
             FailedPreconditionError: it runs, or may, or something else was asked of it meanwhile.
             UnavailableError: its runtime cannot tell whether it runs.
         """
-        self._require_at_rest()
+        self._guardrails.require_at_rest()
         async with self._turns.turn("removal", nobody):
-            self._require_at_rest()
+            self._guardrails.require_at_rest()
             await self._lifecycle.require_gone(nobody)
             await self._lifecycle.stop_tending()
             if self._turns.awaited:
@@ -482,10 +396,6 @@ class EngineSupervisor:
                     f"something else was asked of {self.id} meanwhile; try again", deployment=self.id
                 )
             self._state.delete()
-
-    def _require_at_rest(self) -> None:
-        if not self.external and self.residency not in _AT_REST:
-            raise FailedPreconditionError(f"{self.id} is {self.residency}; stop it first", deployment=self.id)
 
     async def resume(self) -> None:
         """After a restart of the agent: take back the engine that still runs, and disturb nothing."""
