@@ -8,7 +8,8 @@ import pytest
 
 from controlplane.commands import find_config
 from controlplane.config import default_config, load_config
-from controlplane.local import STARTER_CONFIG, with_overrides
+from controlplane.local import STARTER_CONFIG, UpOptions, with_overrides
+from controlplane.local._up import _plan, _serve_command
 from rung.cli import ExitCode, main
 from rung.errors import ConfigError
 
@@ -89,3 +90,16 @@ def test_serve_with_a_bad_file(capsys: pytest.CaptureFixture[str]) -> None:
     Path("rung.yaml").write_text("servr: {}\n")
     assert main(["serve"]) == ExitCode.FAILED
     assert capsys.readouterr().err.startswith("error: rung.yaml:1: servr: ")
+
+
+class TestStateOfUp:
+    def test_what_is_given_goes_before_the_configurations(self, tmp_path: Path) -> None:
+        file = Path("rung.yaml")
+        file.write_text("server: {state_dir: /theirs}\nnodes: [{id: box, address: '127.0.0.1:8152'}]\n")
+        for given, expected in ((tmp_path / "given", tmp_path / "given"), (None, Path("/theirs"))):
+            options = UpOptions(state_dir=tmp_path, server_state_dir=given, config=file)
+            plan = _plan(options)
+            assert plan.server_state_dir == expected
+            # The control plane is told, and so looks nowhere else, whatever RUNG_STATE_DIR says.
+            command = _serve_command(options, plan)
+            assert command[command.index("--state-dir") + 1] == str(expected)
