@@ -323,7 +323,7 @@ async def test_the_next_target_is_tried(plane: Plane) -> None:
 
 
 async def test_all_targets_away(plane: Plane) -> None:
-    plane.fleet.show(deployment_view("away", "http://127.0.0.1:9"))
+    plane.fleet.show(deployment_view("away", "http://127.0.0.1:9", external=True))
 
     status, answered, _ = await plane.post("/v1/chat/completions", CHAT)
 

@@ -184,7 +184,7 @@ async def test_an_answer_to_something_else_fails_the_job_and_tells_the_circuit(p
 
 async def test_one_that_fails_is_followed_by_the_next(plane: Plane) -> None:
     plane.fleet.show(
-        deployment_view("away", "http://127.0.0.1:1", model="a", capabilities=("prediction",)),
+        deployment_view("away", "http://127.0.0.1:1", model="a", capabilities=("prediction",), external=True),
         deployment_view(
             "near", plane.engine.url, model="b", capabilities=("prediction",), residency=Residency.ASLEEP
         ),
