@@ -57,7 +57,7 @@ _log = structlog.get_logger("rung.agent")
 
 #: Engines that somebody else starts later are looked for this often.
 _DISCOVERY_INTERVAL_S = 10.0
-#: What is left at the end of a stop gets so long: last messages, operations, logs that are followed.
+#: What is left at the end of a stop gets so long: last messages on their way, and operations.
 _STOP_GRACE_S = 1.0
 
 

@@ -25,6 +25,7 @@ class Drain:
         self._node_id = node_id
         self._draining = False
         self._running: set[asyncio.Timeout] = set()
+        self._endless: set[asyncio.Timeout] = set()
 
     @property
     def running(self) -> int:
@@ -54,7 +55,7 @@ class Drain:
                 finally:
                     self._running.discard(cut)
                     if self._draining and not self._running:
-                        self.over.set()
+                        self._be_over()
         except TimeoutError:
             if not cut.expired():
                 raise
@@ -62,11 +63,25 @@ class Drain:
                 f"the agent of {self._node_id} shut down before this generation ended", node=self._node_id
             ) from None
 
+    @asynccontextmanager
+    async def until_over(self) -> AsyncIterator[None]:
+        """Leaves its block once it is over: for what waits for something else, and would never look."""
+        try:
+            async with asyncio.timeout(None) as limit:
+                self._endless.add(limit)
+                try:
+                    yield
+                finally:
+                    self._endless.discard(limit)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+
     def begin(self) -> None:
         """Begin nothing more. It is over once nothing runs."""
         self._draining = True
         if not self._running:
-            self.over.set()
+            self._be_over()
 
     async def end(self, timeout_s: float) -> None:
         """Wait until it is over, and cut what runs on after `timeout_s`."""
@@ -79,10 +94,18 @@ class Drain:
     def cut(self) -> None:
         """Wait for nothing any more: what runs is cut."""
         self._draining = True
-        cut, self._running = self._running, set()
-        if cut:
-            _log.warning("generations_cut", generations=len(cut))
-        now_s = asyncio.get_running_loop().time()
-        for each in cut:
-            each.reschedule(now_s)
+        if self._running:
+            _log.warning("generations_cut", generations=len(self._running))
+        _expire(self._running)
+        self._be_over()
+
+    def _be_over(self) -> None:
         self.over.set()
+        _expire(self._endless)
+
+
+def _expire(limits: set[asyncio.Timeout]) -> None:
+    """Each once."""
+    now_s = asyncio.get_running_loop().time()
+    while limits:
+        limits.pop().reschedule(now_s)

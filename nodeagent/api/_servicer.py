@@ -261,8 +261,9 @@ class NodeAgentServicer:
         """The output of the engine that runs, or of the one that ran last."""
         engine = self._supervisor.engine(request.deployment_id)
         tail_lines = request.tail_lines or _DEFAULT_TAIL_LINES
-        async for line in engine.log(tail_lines=tail_lines, follow=request.follow):
-            yield v1.ReadEngineLogResponse(lines=[line])
+        async with self._drain.until_over():
+            async for line in engine.log(tail_lines=tail_lines, follow=request.follow):
+                yield v1.ReadEngineLogResponse(lines=[line])
 
 
 def _idle_timeout_s(request: v1.RunBegin | v1.RunGenerationRequest) -> float:

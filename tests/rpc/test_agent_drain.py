@@ -190,6 +190,18 @@ async def test_streams_of_an_agent_that_does_nothing_end_by_themselves(plane: Pl
         await plane.run().__aenter__()
 
 
+async def test_an_output_that_is_followed_ends_with_the_agent(plane: Plane) -> None:
+    plane.agent.runtime.output = ["loaded"]
+    call = plane.stub.ReadEngineLog(v1.ReadEngineLogRequest(deployment_id="chat-1", follow=True))
+    assert list((await call.read()).lines) == ["loaded"]
+
+    plane.drain.begin()
+    async with asyncio.timeout(SOON_S):
+        await plane.server.stop(LONG_S)
+        assert await call.read() is grpc.aio.EOF
+        assert await call.code() is grpc.StatusCode.OK
+
+
 async def test_what_outlasts_the_drain_is_cut_and_its_caller_told_why(plane: Plane) -> None:
     plane.adapter.reply.gate.clear()
     async with asyncio.timeout(SOON_S), plane.run() as running:
