@@ -56,7 +56,7 @@ def open_story(screen: Screen, options: DemoOptions) -> None:
         "the control plane, two node agents, gRPC, HTTP and the job log. They are the programs that run a "
         "real fleet, as separate processes on this computer, on free loopback ports.",
         "two machines (a workstation with an RTX 5090 of 32 GB, a DGX Spark with 128 GB of shared memory) "
-        f"and {engine}. Simulated engines talk {SPEED:g} times as fast as real ones, and load in seconds. "
+        f"and {engine}. Simulated engines work {SPEED:g} times as fast as real ones, and load in seconds. "
         "And a cloud API, on loopback as well.",
     )
 

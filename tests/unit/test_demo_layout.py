@@ -174,7 +174,7 @@ def test_what_it_says_of_the_speed_is_what_its_engines_are_told(tmp_path: Path) 
     layout.write()
     console = Console(record=True, width=200, file=io.StringIO())
     open_story(Screen(console), DemoOptions())
-    said = re.search(r"talk (\d+) times as fast", " ".join(console.export_text().split()))
+    said = re.search(r"work (\d+) times as fast", " ".join(console.export_text().split()))
     assert said is not None
     for spec in load_config(layout.config_path).deployment_specs():
         runtime = spec.engine.runtime
