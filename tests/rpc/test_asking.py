@@ -13,7 +13,7 @@ from controlplane.fleet import NodeSchedulers, log_alert
 from controlplane.ladder import Candidate, Circuits, RungSpec, TargetKind, build_ladder
 from controlplane.pipelines import Slots
 from controlplane.pipelines._asking import LadderAsk
-from controlplane.pipelines._engage import Engager
+from controlplane.pipelines._engage import HEARD_WITHIN_S, Engager
 from controlplane.pipelines._router import Judged, Router
 from controlplane.stages import Answer, Message
 from rung.errors import (
@@ -142,6 +142,14 @@ async def test_what_may_not_leave_owned_hardware_does_not_when_that_is_away(aske
     with pytest.raises(NoTargetError, match="cloud/big"):
         await asked.asks(local_only=False)
     assert asked.cloud.asked == ["cloud/big"]
+
+
+async def test_one_that_is_gone_is_not_waited_for(asked: Asked) -> None:
+    asked.fleet.show(deployment_view("small-1", "http://127.0.0.1:9", model="small"))
+
+    async with asyncio.timeout(HEARD_WITHIN_S / 2):
+        with pytest.raises(EngineUnreachableError):
+            await asked.asks(local_only=True)
 
 
 @pytest.mark.parametrize("residency", [Residency.ASLEEP, Residency.STOPPED, Residency.STARTING])

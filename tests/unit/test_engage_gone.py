@@ -9,6 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from controlplane.pipelines._engage import HEARD_WITHIN_S
+from controlplane.pipelines._wish import Wish
 from rung.errors import (
     EngineFailedError,
     EngineStartFailedError,
@@ -18,7 +19,7 @@ from rung.errors import (
     NotAwakeError,
     RungError,
 )
-from rung.types import Policy, Priority, Residency
+from rung.types import JobKind, Policy, Priority, Residency
 from tests.fakes.engaging import Place
 from tests.fakes.fleet_view import deployment_view
 from tests.fakes.virtual_time import in_virtual_time
@@ -245,3 +246,16 @@ async def test_a_caller_that_leaves_while_it_is_waited_for_leaves_nothing_behind
         await answer
     assert not place.slots.pressure
     assert not place.circuits
+
+
+@in_virtual_time
+async def test_for_what_is_better_answered_by_nobody_than_late_it_is_not_waited_for() -> None:
+    place = Place(deployments=1, models=0)
+    place.answers.of["near"] = GONE[0]
+    wish = Wish(kind=JobKind.CHAT, model="near", body=b"{}")
+    targets = place.router.choose(place.router.route(wish))
+    began_s = now_s()
+
+    with pytest.raises(EngineUnreachableError):
+        await place.engager.engage(place.job, wish, targets, stream=False, waits_for_gone=False)
+    assert now_s() == began_s
