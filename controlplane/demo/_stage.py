@@ -33,6 +33,7 @@ from controlplane.local import (
 
 _START_TIMEOUT_S = 30.0
 _STOP_GRACE_S = 5.0
+_PLANE = "controlplane"
 #: Simulated machines by node.
 PROFILES = {WORKSTATION: "workstation", SPARK: "spark"}
 
@@ -70,10 +71,19 @@ class Processes:
         self._watch = watch
 
     async def start_all(self) -> Child:
-        """Start them; returns the control plane. Raises OSError."""
+        """Start them, and make the machines of the agents; returns the control plane.
+
+        Raises:
+            OSError: one cannot be started.
+            StageFailedError: a machine could not be made.
+        """
+        # It takes longest, and asks nothing of the machines.
+        await self.start(_PLANE)
+        await _make_machines(self._layout)
         for name in self._commands:
-            await self.start(name)
-        return next(iter(self.children.values()))
+            if name not in self.children:
+                await self.start(name)
+        return self.children[_PLANE]
 
     async def start(self, name: str) -> int:
         """Start one; returns its pid. Raises OSError."""
@@ -126,7 +136,6 @@ async def open_stage(options: DemoOptions, watch: Watch) -> AsyncIterator[Stage]
     processes: Processes | None = None
     try:
         layout = _layout(options, folder, llama_cpp)
-        await _make_machines(layout)
         layout.write()
         started_s = time.monotonic()
         processes = Processes(layout, watch)
@@ -190,7 +199,7 @@ def _agent_name(node_id: str) -> str:
 
 
 def _commands(layout: Layout) -> dict[str, tuple[str, ...]]:
-    commands = {"controlplane": rung_command("serve", "--config", str(layout.config_path))}
+    commands = {_PLANE: rung_command("serve", "--config", str(layout.config_path))}
     for node_id, port in layout.agent_ports.items():
         # Engines that really run here belong to one machine only.
         discover = "--discover" if node_id == WORKSTATION else "--no-discover"
