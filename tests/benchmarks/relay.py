@@ -39,6 +39,10 @@ CONCURRENCIES = (1, 16, 64)
 STREAMS = 64
 LITELLM = ROOT / ".cache" / "bench-litellm"
 _TICKS = os.sysconf("SC_CLK_TCK")
+#: A window is measured again if the host took more than this share of a core, after a pause, so often at most.
+_MOST_STOLEN = 0.01
+_MOST_TRIES = 8
+_PAUSE_S = 3.0
 _START_S = 60.0
 Result = dict[str, float]
 
@@ -92,7 +96,21 @@ class Bench:
         return port
 
     def load(self, target: Target, concurrency: int, *, stream: bool, grpc: bool = False) -> Result:
-        """One window of load; what was measured, and the processor time of the target."""
+        """One window of load; what was measured, and the processor time of the target.
+
+        A window in which the machine's host gave its cores to somebody else says nothing about the target,
+        and is measured again, a few times.
+        """
+        for _ in range(_MOST_TRIES):
+            stolen_s = _stolen_s()
+            found = self._window(target, concurrency, stream=stream, grpc=grpc)
+            found["stolen"] = (_stolen_s() - stolen_s) / found["seconds"]
+            if found["stolen"] <= _MOST_STOLEN:
+                break
+            time.sleep(_PAUSE_S)
+        return found
+
+    def _window(self, target: Target, concurrency: int, *, stream: bool, grpc: bool) -> Result:
         seconds = str(self.seconds * (2 if stream else 1))
         if grpc:
             command = [sys.executable, "-m", "tests.benchmarks.grpc_load", str(target.grpc_port)]
@@ -365,6 +383,12 @@ def _cpu_s(pids: list[int]) -> float:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks / _TICKS
+
+
+def _stolen_s() -> float:
+    """Time that a virtual machine's cores were wanted and not given, all of them together."""
+    steal = Path("/proc/stat").read_text().split(maxsplit=9)[8]
+    return int(steal) / _TICKS
 
 
 def _rss_mb(pids: list[int]) -> float:
