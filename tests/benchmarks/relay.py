@@ -39,7 +39,7 @@ CONCURRENCIES = (1, 16, 64)
 STREAMS = 64
 LITELLM = ROOT / ".cache" / "bench-litellm"
 _TICKS = os.sysconf("SC_CLK_TCK")
-#: A window is measured again if the host took more than this share of a core, after a pause, so often at most.
+#: A window in which the host took more than this share of a core is measured again after a pause, so often.
 _MOST_STOLEN = 0.01
 _MOST_TRIES = 8
 _PAUSE_S = 3.0
