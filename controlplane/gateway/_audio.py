@@ -16,9 +16,9 @@ from controlplane.artifacts import Artifacts
 from controlplane.fleet import DeploymentView, Fleet
 from controlplane.gateway._artifacts import break_off
 from controlplane.gateway._errors import error_body, error_response
-from controlplane.gateway._generate_stream import progress_comment
 from controlplane.gateway._generations import Followed, Follower, open_stream, send_lines
 from controlplane.gateway._openai import read_policy, read_request_id
+from controlplane.gateway._progress import progress_comment
 from controlplane.pipelines import Wish
 from rung.errors import InvalidRequestError, RungError
 from rung.types import (

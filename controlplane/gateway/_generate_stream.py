@@ -22,7 +22,6 @@ from controlplane.gateway._generations import (
 )
 from controlplane.gateway._openai import read_policy, read_request_id
 from controlplane.gateway._pictures import picture_from_text
-from controlplane.gateway._progress import progress_comment as progress_comment  # for the other routes
 from controlplane.gateway._progress import progress_line, tenths
 from controlplane.pipelines import Wish, check_side
 from rung.errors import InvalidRequestError, RungError

@@ -13,7 +13,7 @@ from msgspec import Struct
 from controlplane.artifacts import Artifacts
 from controlplane.gateway._artifacts import artifact_url
 from controlplane.gateway._errors import error_body, error_response
-from controlplane.gateway._generate_stream import check_effort, checked, phase_told, progress_comment
+from controlplane.gateway._generate_stream import check_effort, checked, phase_told
 from controlplane.gateway._generations import (
     Followed,
     Follower,
@@ -23,6 +23,7 @@ from controlplane.gateway._generations import (
 )
 from controlplane.gateway._openai import read_policy, read_request_id
 from controlplane.gateway._pictures import picture_from_text, read_size
+from controlplane.gateway._progress import progress_comment
 from controlplane.pipelines import Wish, picture_of
 from rung.errors import InvalidRequestError, RungError
 from rung.types import Artifact, ArtifactChunk, ImageInput, ImagePart, JobEvent, JobKind, PhaseProgress, Usage

@@ -70,7 +70,8 @@ class AsyncClient(SpeechCalls, PredictionCalls):
     Args:
         address: `host:port`; None takes the environment's RUNG_ADDRESS, else 127.0.0.1:8151.
         tls: None connects without TLS.
-        token: bearer token; None takes the environment's RUNG_TOKEN, if there is one.
+        token: bearer token; None takes the environment's RUNG_TOKEN, if there is one. Without TLS it is sent
+            to this machine alone.
         timeout_s: deadline of unary calls. Streams have none.
         reconnect_s: longest time without a connection before a watch gives up.
     """
