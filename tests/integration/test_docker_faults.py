@@ -215,9 +215,13 @@ async def test_a_stream_of_events_that_breaks_off_is_told_and_read_anew(
     await asyncio.wait_for(daemon.deserted.wait(), 10)
 
     waiting = await waits()
+    # Each is heard before the container is looked at for the next: it is gone with the last of them.
+    for action, attributes in (("kill", {"signal": "9"}), ("die", {"exitCode": "137"})):
+        daemon.inspected.clear()
+        await daemon.tell(action, **attributes)
+        await asyncio.wait_for(daemon.inspected.wait(), 10)
     daemon.labels = None
-    await daemon.tell("kill", signal="9")
-    await daemon.tell("die", exitCode="137")
+    await daemon.tell("destroy")
     ended = await asyncio.wait_for(waiting, 10)
 
     assert ended.detail == "was ended by SIGKILL, which was sent through Docker, and was removed"

@@ -18,7 +18,7 @@ import rung.types
 from rung import codec, v1
 from rung.codec import _deployment, _fleet, _job
 from rung.codec._values import EnumCodec
-from rung.errors import InvalidRequestError
+from rung.errors import BY_REASON, InvalidRequestError, RungError
 from rung.types import (
     Conversation,
     Deployment,
@@ -202,8 +202,21 @@ def test_a_graph_is_for_an_engine_only() -> None:
         codec.write_generation_input(graph, v1.GenerateRequest())
 
 
+@pytest.mark.parametrize("error_class", BY_REASON.values(), ids=lambda found: found.reason)
+def test_an_error_of_a_run_is_the_same_on_the_other_side(error_class: type[RungError]) -> None:
+    error = codec.run_error_from_proto(codec.run_error_to_proto(error_class("it broke", engine="chat-1")))
+    assert type(error) is error_class
+    assert (error.message, error.metadata) == ("it broke", {"engine": "chat-1"})
+
+
+def test_an_error_of_a_run_that_is_not_known_is_an_error_all_the_same() -> None:
+    error = codec.run_error_from_proto(v1.RunError(reason="OF_A_LATER_VERSION", message="it broke"))
+    assert (type(error), error.message) == (RungError, "it broke")
+
+
 def test_every_public_pair_is_tested() -> None:
-    scalars = {"timestamp", "duration", "failure_reason"}
+    # These have tests of their own.
+    scalars = {"timestamp", "duration", "failure_reason", "run_error"}
     encoders = {name.removesuffix("_to_proto") for name in codec.__all__ if name.endswith("_to_proto")}
     decoders = {name.removesuffix("_from_proto") for name in codec.__all__ if name.endswith("_from_proto")}
     assert encoders == decoders == set(_PAIRS) | scalars
