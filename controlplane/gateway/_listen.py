@@ -7,10 +7,10 @@ import socket
 from aiohttp import web
 
 #: A listener takes one caller each time round the event loop (libuv does not accept in a loop since 1.45),
-#: and a round relays for all who are there already. With two of them, both on the same port, the last of 64
-#: who came at once begins sooner (after 64 ms instead of 80, tests/benchmarks); with many more, each of the
-#: 64 waits for all others at every step, and the first chunks come later.
-_LISTENERS = 2
+#: and a round relays for all who are there already. With four of them, all on the same port, the last of 64
+#: who came at once has its first chunk after 39 to 49 ms, with two after 53 to 80 (tests/benchmarks); with
+#: sixteen, each of the 64 waits for all others at every step, and most first chunks come later.
+_LISTENERS = 4
 #: Callers who wait to be taken.
 _BACKLOG = 1024
 
