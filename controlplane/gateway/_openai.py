@@ -119,7 +119,7 @@ class OpenAiRoutes:
                 await open_response(answers=False)
             await response.write(_comment(begun))
 
-        async def on_wait(_detail: str) -> None:
+        async def on_wait() -> None:
             await say()
             keep_alive.wrote_s = now_s()
 

@@ -385,7 +385,7 @@ class Engager:
             async for step in steps:
                 job.progress(step.phase, step.detail, percent=step.percent, remaining_s=step.remaining_s)
                 if on_wait is not None:
-                    await on_wait(step.detail)
+                    await on_wait()
         return self._now(deployment_id)
 
     def _now(self, deployment_id: str) -> DeploymentView:
@@ -399,7 +399,7 @@ class Engager:
             detail = f"waiting for one of {spec.slots} slots of {spec.id}; place {place} in the queue"
             job.progress(Phase.QUEUED, detail)
             if on_wait is not None:
-                await on_wait(detail)
+                await on_wait()
 
     async def _open(self, job: EngagedJob, wish: Wish, target: DeploymentView, *, stream: bool) -> Reply:
         spec = target.deployment.spec

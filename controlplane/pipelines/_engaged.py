@@ -11,8 +11,8 @@ from rung.types import Phase, Served
 
 #: Takes bytes of a stream for the caller. Raises ConnectionError once the caller has gone.
 OnBytes = Callable[[bytes], Awaitable[None]]
-#: Called with each line of progress while an engine is made awake or a slot is waited for.
-OnWait = Callable[[str], Awaitable[None]]
+#: Called when there is progress while an engine is made awake or a slot is waited for: the job knows which.
+OnWait = Callable[[], Awaitable[None]]
 
 
 class EngagedJob(Protocol):

@@ -90,7 +90,7 @@ class _SideJob:
         detail = f"{target} is reasoning: {self._characters:,} characters so far"
         self._job.progress(Phase.REASONING, detail)
         if self._on_wait is not None:
-            await self._on_wait(detail)
+            await self._on_wait()
 
 
 class Reasoning:
